@@ -1,0 +1,56 @@
+// The torch-free entry of the CUDA kernels: device facts, plan, element type.
+#include <cstdlib>
+#include <sstream>
+#include <string>
+
+#include "fused_rope/kernels/cuda.cuh"
+
+namespace fused_rope {
+
+// Each is instantiated in the file named after its element type, so that they compile side by side.
+extern template cudaError_t launch_elements<Float16>(const RotateParams&, const Plan&,
+                                                     cudaStream_t);
+extern template cudaError_t launch_elements<BFloat16>(const RotateParams&, const Plan&,
+                                                      cudaStream_t);
+extern template cudaError_t launch_elements<float>(const RotateParams&, const Plan&, cudaStream_t);
+extern template cudaError_t launch_elements<double>(const RotateParams&, const Plan&, cudaStream_t);
+
+cudaError_t device_facts(DeviceFacts* facts) {
+  int device = 0;
+  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+  int l2_bytes = 0;
+  const cudaError_t error = cudaDeviceGetAttribute(&l2_bytes, cudaDevAttrL2CacheSize, device);
+  facts->l2_bytes = l2_bytes;
+  return error;
+}
+
+// FUSED_ROPE_PLAN="shuffle=1 heads=2 threads=128 streaming=0", for experiments; read once.
+static PlanOverrides read_overrides() {
+  PlanOverrides overrides;
+  const char* text = std::getenv("FUSED_ROPE_PLAN");
+  std::istringstream words(text == nullptr ? "" : text);
+  for (std::string word; words >> word;) {
+    const size_t equals = word.find('=');
+    const std::string name = word.substr(0, equals);
+    const int value = equals == std::string::npos ? -1 : std::atoi(word.c_str() + equals + 1);
+    if (name == "shuffle") overrides.shuffle = value;
+    if (name == "heads") overrides.heads = value;
+    if (name == "threads") overrides.threads = value;
+    if (name == "streaming") overrides.streaming = value;
+  }
+  return overrides;
+}
+
+cudaError_t launch_rotate(const RotateParams& params, cudaStream_t stream) {
+  if (params.B == 0 || params.S == 0 || total_heads(params) == 0 || params.D == 0)
+    return cudaSuccess;
+  DeviceFacts facts;
+  if (const cudaError_t error = device_facts(&facts); error != cudaSuccess) return error;
+  static const PlanOverrides overrides = read_overrides();
+  const Plan plan = make_plan(params, facts, overrides);
+  if (plan.units == 0) return cudaSuccess;
+  return visit(params.dtype,
+               [&]<typename T>() { return launch_elements<T>(params, plan, stream); });
+}
+
+}  // namespace fused_rope

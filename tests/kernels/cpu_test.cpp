@@ -1,0 +1,608 @@
+#include "fused_rope/kernels/cpu.h"
+
+#include <gtest/gtest.h>
+
+#include <set>
+#include <string>
+#include <vector>
+
+#include "reference.h"
+
+namespace fused_rope {
+namespace {
+
+using testing::kFormat;
+using testing::Random;
+using testing::to_double;
+using testing::ulp;
+
+constexpr uint64_t kSeed = 11;
+
+// How the four dimensions of a tensor lie in memory.
+enum class Memory { kBSHD, kBHSD, kSBHD, kGaps, kEverySecondLane, kLanesSlowest };
+
+enum class Tables { kShared, kPerToken, kPerHead };
+
+struct Case {
+  std::string name;
+  int64_t B = 2, S = 3;
+  std::vector<int64_t> heads = {3};
+  int64_t D = 8, R = 8, rotary_offset = 0;
+  bool interleaved = false;
+  int64_t blocks = 1;
+  Memory in = Memory::kBSHD, out = Memory::kBSHD;
+  bool in_place = false;
+  Tables tables = Tables::kShared;
+  bool strided_tables = false;
+  std::vector<int64_t> positions = {};  // [A, B, S]
+  std::vector<int64_t> axes = {};       // [P]
+  std::vector<int64_t> offsets = {};    // [B] or [N]
+  std::vector<int64_t> cu_seqlens = {};
+  std::vector<int64_t> out_rows = {};  // [B, S]
+  int64_t offset = 0;
+  double table_scale = 1;
+};
+
+void PrintTo(const Case& c, std::ostream* out) { *out << c.name; }
+
+constexpr int64_t kRows = 16;          // M
+constexpr int64_t kScatteredRows = 9;  // of an output written through out_rows
+
+// A tensor [B, S, H, D] in memory of its own, with room around every lane that must never change.
+template <typename T>
+class Tensor {
+ public:
+  Tensor(int64_t B, int64_t S, int64_t H, int64_t D, Memory memory, Random& random)
+      : sizes_{B, S, H, D}, strides_(strides(memory)) {
+    int64_t last = 2 * kMargin;
+    for (const auto& [size, stride] :
+         {std::pair{B, strides_.b}, {S, strides_.s}, {H, strides_.h}, {D, strides_.d}}) {
+      last += std::max<int64_t>(size - 1, 0) * stride;
+    }
+    for (int64_t i = 0; i <= last; ++i) {
+      values_.push_back(narrow<T>(static_cast<Wide<T>>(random.normal())));
+    }
+  }
+
+  T* data() { return values_.data() + kMargin; }
+  const Strides& strides() const { return strides_; }
+  const std::vector<T>& values() const { return values_; }
+
+  size_t index(int64_t b, int64_t s, int64_t h, int64_t d) const {
+    return kMargin + b * strides_.b + s * strides_.s + h * strides_.h + d * strides_.d;
+  }
+
+ private:
+  static constexpr int64_t kMargin = 5;
+
+  Strides strides(Memory memory) const {
+    const auto [B, S, H, D] = sizes_;
+    switch (memory) {
+      case Memory::kBHSD:
+        return {H * S * D, D, S * D, 1};
+      case Memory::kSBHD:
+        return {H * D, B * H * D, D, 1};
+      case Memory::kGaps:
+        return {S * (H * (D + 3) + 7) + 1, H * (D + 3) + 7, D + 3, 1};
+      case Memory::kEverySecondLane:
+        return {2 * S * H * D, 2 * H * D, 2 * D, 2};
+      case Memory::kLanesSlowest:
+        return {S * H, H, 1, B * S * H};
+      default:
+        return {S * H * D, H * D, D, 1};
+    }
+  }
+
+  std::array<int64_t, 4> sizes_;
+  Strides strides_;
+  std::vector<T> values_;
+};
+
+// One call: its tensors, and what each lane of each output must be.
+template <typename T, typename Table>
+class Rotation {
+ public:
+  Rotation(const Case& c, Precision precision, bool inverse, uint64_t seed)
+      : c_(c),
+        random_(seed),
+        pairs_(testing::pair_lanes(c.R, c.rotary_offset, c.interleaved, c.blocks)) {
+    make_tables();
+    p_.B = c.B;
+    p_.S = c.S;
+    p_.D = c.D;
+    p_.count = static_cast<int>(c.heads.size());
+    p_.lanes = {P(), c.rotary_offset, c.interleaved ? 1 : P() / c.blocks};
+    p_.dtype = dtype_of<T>();
+    p_.table_dtype = dtype_of<Table>();
+    p_.precision = precision;
+    p_.inverse = inverse;
+    p_.in_place = c.in_place;
+    p_.per_head = c.tables == Tables::kPerHead;
+    p_.axes = c.axes.empty() ? nullptr : c.axes.data();
+    make_rows();
+    inputs_.reserve(kMaxTensors);
+    outputs_.reserve(kMaxTensors);
+    for (size_t i = 0; i < c.heads.size(); ++i) make_tensor(i);
+  }
+
+  const RotateParams& params() const { return p_; }
+
+  void check() {
+    const std::vector<Tensor<T>> before = outputs_;
+    const std::vector<Tensor<T>> inputs = inputs_;
+    const int64_t tokens = c_.B * c_.S;
+    rotate_tokens(p_, 0, tokens / 2);  // ranges as threads have them
+    rotate_tokens(p_, tokens / 2, tokens);
+    for (size_t i = 0; i < outputs_.size(); ++i) {
+      if (!c_.in_place) expect_same_bits(inputs_[i], inputs[i], "an input");
+      check_tensor(i, inputs[i], before[i]);
+    }
+  }
+
+ private:
+  int64_t P() const { return c_.R / 2; }
+
+  template <typename U>
+  static DType dtype_of() {
+    if (std::is_same_v<U, Float16>) return DType::kFloat16;
+    if (std::is_same_v<U, BFloat16>) return DType::kBFloat16;
+    return std::is_same_v<U, float> ? DType::kFloat32 : DType::kFloat64;
+  }
+
+  void make_tables() {
+    const int64_t step = c_.strided_tables ? 3 : 1;
+    TableParams t = {nullptr, 0, 0, 0, 0, step};
+    int64_t entries = 0;
+    if (c_.tables == Tables::kShared) {
+      t.m = (P() + (c_.strided_tables ? 2 : 0)) * step;
+      entries = kRows * std::max<int64_t>(t.m, 1);
+    } else {
+      const int64_t H = c_.tables == Tables::kPerHead ? c_.heads[0] : 1;
+      t.h = c_.tables == Tables::kPerHead ? P() * step : 0;
+      t.s = H * P() * step;
+      t.b = c_.strided_tables ? 0 : c_.S * t.s;  // [1, S, ...] for all batches
+      entries = c_.B * c_.S * H * P() * step;
+    }
+    for (int64_t i = 0; i < entries; ++i) {
+      const double angle = 3 * random_.normal();
+      cos_.push_back(narrow<Table>(static_cast<Wide<Table>>(c_.table_scale * std::cos(angle))));
+      sin_.push_back(narrow<Table>(static_cast<Wide<Table>>(c_.table_scale * std::sin(angle))));
+    }
+    p_.cos = p_.sin = t;
+    p_.cos.data = cos_.data();
+    p_.sin.data = sin_.data();
+  }
+
+  void make_rows() {
+    RowParams& rows = p_.rows;
+    const auto index = [](const std::vector<int64_t>& values) {
+      return IndexParams{values.empty() ? nullptr : values.data(), true};
+    };
+    rows.positions = index(c_.positions);
+    rows.positions_a = c_.B * c_.S;
+    rows.positions_b = c_.S;
+    rows.positions_s = 1;
+    rows.offsets = index(c_.offsets);
+    rows.offsets_stride = 1;
+    rows.cu_seqlens = index(c_.cu_seqlens);
+    rows.cu_seqlens_stride = 1;
+    rows.N = static_cast<int64_t>(c_.cu_seqlens.size()) - 1;
+    rows.offset = c_.offset;
+    rows.M = kRows;
+    rows.gathered = c_.tables != Tables::kShared;
+    rows.out_rows = index(c_.out_rows);
+    rows.out_rows_b = c_.S;
+    rows.out_rows_s = 1;
+    rows.out_rows_limit = kScatteredRows;
+  }
+
+  void make_tensor(size_t i) {
+    const int64_t H = c_.heads[i];
+    const bool scattered = !c_.out_rows.empty() && i + 1 == c_.heads.size();
+    inputs_.emplace_back(c_.B, c_.S, H, c_.D, c_.in, random_);
+    if (c_.in_place) {
+      outputs_.push_back(inputs_.back());
+    } else if (scattered) {
+      outputs_.emplace_back(1, kScatteredRows, H, c_.D, c_.out, random_);
+    } else {
+      outputs_.emplace_back(c_.B, c_.S, H, c_.D, c_.out, random_);
+    }
+    p_.tensors[i] = {c_.in_place ? outputs_[i].data() : inputs_[i].data(),
+                     outputs_[i].data(),
+                     inputs_[i].strides(),
+                     outputs_[i].strides(),
+                     H,
+                     scattered};
+  }
+
+  // The table row of a pair of a token, -1 where the pair is copied; written from op-spec's prose,
+  // token by token.
+  int64_t expected_row(int64_t b, int64_t s, int64_t j) const {
+    int64_t sequence = b, start = 0;
+    if (!c_.cu_seqlens.empty()) {
+      if (s >= c_.cu_seqlens.back()) return -1;
+      for (sequence = 0; s >= c_.cu_seqlens[sequence + 1];) ++sequence;
+      start = c_.cu_seqlens[sequence];
+    }
+    int64_t position = s - start;
+    if (!c_.positions.empty()) {
+      const int64_t axis = c_.axes.empty() ? 0 : c_.axes[j];
+      position = c_.positions[(axis * c_.B + b) * c_.S + s];
+      if (position == -1) return -1;
+    }
+    return position + c_.offset + (c_.offsets.empty() ? 0 : c_.offsets[sequence]);
+  }
+
+  // cos + i sin of a pair, as the kernel may use it: in the type of the rotation, or rounded to T.
+  std::complex<double> angle(int64_t b, int64_t s, int64_t h, int64_t j) const {
+    const int64_t m = p_.rows.gathered ? 0 : expected_row(b, s, j);
+    const TableParams& t = p_.cos;
+    const int64_t at = m * t.m + b * t.b + s * t.s + h * t.h + j * t.j;
+    const auto read = [&](Table entry) {
+      const auto wide = static_cast<Wide<T>>(to_double(entry));
+      return p_.precision == Precision::kModel ? to_double(narrow<T>(wide)) : to_double(wide);
+    };
+    return {read(cos_[at]), p_.inverse ? -read(sin_[at]) : read(sin_[at])};
+  }
+
+  double bound(double exact, double norm) const {
+    const double unit = ulp(kFormat<Wide<T>>, norm) * std::max(1.0, c_.table_scale);
+    if (p_.precision == Precision::kModel && sizeof(T) == 2) {
+      return 2 * ulp(kFormat<T>, norm * c_.table_scale);  // 3 roundings of half an ulp
+    }
+    return ulp(kFormat<T>, std::abs(exact) + 2 * unit) / 2 + 2 * unit;
+  }
+
+  void check_tensor(size_t i, const Tensor<T>& in, Tensor<T> expected) {
+    const Tensor<T>& got = outputs_[i];
+    const bool scattered = p_.tensors[i].scattered;
+    for (int64_t b = 0; b < c_.B; ++b) {
+      for (int64_t s = 0; s < c_.S; ++s) {
+        const int64_t row = scattered ? c_.out_rows[b * c_.S + s] : s;
+        if (row == -1) continue;
+        for (int64_t h = 0; h < c_.heads[i]; ++h) {
+          const auto where = [&](int64_t d) { return got.index(scattered ? 0 : b, row, h, d); };
+          for (int64_t d = 0; d < c_.D; ++d) {
+            set(expected, where(d), in.values()[in.index(b, s, h, d)]);
+          }
+          for (int64_t j = 0; j < P(); ++j) {
+            if (!p_.rows.gathered && expected_row(b, s, j) == -1) continue;
+            const auto [a_lane, b_lane] = pairs_[j];
+            const std::complex<double> x(to_double(in.values()[in.index(b, s, h, a_lane)]),
+                                         to_double(in.values()[in.index(b, s, h, b_lane)]));
+            const std::complex<double> y = x * angle(b, s, h, j);
+            const T got_a = got.values()[where(a_lane)], got_b = got.values()[where(b_lane)];
+            ASSERT_NEAR(to_double(got_a), y.real(), bound(y.real(), std::abs(x)))
+                << "tensor " << i << " b=" << b << " s=" << s << " h=" << h << " lane " << a_lane;
+            ASSERT_NEAR(to_double(got_b), y.imag(), bound(y.imag(), std::abs(x)))
+                << "tensor " << i << " b=" << b << " s=" << s << " h=" << h << " lane " << b_lane;
+            set(expected, where(a_lane), got_a);
+            set(expected, where(b_lane), got_b);
+          }
+        }
+      }
+    }
+    // All else is a copy of the input, or was there before.
+    expect_same_bits(got, expected, "an output");
+  }
+
+  static void set(Tensor<T>& tensor, size_t at, T value) {
+    const_cast<std::vector<T>&>(tensor.values())[at] = value;
+  }
+
+  static void expect_same_bits(const Tensor<T>& got, const Tensor<T>& expected, const char* name) {
+    ASSERT_EQ(got.values().size(), expected.values().size());
+    EXPECT_EQ(
+        std::memcmp(got.values().data(), expected.values().data(), got.values().size() * sizeof(T)),
+        0)
+        << name << " changed where it must not";
+  }
+
+  const Case& c_;
+  Random random_;
+  std::vector<std::pair<int64_t, int64_t>> pairs_;
+  std::vector<Table> cos_, sin_;
+  std::vector<Tensor<T>> inputs_, outputs_;
+  RotateParams p_ = {};
+};
+
+class RotateTokens : public ::testing::TestWithParam<Case> {
+ protected:
+  template <typename T, typename Table>
+  void check() {
+    for (const bool inverse : {false, true}) {
+      for (const Precision precision : {Precision::kFp32, Precision::kModel}) {
+        SCOPED_TRACE(::testing::Message()
+                     << "seed " << kSeed << ", " << sizeof(T) << " byte elements, " << sizeof(Table)
+                     << " byte tables, inverse " << inverse << ", precision "
+                     << static_cast<int>(precision));
+        Rotation<T, Table> rotation(GetParam(), precision, inverse, kSeed);
+        ASSERT_FALSE(find_bad_row(rotation.params(), 0, GetParam().B * GetParam().S).has_value());
+        rotation.check();
+      }
+    }
+  }
+};
+
+TEST_P(RotateTokens, Float16) {
+  check<Float16, float>();
+  check<Float16, Float16>();
+  check<Float16, double>();
+}
+
+TEST_P(RotateTokens, BFloat16) {
+  check<BFloat16, float>();
+  check<BFloat16, BFloat16>();
+  check<BFloat16, double>();
+}
+
+TEST_P(RotateTokens, Float32) {
+  check<float, float>();
+  check<float, double>();
+}
+
+TEST_P(RotateTokens, Float64) {
+  check<double, float>();
+  check<double, double>();
+}
+
+std::vector<Case> span_cases() {
+  std::vector<Case> cases;
+  std::set<std::string> names;
+  for (const int64_t D : {2, 6, 8, 14, 80, 96, 128}) {
+    for (const int64_t R : {int64_t{0}, int64_t{2}, D / 4 * 2, D}) {
+      for (const int64_t offset : {int64_t{0}, (D - R) / 2, D - R}) {
+        for (const int64_t blocks : {0, 1, 2, 3}) {  // 0: interleaved
+          if (blocks > 1 && (R == 0 || R / 2 % blocks != 0)) continue;
+          const std::string name =
+              (::testing::Message() << "D" << D << "R" << R << "o" << offset << "n" << blocks)
+                  .GetString();
+          if (!names.insert(name).second) continue;
+          cases.push_back({.name = name,
+                           .heads = {2, 1},
+                           .D = D,
+                           .R = R,
+                           .rotary_offset = offset,
+                           .interleaved = blocks == 0,
+                           .blocks = std::max<int64_t>(blocks, 1)});
+        }
+      }
+    }
+  }
+  return cases;
+}
+
+std::vector<Case> memory_cases() {
+  const std::pair<const char*, Memory> kinds[] = {{"BSHD", Memory::kBSHD},
+                                                  {"BHSD", Memory::kBHSD},
+                                                  {"SBHD", Memory::kSBHD},
+                                                  {"Gaps", Memory::kGaps},
+                                                  {"EverySecondLane", Memory::kEverySecondLane},
+                                                  {"LanesSlowest", Memory::kLanesSlowest}};
+  std::vector<Case> cases;
+  for (const bool interleaved : {false, true}) {
+    const std::string suffix = interleaved ? "Interleaved" : "";
+    for (const auto& [in_name, in] : kinds) {
+      const Case base = {.name = {},
+                         .heads = {3, 2},
+                         .D = 22,
+                         .R = 12,
+                         .rotary_offset = 3,
+                         .interleaved = interleaved,
+                         .in = in};
+      cases.push_back(base);
+      cases.back().name = std::string(in_name) + "InPlace" + suffix;
+      cases.back().out = in;
+      cases.back().in_place = true;
+      for (const auto& [out_name, out] : kinds) {
+        cases.push_back(base);
+        cases.back().name = std::string(in_name) + "To" + out_name + suffix;
+        cases.back().out = out;
+      }
+    }
+  }
+  return cases;
+}
+
+std::vector<Case> row_cases() {
+  const std::vector<int64_t> positions = {7, -1, 15, 0, 3, -1};
+  const std::vector<int64_t> three_axes = {0, 1,  2, -1, 4, 5, 6,  7,  -1,
+                                           9, 10, 0, 15, 3, 8, -1, -1, -1};
+  std::vector<Case> cases = {
+      {.name = "Offset", .offset = 13},
+      {.name = "Offsets", .offsets = {4, 13}},
+      {.name = "Positions", .positions = positions},
+      {.name = "PositionsAndNegativeOffset", .positions = {7, -1, 15, 9, 3, -1}, .offset = -3},
+      {.name = "PositionsAndOffsets", .positions = {-4, -1, 8, 0, 3, -1}, .offsets = {4, 12}},
+      {.name = "Packed", .B = 1, .S = 12, .cu_seqlens = {0, 0, 4, 4, 5, 10, 10}},
+      {.name = "PackedWithOffsets",
+       .B = 1,
+       .S = 8,
+       .offsets = {9, 5, 12},
+       .cu_seqlens = {0, 4, 4, 7}},
+      {.name = "PackedWithPositions",
+       .B = 1,
+       .S = 6,
+       .positions = {3, -1, 5, 2, 9, 99},
+       .offsets = {2, 6},
+       .cu_seqlens = {0, 2, 5}},
+      {.name = "PaddingOnly", .B = 1, .S = 4, .cu_seqlens = {0, 0}},
+      {.name = "NoSequences", .B = 1, .S = 4, .cu_seqlens = {0}},
+      {.name = "ThreeAxes", .D = 14, .R = 12, .positions = three_axes, .axes = {0, 1, 2, 0, 0, 2}},
+      {.name = "ThreeAxesBlocks",
+       .D = 14,
+       .R = 12,
+       .rotary_offset = 1,
+       .blocks = 2,
+       .positions = three_axes,
+       .axes = {2, 1, 0, 1, 1, 2}},
+      {.name = "ThreeAxesInterleaved",
+       .D = 14,
+       .R = 12,
+       .rotary_offset = 2,
+       .interleaved = true,
+       .positions = three_axes,
+       .axes = {0, 0, 1, 1, 2, 2}},
+      {.name = "PerToken", .tables = Tables::kPerToken},
+      {.name = "PerTokenStrided", .tables = Tables::kPerToken, .strided_tables = true},
+      {.name = "SharedStrided", .strided_tables = true},
+      {.name = "PerHead", .heads = {3, 3}, .tables = Tables::kPerHead},
+      {.name = "PerHeadStrided",
+       .heads = {3, 3},
+       .tables = Tables::kPerHead,
+       .strided_tables = true},
+      {.name = "ScaledTable", .table_scale = 1.75},
+      {.name = "Scattered",
+       .heads = {3, 2},
+       .out = Memory::kGaps,
+       .out_rows = {8, -1, 0, 3, 5, -1}},
+      {.name = "ScatteredAlone", .positions = positions, .out_rows = {2, 1, 0, 8, 7, -1}},
+      {.name = "NoTokens", .B = 0},
+      {.name = "EmptySequence", .S = 0},
+      {.name = "NoHeads", .heads = {0, 2}},
+      {.name = "NoKeyHeads", .heads = {2, 0}},
+      {.name = "MoreKeysThanQueries", .heads = {1, 5}},
+  };
+  // Each once more in place, which touches only what rotates.
+  for (size_t i = 0, n = cases.size(); i < n; ++i) {
+    if (!cases[i].out_rows.empty()) continue;
+    cases.push_back(cases[i]);
+    cases.back().name += "InPlace";
+    cases.back().in_place = true;
+  }
+  return cases;
+}
+
+const auto kName = [](const auto& info) { return info.param.name; };
+INSTANTIATE_TEST_SUITE_P(Spans, RotateTokens, ::testing::ValuesIn(span_cases()), kName);
+INSTANTIATE_TEST_SUITE_P(Memory, RotateTokens, ::testing::ValuesIn(memory_cases()), kName);
+INSTANTIATE_TEST_SUITE_P(Rows, RotateTokens, ::testing::ValuesIn(row_cases()), kName);
+
+// The same values give the same bits, whatever memory holds them: vector loops and strided ones
+// agree.
+TEST(RotateTokensBits, DoNotDependOnStrides) {
+  SCOPED_TRACE(kSeed);
+  Random random(kSeed);
+  constexpr int64_t D = 64;
+  std::vector<float> cos(D / 2), sin(D / 2), dense(D), sparse(3 * D), dense_out(D),
+      sparse_out(3 * D);
+  for (int64_t j = 0; j < D / 2; ++j) {
+    cos[j] = static_cast<float>(random.normal());
+    sin[j] = static_cast<float>(random.normal());
+  }
+  for (int64_t d = 0; d < D; ++d) dense[d] = sparse[3 * d] = static_cast<float>(random.normal());
+  for (const int64_t distance : {1, 8, 32}) {
+    RotateParams p = {};
+    p.B = p.S = p.count = 1;
+    p.D = D;
+    p.lanes = {D / 2, 0, distance};
+    p.cos = {cos.data(), 0, 0, 0, 0, 1};
+    p.sin = {sin.data(), 0, 0, 0, 0, 1};
+    p.rows.M = 1;
+    p.dtype = p.table_dtype = DType::kFloat32;
+    p.tensors[0] = {dense.data(), dense_out.data(), {D, D, D, 1}, {D, D, D, 1}, 1, false};
+    rotate_tokens(p, 0, 1);
+    p.tensors[0] = {sparse.data(), sparse_out.data(), {D, D, D, 3}, {D, D, D, 3}, 1, false};
+    rotate_tokens(p, 0, 1);
+    for (int64_t d = 0; d < D; ++d) ASSERT_EQ(dense_out[d], sparse_out[3 * d]) << "lane " << d;
+  }
+}
+
+class FindBadRow : public ::testing::Test {
+ protected:
+  static constexpr int64_t B = 2, S = 3;
+
+  RotateParams params() const {
+    RotateParams p = {};
+    p.B = B;
+    p.S = S;
+    p.lanes = {4, 0, 4};
+    p.rows.M = 10;
+    p.rows.positions_a = B * S;
+    p.rows.positions_b = S;
+    p.rows.positions_s = 1;
+    p.rows.out_rows_b = S;
+    p.rows.out_rows_s = 1;
+    p.rows.out_rows_limit = 7;
+    return p;
+  }
+
+  static void expect(const RotateParams& p, int64_t b, int64_t s, int64_t index, bool output) {
+    const std::optional<BadRow> bad = find_bad_row(p, 0, B * S);
+    ASSERT_TRUE(bad.has_value());
+    EXPECT_EQ(bad->b, b);
+    EXPECT_EQ(bad->s, s);
+    EXPECT_EQ(bad->index, index);
+    EXPECT_EQ(bad->output, output);
+  }
+};
+
+TEST_F(FindBadRow, AcceptsAllRowsOfTheTable) {
+  const std::vector<int64_t> positions = {0, 9, -1, 5, 9, 0};
+  RotateParams p = params();
+  EXPECT_FALSE(find_bad_row(p, 0, B * S).has_value());
+  p.rows.positions = {positions.data(), true};
+  EXPECT_FALSE(find_bad_row(p, 0, B * S).has_value());
+  EXPECT_FALSE(find_bad_row(p, 0, 0).has_value());
+}
+
+TEST_F(FindBadRow, NamesTheFirstToken) {
+  for (const int64_t bad : {int64_t{10}, int64_t{-2}, INT64_MAX, INT64_MIN, int64_t{1} << 32}) {
+    const std::vector<int64_t> positions = {0, 9, -1, 5, bad, 11};
+    RotateParams p = params();
+    p.rows.positions = {positions.data(), true};
+    expect(p, 1, 1, bad, false);
+    EXPECT_FALSE(find_bad_row(p, 0, 4).has_value()) << "before it";
+    EXPECT_EQ(find_bad_row(p, 5, 6)->index, 11) << "after it";
+  }
+}
+
+TEST_F(FindBadRow, CountsOffsets) {
+  const std::vector<int32_t> offsets = {7, 8};
+  RotateParams p = params();
+  p.rows.offsets = {offsets.data(), false};
+  p.rows.offsets_stride = 1;
+  expect(p, 1, 2, 10, false);
+}
+
+TEST_F(FindBadRow, LooksAtEveryUsedAxisAndNoOther) {
+  const std::vector<int64_t> positions = {0, 0, 0, 0, 0, 0, 0, 77, 0, 0, 0, 0, 0, 0, 0, 0, 88, 0};
+  const std::vector<int64_t> without_one = {0, 2, 2, 0}, all = {0, 0, 2, 1};
+  RotateParams p = params();
+  p.rows.positions = {positions.data(), true};
+  p.axes = without_one.data();
+  expect(p, 1, 1, 88, false);
+  p.axes = all.data();
+  expect(p, 0, 1, 77, false);
+}
+
+TEST_F(FindBadRow, ChecksOutputRows) {
+  const std::vector<int64_t> rows = {0, 6, -1, 7, 3, 2}, negative = {0, 6, -2, 7, 3, 2};
+  RotateParams p = params();
+  p.rows.out_rows = {rows.data(), true};
+  expect(p, 1, 0, 7, true);
+  p.rows.out_rows = {negative.data(), true};
+  expect(p, 0, 2, -2, true);
+}
+
+TEST_F(FindBadRow, AsksNothingOfGatheredTables) {
+  RotateParams p = params();
+  p.rows.gathered = true;
+  p.rows.M = 0;
+  EXPECT_FALSE(find_bad_row(p, 0, B * S).has_value());
+}
+
+TEST_F(FindBadRow, PassesOverPadding) {
+  const std::vector<int64_t> starts = {0, 1, 2};
+  RotateParams p = params();
+  p.B = 1;
+  p.S = 6;
+  p.rows.M = 1;
+  p.rows.cu_seqlens = {starts.data(), true};
+  p.rows.cu_seqlens_stride = 1;
+  p.rows.N = 2;
+  EXPECT_FALSE(find_bad_row(p, 0, 6).has_value());
+}
+
+}  // namespace
+}  // namespace fused_rope

@@ -1,0 +1,527 @@
+#include "fused_rope/kernels/plan.h"
+
+#include <gtest/gtest.h>
+
+#include <limits>
+#include <set>
+#include <vector>
+
+#include "reference.h"
+
+namespace fused_rope {
+namespace {
+
+__extension__ using Exact = __int128;
+
+// 16-byte aligned, never read.
+alignas(16) std::byte memory[64];
+
+constexpr DeviceFacts kSmallCache = {0};              // everything is larger
+constexpr DeviceFacts kLargeCache = {INT64_MAX / 2};  // nothing is
+
+Strides bshd(int64_t S, int64_t H, int64_t D) { return {S * H * D, H * D, D, 1}; }
+Strides bhsd(int64_t S, int64_t H, int64_t D) { return {H * S * D, D, S * D, 1}; }
+Strides sbhd(int64_t B, int64_t H, int64_t D) { return {H * D, B * H * D, D, 1}; }
+
+// A call with one contiguous bshd tensor and a float32 table, everything aligned.
+RotateParams call(int64_t B, int64_t S, int64_t H, int64_t D, int64_t R) {
+  RotateParams p = {};
+  p.B = B;
+  p.S = S;
+  p.D = D;
+  p.count = 1;
+  p.tensors[0] = {memory, memory, bshd(S, H, D), bshd(S, H, D), H, false};
+  p.lanes = {R / 2, 0, R / 2};
+  p.cos = p.sin = {memory, R / 2, 0, 0, 0, 1};
+  p.dtype = DType::kBFloat16;
+  p.table_dtype = DType::kFloat32;
+  return p;
+}
+
+TEST(Divider, IsExactBelowTwoToThe31) {
+  constexpr uint32_t kEnd = uint32_t{1} << 31;
+  std::vector<uint32_t> divisors = {1, 2, 3, 5, 6, 7, 9, 10, 12, 16, 24, 32, 96, 127, 128, 641};
+  for (int bit = 8; bit < 31; ++bit) {
+    for (const int near : {-1, 0, 1}) divisors.push_back((uint32_t{1} << bit) + near);
+  }
+  divisors.insert(divisors.end(), {65537, 70001, 6700417, 1000000007, kEnd - 2, kEnd - 1});
+  constexpr uint64_t kSeed = 7;
+  SCOPED_TRACE(kSeed);
+  testing::Random random(kSeed);
+  for (int i = 0; i < 200; ++i) {
+    divisors.push_back(1 + static_cast<uint32_t>(random.below(kEnd - 1) >> random.below(31)));
+  }
+  for (const uint32_t divisor : divisors) {
+    const Divider divider(divisor);
+    std::vector<uint32_t> numbers = {0, 1, 2, divisor - 1, divisor, kEnd - 2, kEnd - 1};
+    const uint32_t largest = (kEnd - 1) / divisor * divisor;
+    numbers.insert(numbers.end(), {largest, largest - 1});
+    for (int i = 0; i < 200; ++i) {
+      const uint32_t n = static_cast<uint32_t>(random.below(kEnd));
+      numbers.insert(numbers.end(), {n, n / divisor * divisor});
+      if (n >= divisor) numbers.push_back(n / divisor * divisor - 1);
+    }
+    for (const uint32_t n : numbers) {
+      uint32_t remainder = n;
+      const uint32_t quotient = divider.divide(remainder);
+      ASSERT_EQ(quotient, n / divisor) << n << " / " << divisor;
+      ASSERT_EQ(remainder, n % divisor) << n << " % " << divisor;
+    }
+  }
+}
+
+TEST(Divider, OfNothingDividesByOne) {
+  uint32_t n = 12345;
+  EXPECT_EQ(Divider().divide(n), 12345u);
+}
+
+struct VectorCase {
+  const char* name;
+  void (*change)(RotateParams&);
+  int vector;  // of bfloat16
+};
+
+void PrintTo(const VectorCase& c, std::ostream* out) { *out << c.name; }
+
+class VectorWidth : public ::testing::TestWithParam<VectorCase> {};
+
+TEST_P(VectorWidth, FitsTheMemory) {
+  RotateParams p = call(2, 3, 4, 64, 32);
+  GetParam().change(p);
+  EXPECT_EQ(make_plan(p, kLargeCache).vector, GetParam().vector);
+}
+
+const VectorCase kVectorCases[] = {
+    {"Contiguous", [](RotateParams&) {}, 8},
+    {"MisalignedInput", [](RotateParams& p) { p.tensors[0].in = memory + 2; }, 1},
+    {"HalfAlignedInput", [](RotateParams& p) { p.tensors[0].in = memory + 8; }, 1},
+    {"MisalignedOutput", [](RotateParams& p) { p.tensors[0].out = memory + 4; }, 1},
+    {"OddInputRowStride", [](RotateParams& p) { p.tensors[0].in_strides.s += 1; }, 1},
+    {"OddOutputHeadStride", [](RotateParams& p) { p.tensors[0].out_strides.h += 4; }, 1},
+    {"WideInputRowStride", [](RotateParams& p) { p.tensors[0].in_strides.s += 8; }, 8},
+    {"OddBatchStride", [](RotateParams& p) { p.tensors[0].in_strides.b += 1; }, 1},
+    {"OddBatchStrideOfOneBatch",
+     [](RotateParams& p) {
+       p.B = 1;
+       p.tensors[0].in_strides.b = p.tensors[0].out_strides.b = 13;
+     },
+     8},
+    {"OddTokenStrideOfOneToken",
+     [](RotateParams& p) {
+       p.S = 1;
+       p.tensors[0].in_strides.s = p.tensors[0].out_strides.s = 13;
+     },
+     8},
+    {"OddHeadStrideOfOneHead",
+     [](RotateParams& p) {
+       p.tensors[0].H = 1;
+       p.tensors[0].in_strides.h = p.tensors[0].out_strides.h = 13;
+     },
+     8},
+    {"ExpandedInput", [](RotateParams& p) { p.tensors[0].in_strides.h = 0; }, 8},
+    {"StridedLanes", [](RotateParams& p) { p.tensors[0].in_strides.d = 2; }, 1},
+    {"StridedOutputLanes", [](RotateParams& p) { p.tensors[0].out_strides.d = 64; }, 1},
+    {"OddOffset", [](RotateParams& p) { p.lanes.offset = 4; }, 1},
+    {"AlignedOffset", [](RotateParams& p) { p.lanes.offset = 32; }, 8},
+    {"ShortHalf", [](RotateParams& p) { p.lanes.P = p.lanes.distance = 12; }, 1},
+    {"Blocks", [](RotateParams& p) { p.lanes.distance = 8; }, 8},
+    {"ShortBlocks", [](RotateParams& p) { p.lanes.distance = 4; }, 1},
+    {"Interleaved", [](RotateParams& p) { p.lanes.distance = 1; }, 8},
+    {"InterleavedShort", [](RotateParams& p) { p.lanes = {12, 0, 1}; }, 8},
+    {"InterleavedOddSpan", [](RotateParams& p) { p.lanes = {6, 0, 1}; }, 1},
+    {"OddHead", [](RotateParams& p) { p.D = 60; }, 1},
+    {"OddHeadInPlace",
+     [](RotateParams& p) {
+       p.D = 60;
+       p.in_place = true;
+     },
+     8},
+    {"ScatteredOutput",
+     [](RotateParams& p) {
+       p.tensors[0].scattered = true;
+       p.tensors[0].out_strides = {0, 256, 64, 1};
+     },
+     8},
+    {"ScatteredOutputOfOneTokenWithOddRows",
+     [](RotateParams& p) {
+       p.S = 1;
+       p.tensors[0].scattered = true;
+       p.tensors[0].out_strides = {0, 257, 64, 1};
+     },
+     1},
+    {"MisalignedKey",
+     [](RotateParams& p) {
+       p.count = 2;
+       p.tensors[1] = p.tensors[0];
+       p.tensors[1].in = memory + 2;
+     },
+     1},
+    {"MisalignedKeyWithoutHeads",
+     [](RotateParams& p) {
+       p.count = 2;
+       p.tensors[1] = p.tensors[0];
+       p.tensors[1].in = memory + 2;
+       p.tensors[1].H = 0;
+     },
+     8},
+};
+
+INSTANTIATE_TEST_SUITE_P(Memory, VectorWidth, ::testing::ValuesIn(kVectorCases),
+                         [](const auto& info) { return std::string(info.param.name); });
+
+TEST(VectorWidthOfType, IsSixteenBytes) {
+  for (const auto& [dtype, lanes] : {std::pair{DType::kFloat16, 8},
+                                     {DType::kBFloat16, 8},
+                                     {DType::kFloat32, 4},
+                                     {DType::kFloat64, 2}}) {
+    RotateParams p = call(1, 2, 3, 64, 64);
+    p.dtype = dtype;
+    EXPECT_EQ(make_plan(p, kLargeCache).vector, lanes);
+  }
+}
+
+TEST(VectorTables, FitTheirMemory) {
+  const auto fits = [](auto change) {
+    RotateParams p = call(2, 3, 4, 64, 32);
+    change(p);
+    return make_plan(p, kLargeCache).vector_tables;
+  };
+  EXPECT_TRUE(fits([](RotateParams&) {}));
+  EXPECT_TRUE(fits([](RotateParams& p) { p.cos.m = 2 * p.cos.m; })) << "half of a joint table";
+  EXPECT_TRUE(fits([](RotateParams& p) { p.cos = {memory, 0, 0, 16, 0, 1}; })) << "per token";
+  EXPECT_FALSE(fits([](RotateParams& p) { p.cos.data = memory + 4; }));
+  EXPECT_FALSE(fits([](RotateParams& p) { p.sin.data = memory + 8; }));
+  EXPECT_FALSE(fits([](RotateParams& p) { p.sin.m += 1; }));
+  EXPECT_FALSE(fits([](RotateParams& p) { p.sin.j = 2; })) << "of a complex table";
+  EXPECT_FALSE(fits([](RotateParams& p) { p.cos = {memory, 0, 0, 16, 2, 1}; })) << "per head";
+}
+
+// The arrangements that experiments may ask for: pairs, or shuffles where the lanes allow them.
+constexpr PlanOverrides kArrangements[] = {{.shuffle = 0}, {.shuffle = 1}};
+
+TEST(Arrangement, IsAdjacentForInterleavedVectors) {
+  for (const PlanOverrides& overrides : kArrangements) {
+    RotateParams p = call(1, 1, 2, 64, 64);
+    p.lanes.distance = 1;
+    EXPECT_EQ(make_plan(p, kLargeCache, overrides).arrangement, Arrangement::kAdjacent);
+    p.tensors[0].in = memory + 2;
+    EXPECT_EQ(make_plan(p, kLargeCache, overrides).arrangement, Arrangement::kPair);
+  }
+}
+
+TEST(Arrangement, ShufflesWithinWarpsOnly) {
+  const auto chosen = [](int64_t D, int64_t R, int64_t blocks) {
+    RotateParams p = call(2, 64, 4, D, R);
+    p.lanes.distance = R / 2 / blocks;
+    return make_plan(p, kSmallCache, {.shuffle = 1}).arrangement;
+  };
+  EXPECT_EQ(chosen(64, 64, 1), Arrangement::kShuffle);
+  EXPECT_EQ(chosen(128, 128, 1), Arrangement::kShuffle);
+  EXPECT_EQ(chosen(128, 128, 2), Arrangement::kShuffle);
+  EXPECT_EQ(chosen(128, 64, 1), Arrangement::kShuffle);
+  EXPECT_EQ(chosen(256, 256, 1), Arrangement::kShuffle);
+  EXPECT_EQ(chosen(96, 96, 1), Arrangement::kPair) << "6 vectors in a half";
+  EXPECT_EQ(chosen(80, 80, 1), Arrangement::kPair) << "5 vectors in a half";
+  EXPECT_EQ(chosen(512, 512, 1), Arrangement::kPair) << "a head is two warps";
+  EXPECT_EQ(chosen(72, 64, 1), Arrangement::kPair) << "9 vectors in a head";
+}
+
+TEST(Plan, FollowsOverridesWithinReason) {
+  RotateParams p = call(2, 3, 4, 64, 64);
+  EXPECT_EQ(make_plan(p, kLargeCache, {.heads = 4}).heads_per_thread, 4);
+  EXPECT_EQ(make_plan(p, kLargeCache, {.heads = 0}).heads_per_thread, 1);
+  EXPECT_EQ(make_plan(p, kLargeCache, {.threads = 64}).threads, 64);
+  EXPECT_EQ(make_plan(p, kLargeCache, {.threads = 0}).threads, kWarp);
+  EXPECT_EQ(make_plan(p, kLargeCache, {.threads = 4096}).threads, kMaxThreads);
+  EXPECT_TRUE(make_plan(p, kLargeCache, {.streaming = 1}).streaming);
+  EXPECT_FALSE(make_plan(p, kSmallCache, {.streaming = 0}).streaming);
+  p.per_head = true;
+  EXPECT_EQ(make_plan(p, kLargeCache, {.heads = 4}).heads_per_thread, 1) << "rows differ";
+}
+
+TEST(Plan, StreamsWhatExceedsTheCache) {
+  const RotateParams p = call(2, 64, 4, 64, 64);
+  const int64_t bytes = 2 * 64 * 4 * 64 * 2;
+  EXPECT_FALSE(make_plan(p, {bytes}).streaming);
+  EXPECT_TRUE(make_plan(p, {bytes - 1}).streaming);
+}
+
+struct OrderCase {
+  const char* name;
+  int64_t B, S, H;
+  Strides strides;
+  std::array<Axis, 3> order;
+};
+
+void PrintTo(const OrderCase& c, std::ostream* out) { *out << c.name; }
+
+class Order : public ::testing::TestWithParam<OrderCase> {};
+
+TEST_P(Order, FollowsTheTensorsMemory) {
+  const OrderCase& c = GetParam();
+  RotateParams p = call(c.B, c.S, c.H, 64, 64);
+  p.count = 2;
+  p.tensors[1] = {memory, memory, c.strides, bshd(c.S, c.H, 64), c.H, false};
+  EXPECT_EQ(memory_order(p, p.tensors[1]), c.order) << "of k, whatever the memory of q";
+}
+
+const OrderCase kOrderCases[] = {
+    {"BSHD", 2, 5, 3, bshd(5, 3, 64), {kHead, kSequence, kBatch}},
+    {"BHSD", 2, 5, 3, bhsd(5, 3, 64), {kSequence, kHead, kBatch}},
+    {"SBHD", 2, 5, 3, sbhd(2, 3, 64), {kHead, kBatch, kSequence}},
+    {"OneHeadLast", 2, 5, 1, {320, 64, 1, 1}, {kSequence, kBatch, kHead}},
+    {"OneTokenLast", 4, 1, 8, {512, 7, 64, 1}, {kHead, kBatch, kSequence}},
+};
+
+INSTANTIATE_TEST_SUITE_P(Layouts, Order, ::testing::ValuesIn(kOrderCases),
+                         [](const auto& info) { return std::string(info.param.name); });
+
+struct HeadCase {
+  int64_t D, R, offset;
+  bool interleaved;
+  int64_t blocks;
+  bool in_place;
+};
+
+void PrintTo(const HeadCase& c, std::ostream* out) {
+  *out << "D=" << c.D << " R=" << c.R << " offset=" << c.offset << " interleaved=" << c.interleaved
+       << " blocks=" << c.blocks << " in_place=" << c.in_place;
+}
+
+class HeadCoverage : public ::testing::TestWithParam<HeadCase> {
+ protected:
+  RotateParams params(DType dtype, bool aligned) const {
+    const HeadCase& c = GetParam();
+    RotateParams p = call(2, 3, 4, c.D, c.R);
+    const int64_t row = ceil_divide(c.D, 8) * 8;  // what stops vectors is the head, not its strides
+    p.tensors[0].in_strides = p.tensors[0].out_strides = {12 * row, 4 * row, row, 1};
+    if (!aligned) p.tensors[0].in = memory + size_of(dtype);
+    p.lanes = {c.R / 2, c.offset, c.interleaved ? 1 : c.R / 2 / c.blocks};
+    p.dtype = dtype;
+    p.in_place = c.in_place;
+    return p;
+  }
+
+  // The lanes that the plan's units touch, as Arrangement describes them: unit after unit takes the
+  // next vector of first members and its partners, or the next vector of the span; after them come
+  // the vectors outside the span.
+  static std::vector<int> touched(const RotateParams& p, const Plan& plan) {
+    std::vector<int> count(p.D);
+    const auto take = [&](int64_t lane) {
+      for (int i = 0; i < plan.vector; ++i) ++count.at(lane + i);
+    };
+    for (int64_t unit = 0; unit < plan.rotating_units; ++unit) {
+      if (plan.arrangement == Arrangement::kPair) {
+        take(p.lanes.first(unit * plan.vector));
+        take(p.lanes.first(unit * plan.vector) + p.lanes.distance);
+      } else {
+        take(p.lanes.offset + unit * plan.vector);
+      }
+    }
+    std::vector<int64_t> outside;
+    for (int64_t lane = 0; lane < p.D && !p.in_place; lane += plan.vector) {
+      if (lane < p.lanes.offset || lane >= p.lanes.end()) outside.push_back(lane);
+    }
+    const size_t vectors = plan.arrangement == Arrangement::kPair ? 2 : 1;
+    const size_t copying_units = plan.units - plan.rotating_units;
+    EXPECT_EQ(copying_units, (outside.size() + vectors - 1) / vectors);
+    for (const int64_t lane : outside) take(lane);
+    return count;
+  }
+};
+
+TEST_P(HeadCoverage, TouchesEveryLaneOnce) {
+  for (const DType dtype : {DType::kBFloat16, DType::kFloat32, DType::kFloat64}) {
+    for (const bool aligned : {true, false}) {
+      for (const PlanOverrides& overrides : kArrangements) {
+        const RotateParams p = params(dtype, aligned);
+        const Plan plan = make_plan(p, kLargeCache, overrides);
+        SCOPED_TRACE(::testing::Message() << "size " << size_of(dtype) << " vector " << plan.vector
+                                          << " arrangement " << static_cast<int>(plan.arrangement));
+        EXPECT_TRUE(aligned || plan.vector == 1);
+        const std::vector<int> count = touched(p, plan);
+        for (int64_t lane = 0; lane < p.D; ++lane) {
+          const bool rotated = lane >= p.lanes.offset && lane < p.lanes.end();
+          ASSERT_EQ(count[lane], rotated || !p.in_place) << "lane " << lane;
+        }
+      }
+    }
+  }
+}
+
+// The vectors of a thread hold whole pairs, lie in one span, and find their partners inside the
+// warp.
+TEST_P(HeadCoverage, KeepsPairsWithinReach) {
+  for (const DType dtype : {DType::kBFloat16, DType::kFloat32, DType::kFloat64}) {
+    for (const PlanOverrides& overrides : kArrangements) {
+      const RotateParams p = params(dtype, true);
+      const Plan plan = make_plan(p, kLargeCache, overrides);
+      EXPECT_EQ(plan.threads % kWarp, 0);
+      EXPECT_LE(plan.threads, kMaxThreads);
+      if (plan.vector == 1) continue;
+      EXPECT_EQ(p.lanes.offset % plan.vector, 0);
+      if (plan.arrangement == Arrangement::kAdjacent) {
+        EXPECT_EQ(plan.vector % 2, 0);
+        EXPECT_EQ(p.lanes.distance, 1);
+        continue;
+      }
+      EXPECT_EQ(p.lanes.distance % plan.vector, 0);
+      if (plan.arrangement == Arrangement::kPair) continue;
+      const int64_t group = 2 * p.lanes.distance / plan.vector;
+      EXPECT_TRUE(is_power_of_two(group)) << group;
+      EXPECT_EQ(kWarp % group, 0) << group;
+      EXPECT_EQ(plan.units % group, 0) << "heads start anywhere in a group of " << group;
+      EXPECT_EQ(plan.rotating_units % group, 0);
+    }
+  }
+}
+
+std::vector<HeadCase> head_cases() {
+  std::vector<HeadCase> all;
+  for (const int64_t D : {2, 6, 8, 14, 64, 72, 80, 96, 128, 192, 256, 512}) {
+    for (const int64_t R : {int64_t{0}, int64_t{2}, D / 4 / 2 * 2, D / 2 / 2 * 2, D - 2, D}) {
+      for (const int64_t offset : {int64_t{0}, int64_t{1}, (D - R) / 2, D - R}) {
+        if (R > D || offset + R > D) continue;
+        for (const bool in_place : {false, true}) {
+          all.push_back({D, R, offset, true, 1, in_place});
+          for (const int64_t blocks : {1, 2, 3}) {
+            if (R / 2 % blocks == 0) all.push_back({D, R, offset, false, blocks, in_place});
+          }
+        }
+      }
+    }
+  }
+  return all;
+}
+
+INSTANTIATE_TEST_SUITE_P(Heads, HeadCoverage, ::testing::ValuesIn(head_cases()));
+
+TEST(Plan, CountsTheHeadsOfBothTensors) {
+  RotateParams p = call(2, 3, 5, 64, 64);
+  p.tensors[1] = p.tensors[0];
+  p.tensors[1].H = 2;
+  EXPECT_EQ(total_heads(p), 5);
+  p.count = 2;
+  EXPECT_EQ(total_heads(p), 7);
+}
+
+// A tensor with these strides of input and output.
+TensorParams tensor(const Strides& in, const Strides& out) {
+  return {memory, memory, in, out, 1, false};
+}
+
+constexpr Strides kShort = {64, 64, 64, 1};
+
+std::vector<Box> boxes_of(const Box& whole, int64_t units,
+                          const TensorParams& t = tensor(kShort, kShort)) {
+  std::vector<Box> boxes;
+  for_each_box(t, whole, units, [&](const Box& box) { boxes.push_back(box); });
+  return boxes;
+}
+
+Exact volume(const Box& box) { return Exact{box.size[0]} * box.size[1] * box.size[2]; }
+
+bool meet(const Box& x, const Box& y) {
+  for (size_t i = 0; i < 3; ++i) {
+    if (x.first[i] + x.size[i] <= y.first[i] || y.first[i] + y.size[i] <= x.first[i]) return false;
+  }
+  return true;
+}
+
+struct WorkCase {
+  std::array<int64_t, 3> size;
+  int64_t units;
+};
+
+void PrintTo(const WorkCase& c, std::ostream* out) {
+  *out << c.size[0] << " x " << c.size[1] << " x " << c.size[2] << " of " << c.units << " units";
+}
+
+class Boxes : public ::testing::TestWithParam<WorkCase> {};
+
+// Boxes inside the whole that do not meet and are together as large as it hold every index once.
+TEST_P(Boxes, HoldEveryIndexOnce) {
+  const Box whole = {{0, 0, 0}, GetParam().size};
+  const std::vector<Box> boxes = boxes_of(whole, GetParam().units);
+  ASSERT_LE(boxes.size(), 4096u);
+  Exact total = 0;
+  for (size_t i = 0; i < boxes.size(); ++i) {
+    for (size_t axis = 0; axis < 3; ++axis) {
+      EXPECT_GT(boxes[i].size[axis], 0);
+      EXPECT_GE(boxes[i].first[axis], 0);
+      EXPECT_LE(boxes[i].first[axis] + boxes[i].size[axis], whole.size[axis]);
+    }
+    EXPECT_LE(volume(boxes[i]) * GetParam().units, Exact{kMaxWork});
+    total += volume(boxes[i]);
+    for (size_t j = 0; j < i; ++j) ASSERT_FALSE(meet(boxes[i], boxes[j])) << i << " and " << j;
+  }
+  EXPECT_TRUE(total == volume(whole));
+}
+
+TEST_P(Boxes, AreFew) {
+  const Box whole = {{0, 0, 0}, GetParam().size};
+  const Exact least = (volume(whole) * GetParam().units + kMaxWork - 1) / kMaxWork;
+  EXPECT_TRUE(Exact{boxes_of(whole, GetParam().units).size()} <= 4 * least);
+}
+
+constexpr int64_t kHuge = int64_t{1} << 33;
+const WorkCase kWorkCases[] = {
+    {{1, 1, 1}, 1},
+    {{2, 3, 4}, 16},
+    {{70001, 3, 1}, 8},
+    {{1, 70001, 70001}, 1},
+    {{70001, 1, 70001}, 16},
+    {{70001, 70001, 8}, 16},
+    {{kHuge, 1, 1}, 1},
+    {{1, kHuge, 1}, 16},
+    {{1, 1, kHuge + 1}, 3},
+    {{3, kHuge / 3 + 1, 5}, 2},
+    {{1 << 20, 1 << 20, 1}, 1},
+    {{kMaxWork, 1, 1}, 1},
+    {{kMaxWork + 1, 1, 1}, 1},
+    {{1, 1, 1}, kMaxWork},
+    {{5, 7, 3}, kMaxWork / 4},
+    {{5, 7, 3}, kMaxWork},
+};
+
+INSTANTIATE_TEST_SUITE_P(Sizes, Boxes, ::testing::ValuesIn(kWorkCases));
+
+// Along an axis whose stride needs 64 bits a box has one coordinate; along others it is not cut.
+TEST(BoxesOfHugeStrides, HoldOneCoordinate) {
+  constexpr int64_t kLong = int64_t{1} << 31;
+  const Box whole = {{0, 0, 0}, {5, 6, 7}};
+  for (const auto& [strides, count] : {std::pair{Strides{kLong, 64, 64, 1}, 5},
+                                       {Strides{64, kLong, 64, 1}, 6},
+                                       {Strides{64, 64, kLong, 1}, 7},
+                                       {Strides{kLong, 64, kLong, 1}, 35},
+                                       {Strides{kLong - 1, 64, kLong - 1, 1}, 1},
+                                       {Strides{64, 64, 64, kLong}, 1}}) {
+    for (const TensorParams& t : {tensor(strides, kShort), tensor(kShort, strides)}) {
+      const std::vector<Box> boxes = boxes_of(whole, 8, t);
+      EXPECT_EQ(static_cast<int>(boxes.size()), count);
+      Exact total = 0;
+      for (const Box& box : boxes) {
+        total += volume(box);
+        EXPECT_TRUE(box.size[0] == 1 || strides.b < kLong);
+        EXPECT_TRUE(box.size[1] == 1 || strides.s < kLong);
+        EXPECT_TRUE(box.size[2] == 1 || strides.h < kLong);
+      }
+      EXPECT_TRUE(total == volume(whole));
+    }
+  }
+}
+
+TEST(BoxesOfHugeWork, NeverOverflow) {
+  // Sizes whose product exceeds 64 bits; only the first boxes are looked at.
+  struct Enough {};
+  int count = 0;
+  const Box whole = {{0, 0, 0}, {kHuge, kHuge, kHuge}};
+  const auto look = [&](const Box& box) {
+    EXPECT_LE(volume(box) * 16, Exact{kMaxWork});
+    if (++count == 1000) throw Enough();
+  };
+  EXPECT_THROW(for_each_box(tensor(kShort, kShort), whole, 16, look), Enough);
+}
+
+}  // namespace
+}  // namespace fused_rope
