@@ -1,0 +1,28 @@
+# PYTHON= the interpreter whose torch is used; TORCH= what to install where it has none; CASES= how many for fuzz.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+CASES ?= 10000
+export PYTHON TORCH
+
+.PHONY: build demo test bench fuzz format lint sanitize cuda-build clean
+
+build:  # .venv, and the library in python/ ready to import
+	scripts/build.sh
+demo: build  # train a small Llama stock and patched, and compare
+	.venv/bin/python examples/train_llama.py
+test:  # ctest, pytest, and the transformers tests once more with the older transformers
+	scripts/test.sh
+bench: build  # time every case on the device that is there
+	.venv/bin/python benchmarks/run.py
+fuzz: build  # random calls against the float64 oracle
+	.venv/bin/python tests/python/fuzz.py --cases $(CASES)
+format: build  # rewrite the sources in the project's style
+	scripts/lint.sh --fix
+lint: build  # formatting, ruff, mypy
+	scripts/lint.sh
+sanitize: build  # the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	scripts/sanitize.sh
+cuda-build:  # everything with a CUDA torch and nvcc; needs no GPU
+	scripts/cuda_build.sh
+clean:  # all that was built; the virtual environments stay
+	rm -rf build build-* python/fused_rope/_C*.so python/fused_rope/_build.py python/fused_rope/include python/fused_rope/lib*

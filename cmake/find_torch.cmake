@@ -1,0 +1,52 @@
+# Finds torch. The Python extension takes its interpreter's torch and no other; C++ alone takes the one that
+# CMAKE_PREFIX_PATH or Torch_DIR names, else the interpreter's too.
+# Sets TORCH_FULL_VERSION (such as 2.13.0+cpu) and, for a CUDA build of torch, TORCH_CUDA_MAJOR.
+
+set(Python_FIND_UNVERSIONED_NAMES FIRST)  # python3 before python3.x: the virtual environment's before the system's
+find_package(Python QUIET COMPONENTS Interpreter)
+
+if(Python_Interpreter_FOUND)
+  # What torch.utils.cmake_prefix_path says, without the seconds that importing torch takes.
+  execute_process(
+      COMMAND ${Python_EXECUTABLE} -c "from importlib.util import find_spec; print(*find_spec('torch').submodule_search_locations)"
+      OUTPUT_VARIABLE torch_in_python OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
+endif()
+if(FUSED_ROPE_PYTHON)
+  if(NOT torch_in_python)
+    message(FATAL_ERROR "${Python_EXECUTABLE} has no torch: install one there, or name another interpreter with "
+                        "-DPython_EXECUTABLE=, or build for C++ alone with -DFUSED_ROPE_PYTHON=OFF.")
+  endif()
+  set(Torch_DIR ${torch_in_python}/share/cmake/Torch CACHE PATH "" FORCE)
+elseif(torch_in_python)
+  list(APPEND CMAKE_PREFIX_PATH ${torch_in_python}/share/cmake)
+endif()
+
+# Torch's own search for CUDA wants a whole toolkit, takes a wrapper script named nvcc for the toolkit's root, and
+# ends the configuration where there is none. It is left out where this target exists; find_cuda.cmake fills it.
+add_library(torch::cudart INTERFACE IMPORTED)
+find_package(Torch 2.11 REQUIRED)
+
+set(TORCH_FULL_VERSION ${Torch_VERSION})
+if(EXISTS ${TORCH_INSTALL_PREFIX}/version.py)
+  set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${TORCH_INSTALL_PREFIX}/version.py)
+  file(STRINGS ${TORCH_INSTALL_PREFIX}/version.py version_line REGEX "^__version__")
+  string(REGEX REPLACE ".*'(.*)'.*" "\\1" TORCH_FULL_VERSION "${version_line}")
+endif()
+if(EXISTS ${TORCH_INSTALL_PREFIX}/lib/libc10_cuda.so)
+  file(STRINGS ${TORCH_INSTALL_PREFIX}/lib/libc10_cuda.so runtime REGEX "^libcudart[.]so[.][0-9]+$")
+  string(REGEX MATCH "[0-9]+$" TORCH_CUDA_MAJOR "${runtime}")
+endif()
+
+# Exceptions and streams cross the border to torch, which shares one C++ runtime with its process. A compiler that links
+# a static one would bring a second: both sides would crash on the other's messages.
+try_compile(runtime_probe_linked
+    SOURCE_FROM_CONTENT probe.cpp "#include <iostream>\nint main() { std::cout << 1; }\n"
+    COPY_FILE ${CMAKE_BINARY_DIR}/runtime_probe)
+if(runtime_probe_linked AND CMAKE_SYSTEM_NAME STREQUAL Linux)
+  file(STRINGS ${CMAKE_BINARY_DIR}/runtime_probe shared_runtime REGEX "^libstdc\\+\\+[.]so|^libc\\+\\+[.]so")
+  if(NOT shared_runtime)
+    find_library(FUSED_ROPE_LIBSTDCXX libstdc++.so.6 PATH_SUFFIXES ${CMAKE_LIBRARY_ARCHITECTURE} REQUIRED)
+    message(STATUS "The compiler links a static C++ runtime: linking torch's, ${FUSED_ROPE_LIBSTDCXX}")
+    link_libraries(${FUSED_ROPE_LIBSTDCXX})
+  endif()
+endif()

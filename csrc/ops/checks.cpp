@@ -1,0 +1,311 @@
+#include "ops/checks.h"
+
+#include <ATen/MemoryOverlap.h>
+#include <c10/core/InferenceMode.h>
+
+#include <algorithm>
+
+namespace fused_rope {
+namespace {
+
+constexpr std::array<std::string_view, 4> kLayoutNames = {"bshd", "bhsd", "sbhd", "thd"};
+constexpr std::array<std::string_view, 2> kPrecisionNames = {"fp32", "model"};
+
+// Where batch, sequence and heads lie in each layout; packed tokens have no batch.
+constexpr int kAxes[4][3] = {{0, 1, 2}, {0, 2, 1}, {1, 0, 2}, {-1, 0, 1}};
+
+template <size_t kCount>
+size_t find_name(const char* op, const char* argument,
+                 const std::array<std::string_view, kCount>& names, std::string_view name) {
+  const auto found = std::find(names.begin(), names.end(), name);
+  TORCH_CHECK_VALUE(found != names.end(), op, ": expected ", argument, " to be one of ",
+                    at::ArrayRef(names), ", got '", name, "'");
+  return static_cast<size_t>(found - names.begin());
+}
+
+bool is_rotatable(at::ScalarType type) {
+  return type == at::kHalf || type == at::kBFloat16 || type == at::kFloat || type == at::kDouble;
+}
+
+// "float32", as Python has it. Torch's own names are views or strings, depending on its version.
+std::string dtype_name(const at::Tensor& x) {
+  return std::string(c10::getDtypeNames(x.scalar_type()).first);
+}
+
+void check_index(const Call& call, const char* name, const OptionalTensor& index) {
+  if (!index.has_value()) return;
+  TORCH_CHECK_TYPE(index->scalar_type() == at::kInt || index->scalar_type() == at::kLong, call.op,
+                   ": expected ", name, " of dtype int32 or int64, got ", dtype_name(*index));
+  TORCH_CHECK_VALUE(index->device() == call.inputs[0]->device(), call.op, ": expected ", name,
+                    " on device ", call.inputs[0]->device(), " as ", call.name(0), " is, got ",
+                    index->device());
+}
+
+void check_tensors(const Call& call, Layout layout) {
+  const at::Tensor& x = *call.inputs[0];
+  const int64_t rank = layout == Layout::kTHD ? 3 : 4;
+  for (int i = 0; i < call.count(); ++i) {
+    const at::Tensor& tensor = *call.inputs[i];
+    TORCH_CHECK_TYPE(is_rotatable(tensor.scalar_type()), call.op, ": expected ", call.name(i),
+                     " of dtype float16, bfloat16, float32 or float64, got ", dtype_name(tensor));
+    TORCH_CHECK_TYPE(tensor.scalar_type() == x.scalar_type(), call.op, ": expected ", call.name(i),
+                     " of q's dtype ", dtype_name(x), ", got ", dtype_name(tensor));
+    TORCH_CHECK_VALUE(tensor.device() == x.device(), call.op, ": expected ", call.name(i),
+                      " on device ", x.device(), " as q is, got ", tensor.device());
+    TORCH_CHECK_VALUE(tensor.dim() == rank, call.op, ": expected ", call.name(i), " of ", rank,
+                      " dimensions for layout ", call.arguments.layout, ", got ",
+                      tensor.sym_sizes());
+  }
+}
+
+void check_tables(const Call& call) {
+  const at::Device device = call.inputs[0]->device();
+  for (const auto& [name, table] : {std::pair{"cos", &call.cos}, std::pair{"sin", &call.sin}}) {
+    TORCH_CHECK_TYPE(is_rotatable(table->scalar_type()), call.op, ": expected ", name,
+                     " of dtype float16, bfloat16, float32 or float64, got ", dtype_name(*table));
+    TORCH_CHECK_VALUE(table->device() == device, call.op, ": expected ", name, " on device ",
+                      device, " as ", call.name(0), " is, got ", table->device());
+  }
+  TORCH_CHECK_TYPE(call.cos.scalar_type() == call.sin.scalar_type(), call.op,
+                   ": expected sin of cos's dtype ", dtype_name(call.cos), ", got ",
+                   dtype_name(call.sin));
+  TORCH_CHECK_VALUE(call.cos.dim() >= 2 && call.cos.dim() <= 4, call.op,
+                    ": expected cos of shape [M, P], [B or 1, S, P] or [B or 1, S, H, P], got ",
+                    call.cos.sym_sizes());
+  TORCH_CHECK_VALUE(call.sin.dim() == call.cos.dim(), call.op, ": expected sin of cos's shape ",
+                    call.cos.sym_sizes(), ", got ", call.sin.sym_sizes());
+}
+
+void check_options(const Call& call, Layout layout) {
+  const Arguments& a = call.arguments;
+  TORCH_CHECK_VALUE(a.rotary_offset >= 0, call.op, ": expected rotary_offset >= 0, got ",
+                    a.rotary_offset);
+  TORCH_CHECK_VALUE(a.blocks >= 1, call.op, ": expected blocks >= 1, got ", a.blocks);
+  TORCH_CHECK_VALUE(a.blocks == 1 || !a.interleaved, call.op,
+                    ": expected blocks=1 beside interleaved=True, got blocks=", a.blocks);
+  TORCH_CHECK_VALUE(!a.cu_seqlens.has_value() || layout == Layout::kTHD, call.op,
+                    ": expected cu_seqlens with layout thd only, got layout ", a.layout);
+  TORCH_CHECK_VALUE(
+      !a.cu_seqlens.has_value() || (a.cu_seqlens->dim() == 1 && a.cu_seqlens->sym_size(0) > 0),
+      call.op, ": expected cu_seqlens of shape [N + 1], got ", a.cu_seqlens->sym_sizes());
+  TORCH_CHECK_VALUE(!a.axes.has_value() || a.positions.has_value(), call.op,
+                    ": expected positions with a leading axis A beside axes, got none");
+}
+
+// Tables that are gathered per token leave nothing to choose rows by.
+void check_gathered(const Call& call) {
+  const Arguments& a = call.arguments;
+  const char* extra = a.positions.has_value()    ? "positions"
+                      : a.offsets.has_value()    ? "offset"
+                      : a.cu_seqlens.has_value() ? "cu_seqlens"
+                                                 : nullptr;
+  TORCH_CHECK_VALUE(extra == nullptr, call.op, ": expected no ", extra,
+                    " beside per-token tables, got cos of shape ", call.cos.sym_sizes());
+  if (const auto offset = a.offset.maybe_as_int()) {
+    TORCH_CHECK_VALUE(*offset == 0, call.op,
+                      ": expected no offset beside per-token tables, got offset=", *offset,
+                      " and cos of shape ", call.cos.sym_sizes());
+  }
+}
+
+void check_span(const Call& call, const Extents& x, int64_t P) {
+  const Arguments& a = call.arguments;
+  TORCH_CHECK_VALUE(2 * P <= x.D, call.op, ": expected cos with P <= D/2 columns, D=", x.D,
+                    ", got ", call.cos.sizes());
+  TORCH_CHECK_VALUE(a.rotary_offset <= x.D - 2 * P, call.op,
+                    ": expected rotary_offset + R <= D, R=", 2 * P, ", D=", x.D,
+                    ", got rotary_offset=", a.rotary_offset);
+  TORCH_CHECK_VALUE(P % a.blocks == 0, call.op, ": expected blocks that divide P=", P,
+                    ", got blocks=", a.blocks);
+  TORCH_CHECK_VALUE(x.D < int64_t{1} << 31, call.op, ": expected D < 2^31, got ", x.D);
+}
+
+void check_positions(const Call& call, const Extents& x, int64_t P) {
+  const Arguments& a = call.arguments;
+  const at::IntArrayRef sizes = a.positions->sizes();
+  const size_t leading = a.axes.has_value() ? 1 : 0;
+  const bool fits = (sizes.size() == leading + 1 && sizes[leading] == x.S) ||
+                    (sizes.size() == leading + 2 &&
+                     (sizes[leading] == x.B || sizes[leading] == 1) && sizes[leading + 1] == x.S);
+  TORCH_CHECK_VALUE(
+      fits, call.op, ": expected positions of shape ",
+      leading ? "[A, S], [A, 1, S] or [A, B, S] beside axes" : "[S], [1, S] or [B, S]",
+      " with B=", x.B, ", S=", x.S, ", got ", sizes);
+  if (!leading) return;
+  TORCH_CHECK_VALUE(sizes[0] >= 1 && sizes[0] <= kMaxAxes, call.op,
+                    ": expected positions with 1 <= A <= ", kMaxAxes, " axes, got ", sizes);
+  TORCH_CHECK_VALUE(P <= kMaxAxisPairs, call.op, ": expected P <= ", kMaxAxisPairs,
+                    " pairs beside axes, got ", P);
+  TORCH_CHECK_VALUE(static_cast<int64_t>(a.axes->size()) == P, call.op, ": expected axes of P=", P,
+                    " numbers, got ", a.axes->size());
+  for (const int64_t axis : *a.axes) {
+    TORCH_CHECK_VALUE(axis >= 0 && axis < sizes[0], call.op, ": expected axes in [0, A=", sizes[0],
+                      "), got ", axis);
+  }
+}
+
+void check_shared(const Call& call, const Extents& x) {
+  const Arguments& a = call.arguments;
+  if (a.positions.has_value()) check_positions(call, x, call.cos.size(1));
+  if (a.offsets.has_value()) {
+    const int64_t rows = a.cu_seqlens.has_value() ? a.cu_seqlens->size(0) - 1 : x.B;
+    TORCH_CHECK_VALUE(a.offsets->dim() == 1 && a.offsets->size(0) == rows, call.op,
+                      ": expected offset of shape [", a.cu_seqlens.has_value() ? "N" : "B", "=",
+                      rows, "], got ", a.offsets->sizes());
+    TORCH_CHECK_VALUE(a.offset == 0, call.op, ": expected one offset, got an int and a tensor");
+  }
+  if (a.positions.has_value() || a.offsets.has_value() || a.cu_seqlens.has_value()) return;
+  const int64_t offset = a.offset.guard_int(__FILE__, __LINE__);
+  TORCH_CHECK_VALUE(offset >= 0, call.op, ": expected offset >= 0 without positions, got ", offset);
+  TORCH_CHECK_VALUE(offset <= call.cos.size(0) && x.S <= call.cos.size(0) - offset, call.op,
+                    ": expected cos with at least ", offset ? "offset + " : "",
+                    "S=", offset ? c10::str(offset, " + ") : "", x.S, " rows, got ",
+                    call.cos.sizes());
+}
+
+void check_per_token(const Call& call, const Extents& x) {
+  const at::IntArrayRef sizes = call.cos.sizes();
+  const bool per_head = sizes.size() == 4;
+  TORCH_CHECK_VALUE(
+      (sizes[0] == x.B || sizes[0] == 1) && sizes[1] == x.S && (!per_head || sizes[2] == x.H),
+      call.op, ": expected cos of shape ", per_head ? "[B or 1, S, H, P]" : "[B or 1, S, P]",
+      " with B=", x.B, ", S=", x.S, per_head ? c10::str(", H=", x.H) : "", ", got ", sizes);
+}
+
+// What is written must have a place for every element, and must not be an inference tensor that
+// others still trust.
+void check_writable(const Call& call, const char* name, const at::Tensor& tensor) {
+  TORCH_CHECK(at::has_internal_overlap(tensor) != at::MemOverlap::Yes, call.op, ": expected ", name,
+              " whose elements have memory of their own, got strides ", tensor.strides());
+  TORCH_CHECK(!tensor.is_inference() || c10::InferenceMode::is_enabled(), call.op, ": expected ",
+              name, " to be no inference tensor outside inference mode, got one");
+}
+
+void check_apart(const Call& call, const char* name, const at::Tensor& tensor,
+                 const char* other_name, const at::Tensor& other) {
+  const auto overlap = at::get_overlap_status(tensor, other);
+  TORCH_CHECK(overlap != at::MemOverlapStatus::Full && overlap != at::MemOverlapStatus::Partial,
+              call.op, ": expected ", name, " in memory apart from ", other_name,
+              ", got overlapping tensors");
+}
+
+// The i-th output, written by out_rows.
+void check_scattered(const Call& call, int i, const at::Tensor& out) {
+  const Layout layout = parse_layout(call.op, call.arguments.layout);
+  const Extents x = extents(*call.inputs[i], layout);
+  TORCH_CHECK_VALUE(out.size(1) == x.H && out.size(2) == x.D, call.op, ": expected ",
+                    call.out_name(i), " of shape [rows, H=", x.H, ", D=", x.D,
+                    "] beside out_rows, got ", out.sizes());
+  const at::IntArrayRef rows = call.arguments.out_rows->sizes();
+  const bool fits = rows == at::IntArrayRef({x.B, x.S}) ||
+                    (layout == Layout::kTHD && rows == at::IntArrayRef({x.S}));
+  TORCH_CHECK_VALUE(fits, call.op, ": expected out_rows of shape ",
+                    layout == Layout::kTHD ? "[T]" : "[B, S]", " with B=", x.B, ", S=", x.S,
+                    ", got ", rows);
+}
+
+}  // namespace
+
+Layout parse_layout(const char* op, std::string_view layout) {
+  return static_cast<Layout>(find_name(op, "layout", kLayoutNames, layout));
+}
+
+Precision parse_precision(const char* op, std::string_view precision) {
+  return static_cast<Precision>(find_name(op, "precision", kPrecisionNames, precision));
+}
+
+std::string_view name_of(Layout layout) { return kLayoutNames[static_cast<size_t>(layout)]; }
+
+std::string_view name_of(Precision precision) {
+  return kPrecisionNames[static_cast<size_t>(precision)];
+}
+
+Extents extents(const at::Tensor& x, Layout layout) {
+  const auto& axes = kAxes[static_cast<int>(layout)];
+  const at::IntArrayRef sizes = x.sizes();
+  const at::IntArrayRef strides = x.strides();
+  const bool packed = layout == Layout::kTHD;
+  return {packed ? 1 : sizes[axes[0]],
+          sizes[axes[1]],
+          sizes[axes[2]],
+          sizes.back(),
+          {packed ? 0 : strides[axes[0]], strides[axes[1]], strides[axes[2]], strides.back()}};
+}
+
+void check_metadata(const Call& call) {
+  const Arguments& a = call.arguments;
+  const Layout layout = parse_layout(call.op, a.layout);
+  parse_precision(call.op, a.precision);
+  check_tensors(call, layout);
+  check_tables(call);
+  check_index(call, "positions", a.positions);
+  check_index(call, "offset", a.offsets);
+  check_index(call, "cu_seqlens", a.cu_seqlens);
+  check_index(call, "out_rows", a.out_rows);
+  check_options(call, layout);
+  if (call.cos.dim() > 2) check_gathered(call);
+}
+
+void check_sizes(const Call& call) {
+  const Layout layout = parse_layout(call.op, call.arguments.layout);
+  const Extents x = extents(*call.inputs[0], layout);
+  TORCH_CHECK_VALUE(call.sin.sizes() == call.cos.sizes(), call.op, ": expected sin of cos's shape ",
+                    call.cos.sizes(), ", got ", call.sin.sizes());
+  check_span(call, x, call.cos.sizes().back());
+  for (int i = 0; i < call.count(); ++i) {
+    const Extents other = extents(*call.inputs[i], layout);
+    TORCH_CHECK_VALUE(other.B == x.B && other.S == x.S && other.D == x.D, call.op, ": expected ",
+                      call.name(i), " with q's B=", x.B, ", S=", x.S, ", D=", x.D, ", got ",
+                      call.inputs[i]->sizes());
+    if (call.cos.dim() > 2) check_per_token(call, other);
+  }
+  if (call.cos.dim() == 2) check_shared(call, x);
+}
+
+void check_in_place(const Call& call) {
+  for (int i = 0; i < call.count(); ++i) {
+    check_writable(call, call.name(i), *call.inputs[i]);
+    check_apart(call, call.name(i), *call.inputs[i], "cos", call.cos);
+    check_apart(call, call.name(i), *call.inputs[i], "sin", call.sin);
+  }
+  if (call.count() == 2) check_apart(call, "k", *call.inputs[1], "q", *call.inputs[0]);
+}
+
+void check_out_metadata(const Call& call, const Outputs& outputs) {
+  for (int i = 0; i < call.count(); ++i) {
+    const at::Tensor& in = *call.inputs[i];
+    const at::Tensor& out = *outputs[i];
+    TORCH_CHECK_TYPE(out.scalar_type() == in.scalar_type(), call.op, ": expected ",
+                     call.out_name(i), " of dtype ", dtype_name(in), " as ", call.name(i),
+                     " is, got ", dtype_name(out));
+    TORCH_CHECK_VALUE(out.device() == in.device(), call.op, ": expected ", call.out_name(i),
+                      " on device ", in.device(), " as ", call.name(i), " is, got ", out.device());
+    const bool scattered = i == call.count() - 1 && call.arguments.out_rows.has_value();
+    TORCH_CHECK_VALUE(out.dim() == (scattered ? 3 : in.dim()), call.op, ": expected ",
+                      call.out_name(i), " of shape ",
+                      scattered ? "[rows, H, D] beside out_rows" : c10::str(in.sym_sizes()),
+                      ", got ", out.sym_sizes());
+  }
+}
+
+void check_out(const Call& call, const Outputs& outputs) {
+  check_out_metadata(call, outputs);
+  for (int i = 0; i < call.count(); ++i) {
+    if (i == call.count() - 1 && call.arguments.out_rows.has_value()) {
+      check_scattered(call, i, *outputs[i]);
+    } else {
+      TORCH_CHECK_VALUE(outputs[i]->sizes() == call.inputs[i]->sizes(), call.op, ": expected ",
+                        call.out_name(i), " of shape ", call.inputs[i]->sizes(), " as ",
+                        call.name(i), " is, got ", outputs[i]->sizes());
+    }
+    check_writable(call, call.out_name(i), *outputs[i]);
+    for (int j = 0; j < call.count(); ++j)
+      check_apart(call, call.out_name(i), *outputs[i], call.name(j), *call.inputs[j]);
+    for (int j = 0; j < i; ++j)
+      check_apart(call, call.out_name(i), *outputs[i], call.out_name(j), *outputs[j]);
+    check_apart(call, call.out_name(i), *outputs[i], "cos", call.cos);
+    check_apart(call, call.out_name(i), *outputs[i], "sin", call.sin);
+  }
+}
+
+}  // namespace fused_rope

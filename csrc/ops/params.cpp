@@ -1,0 +1,126 @@
+#include "ops/params.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+
+namespace fused_rope {
+namespace {
+
+DType dtype_of(const at::Tensor& x) {
+  switch (x.scalar_type()) {
+    case at::kHalf:
+      return DType::kFloat16;
+    case at::kBFloat16:
+      return DType::kBFloat16;
+    case at::kFloat:
+      return DType::kFloat32;
+    default:
+      return DType::kFloat64;
+  }
+}
+
+// Tables in half precision beside another dtype are widened, which is exact.
+at::Tensor readable_table(const at::Tensor& table, at::ScalarType x) {
+  const bool half = table.scalar_type() == at::kHalf || table.scalar_type() == at::kBFloat16;
+  return half && table.scalar_type() != x ? table.to(at::kFloat) : table;
+}
+
+TableParams table_params(const at::Tensor& table) {
+  const at::IntArrayRef sizes = table.sizes();
+  const at::IntArrayRef strides = table.strides();
+  TableParams params = {table.const_data_ptr(), 0, 0, 0, 0, strides.back()};
+  if (sizes.size() == 2) {
+    params.m = strides[0];
+  } else {
+    params.b = sizes[0] == 1 ? 0 : strides[0];
+    params.s = strides[1];
+    if (sizes.size() == 4) params.h = strides[2];
+  }
+  return params;
+}
+
+IndexParams index_params(const OptionalTensor& index) {
+  if (!index.has_value()) return {nullptr, false};
+  return {index->const_data_ptr(), index->scalar_type() == at::kLong};
+}
+
+// Strides of a [S], [1, S] or [B, S] index, after `leading` dimensions.
+void set_token_strides(const at::Tensor& index, int64_t leading, int64_t& b, int64_t& s) {
+  const bool batched = index.dim() == leading + 2 && index.size(leading) != 1;
+  b = batched ? index.stride(leading) : 0;
+  s = index.stride(-1);
+}
+
+RowParams row_params(const Call& call, int64_t M) {
+  const Arguments& a = call.arguments;
+  RowParams rows = {};
+  rows.gathered = call.cos.dim() > 2;
+  rows.M = M;
+  rows.offset = a.offset.guard_int(__FILE__, __LINE__);
+  rows.positions = index_params(a.positions);
+  if (a.positions.has_value()) {
+    const int64_t leading = a.axes.has_value() ? 1 : 0;
+    rows.positions_a = leading ? a.positions->stride(0) : 0;
+    set_token_strides(*a.positions, leading, rows.positions_b, rows.positions_s);
+  }
+  rows.offsets = index_params(a.offsets);
+  if (a.offsets.has_value()) rows.offsets_stride = a.offsets->stride(0);
+  rows.cu_seqlens = index_params(a.cu_seqlens);
+  if (a.cu_seqlens.has_value()) {
+    rows.cu_seqlens_stride = a.cu_seqlens->stride(0);
+    rows.N = a.cu_seqlens->size(0) - 1;
+  }
+  rows.out_rows = index_params(a.out_rows);
+  if (a.out_rows.has_value()) set_token_strides(*a.out_rows, 0, rows.out_rows_b, rows.out_rows_s);
+  return rows;
+}
+
+}  // namespace
+
+PreparedCall prepare(const Call& call) {
+  const Arguments& a = call.arguments;
+  const at::Tensor& x = *call.inputs[0];
+  PreparedCall prepared = {
+      {}, readable_table(call.cos, x.scalar_type()), readable_table(call.sin, x.scalar_type())};
+  RotateParams& p = prepared.params;
+  const Layout layout = parse_layout(call.op, a.layout);
+  p.count = call.count();
+  for (int i = 0; i < p.count; ++i) {
+    const Extents e = extents(*call.inputs[i], layout);
+    p.B = e.B;
+    p.S = e.S;
+    p.D = e.D;
+    p.tensors[i] = {call.inputs[i]->const_data_ptr(), nullptr, e.strides, {}, e.H, false};
+  }
+  const int64_t P = call.cos.sizes().back();
+  p.lanes = {P, a.rotary_offset, a.interleaved ? 1 : P / a.blocks};
+  p.cos = table_params(prepared.cos);
+  p.sin = table_params(prepared.sin);
+  p.rows = row_params(call, call.cos.size(0));
+  p.axes = a.axes.has_value() ? a.axes->data() : nullptr;
+  p.dtype = dtype_of(x);
+  p.table_dtype = dtype_of(prepared.cos);
+  p.precision = parse_precision(call.op, a.precision);
+  p.inverse = a.inverse;
+  p.per_head = call.cos.dim() == 4;
+  return prepared;
+}
+
+void set_outputs(RotateParams& p, const Call& call, const Outputs& outputs) {
+  const Layout layout = parse_layout(call.op, call.arguments.layout);
+  p.in_place = outputs[0] == call.inputs[0];
+  for (int i = 0; i < p.count; ++i) {
+    TensorParams& t = p.tensors[i];
+    t.scattered = i == p.count - 1 && call.arguments.out_rows.has_value();
+    t.out = outputs[i]->mutable_data_ptr();
+    t.out_strides = extents(*outputs[i], t.scattered ? Layout::kTHD : layout).strides;
+    if (t.scattered) p.rows.out_rows_limit = outputs[i]->size(0);
+  }
+}
+
+at::Tensor empty_output(const at::Tensor& x) {
+  if (x.is_non_overlapping_and_dense()) return at::empty_like(x);
+  return at::empty_symint(x.sym_sizes(), x.options());
+}
+
+}  // namespace fused_rope

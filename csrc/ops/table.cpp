@@ -1,0 +1,93 @@
+// cos_sin_table: always built on the host, so that every device holds the same bits, and copied
+// without waiting.
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <c10/core/InferenceMode.h>
+#include <torch/library.h>
+
+#include <cmath>
+
+#include "fused_rope/ops.h"
+#include "ops/arguments.h"
+
+namespace fused_rope {
+namespace {
+
+struct Angle {
+  double cos, sin;
+};
+
+// cos and sin of m * f. The product's rounding error e is worth 200 ulp of float32 at m = 2^31; it
+// is kept.
+Angle angle_of(double m, double f) {
+  const double p = m * f;
+  const double e = std::fma(m, f, -p);
+  const double c = std::cos(p);
+  const double s = std::sin(p);
+  return {c - e * s, s + e * c};
+}
+
+void check_table(const at::Tensor& inv_freq, int64_t rows, int64_t first, at::ScalarType dtype) {
+  TORCH_CHECK_TYPE(at::isFloatingType(inv_freq.scalar_type()),
+                   "cos_sin_table: expected inv_freq of a floating dtype, got ",
+                   inv_freq.scalar_type());
+  TORCH_CHECK_TYPE(
+      dtype == at::kHalf || dtype == at::kBFloat16 || dtype == at::kFloat || dtype == at::kDouble,
+      "cos_sin_table: expected dtype float16, bfloat16, float32 or float64, got ", dtype);
+  TORCH_CHECK_VALUE(inv_freq.dim() == 1, "cos_sin_table: expected inv_freq of shape [P], got ",
+                    inv_freq.sym_sizes());
+  TORCH_CHECK_VALUE(rows >= 0, "cos_sin_table: expected rows >= 0, got ", rows);
+  constexpr int64_t kMaxRow = int64_t{1} << 31;
+  TORCH_CHECK_VALUE(first >= 0 && first <= kMaxRow + 1 - rows,
+                    "cos_sin_table: expected first >= 0 and first + rows <= ", kMaxRow + 1,
+                    ", got first=", first, ", rows=", rows);
+}
+
+TensorPair empty_tables(int64_t rows, int64_t P, const at::TensorOptions& options) {
+  return {at::empty({rows, P}, options), at::empty({rows, P}, options)};
+}
+
+TensorPair build(const at::Tensor& inv_freq, c10::SymInt sym_rows, c10::SymInt sym_first,
+                 double scale, at::ScalarType dtype, std::optional<at::Device> device) {
+  const int64_t rows = sym_rows.guard_int(__FILE__, __LINE__);
+  const int64_t first = sym_first.guard_int(__FILE__, __LINE__);
+  check_table(inv_freq, rows, first, dtype);
+  // A table made in inference mode could never be trained with.
+  const c10::InferenceMode no_inference_tensors(false);
+  const at::Tensor frequencies = inv_freq.detach().to(at::kCPU, at::kDouble).contiguous();
+  const int64_t P = frequencies.size(0);
+  const auto [cos, sin] = empty_tables(rows, P, at::TensorOptions(at::kCPU).dtype(at::kDouble));
+  const double* f = frequencies.const_data_ptr<double>();
+  double* c = cos.mutable_data_ptr<double>();
+  double* s = sin.mutable_data_ptr<double>();
+  at::parallel_for(0, rows * P, 1024, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const Angle angle = angle_of(static_cast<double>(first + i / P), f[i % P]);
+      c[i] = angle.cos * scale;
+      s[i] = angle.sin * scale;
+    }
+  });
+  const at::Device target = device.value_or(inv_freq.device());
+  const auto finish = [&](const at::Tensor& table) {
+    const at::Tensor host = table.to(dtype);
+    // From pageable memory even a non-blocking copy waits for what the stream has yet to do.
+    return (target.is_cuda() ? host.pin_memory() : host).to(target, /*non_blocking=*/true);
+  };
+  return {finish(cos), finish(sin)};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fused_rope, CompositeExplicitAutograd, m) {
+  m.impl("cos_sin_table", TORCH_FN(build));
+}
+
+TensorPair cos_sin_table(const at::Tensor& inv_freq, int64_t rows, int64_t first, double scale,
+                         at::ScalarType dtype, std::optional<at::Device> device) {
+  static const auto handle = c10::Dispatcher::singleton()
+                                 .findSchemaOrThrow("fused_rope::cos_sin_table", "")
+                                 .typed<decltype(build)>();
+  return handle.call(inv_freq, rows, first, scale, dtype, device);
+}
+
+}  // namespace fused_rope

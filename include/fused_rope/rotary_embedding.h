@@ -1,0 +1,133 @@
+// A libtorch module that owns a table, picks its rows and calls the operators: the C++ form of
+// Python's fused_rope.RotaryEmbedding, with the same numbers.
+//
+// Letters: B batch, S sequence length, T packed tokens, N packed sequences, H heads, D head_dim, R
+// rotary_dim, P = R/2 pairs, M table rows, A position axes.
+#pragma once
+
+#include <torch/nn/cloneable.h>
+#include <torch/nn/pimpl.h>
+
+#include <iosfwd>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "fused_rope/ops.h"
+
+namespace fused_rope {
+
+// How frequencies are stretched so that a model reads longer texts than it was trained on.
+enum class RopeType { kDefault, kLinear, kYarn, kLlama3 };
+
+// A kind of scaling and its keys, named as in Hugging Face configs; what a kind needs has no
+// default: linear factor; yarn factor, original_max_position_embeddings; llama3 these,
+// low_freq_factor, high_freq_factor.
+//   RopeScaling(RopeType::kYarn).factor(8).original_max_position_embeddings(4096)
+struct RopeScaling {
+  RopeScaling(RopeType rope_type = RopeType::kDefault) : rope_type_(rope_type) {}  // NOLINT
+
+  TORCH_ARG(RopeType, rope_type);
+  TORCH_ARG(std::optional<double>, factor);
+  TORCH_ARG(std::optional<double>, original_max_position_embeddings);
+  TORCH_ARG(std::optional<double>, low_freq_factor);
+  TORCH_ARG(std::optional<double>, high_freq_factor);
+  TORCH_ARG(double, beta_fast) = 32;
+  TORCH_ARG(double, beta_slow) = 1;
+  TORCH_ARG(std::optional<double>, attention_factor);
+  TORCH_ARG(std::optional<double>, mscale);
+  TORCH_ARG(std::optional<double>, mscale_all_dim);
+  TORCH_ARG(bool, truncate) = true;
+};
+
+// The inverse frequencies of R lanes, float64 [P] on the CPU, and the factor that scales cosine and
+// sine. ValueError for an odd R or a key that is missing.
+FUSED_ROPE_API std::tuple<at::Tensor, double> frequencies(int64_t rotary_dim, double base = 10000.0,
+                                                          const RopeScaling& scaling = {});
+
+struct RotaryEmbeddingOptions {
+  RotaryEmbeddingOptions(int64_t head_dim) : head_dim_(head_dim) {}  // NOLINT
+
+  TORCH_ARG(int64_t, head_dim);
+  // R, even; all lanes from rotary_offset on where not given.
+  TORCH_ARG(std::optional<int64_t>, rotary_dim);
+  TORCH_ARG(int64_t, rotary_offset) = 0;
+  // M, to begin with.
+  TORCH_ARG(int64_t, max_seq_len) = 2048;
+  // Base of the frequencies ("rope_theta").
+  TORCH_ARG(double, base) = 10000.0;
+  TORCH_ARG(RopeScaling, scaling);
+  TORCH_ARG(Layout, layout) = Layout::kBSHD;
+  TORCH_ARG(bool, interleaved) = false;
+  // Halves inside each of this many spans, each with the frequencies of R/blocks lanes.
+  TORCH_ARG(int64_t, blocks) = 1;
+  // M-RoPE: the position axis that each of the P pairs follows.
+  TORCH_ARG(std::optional<std::vector<int64_t>>, axes);
+  TORCH_ARG(Precision, precision) = Precision::kFp32;
+};
+
+// Where the tokens of one call are: rope(q, k, 17), or
+// rope(q, k, RotaryEmbeddingForwardOptions().positions(positions)).
+struct RotaryEmbeddingForwardOptions {
+  RotaryEmbeddingForwardOptions(int64_t offset = 0) : offset_(offset) {}  // NOLINT
+
+  // Tokens before these: one number, or an int32 or int64 tensor [B] or [N] ("offsets").
+  TORCH_ARG(int64_t, offset);
+  TORCH_ARG(std::optional<at::Tensor>, offsets);
+  // int32 or int64 [S], [1, S], [B, S] or [T], [1, T]; -1: not rotated. With axes, a leading axis A
+  // before these; without it all axes share the positions. What could be [A, S] as well as [B, S]
+  // is read as [B, S].
+  TORCH_ARG(std::optional<at::Tensor>, positions);
+  // First token of each packed sequence and the end of the last, int32 or int64 [N + 1].
+  TORCH_ARG(std::optional<at::Tensor>, cu_seqlens);
+};
+
+// The table is computed in float64 and kept in float32. It is neither parameter nor buffer:
+// to(dtype) leaves its numbers alone, save and load know nothing of it, to(device) moves it, and so
+// does a call with q elsewhere. Where the rows are known on the host (no tensor says where tokens
+// are) it grows by itself; otherwise it has max_seq_len rows until reserve(rows). After a change of
+// `options`, reset() builds it anew.
+//
+//   fused_rope::RotaryEmbedding rope(RotaryEmbeddingOptions(64).layout(Layout::kBHSD).base(5e5));
+//   const auto [q_rotated, k_rotated] = rope(q, k);
+class FUSED_ROPE_API RotaryEmbeddingImpl : public torch::nn::Cloneable<RotaryEmbeddingImpl> {
+ public:
+  // ValueError where sizes do not fit each other or the scaling lacks a key.
+  explicit RotaryEmbeddingImpl(RotaryEmbeddingOptions options);
+
+  // q [B, S, H, D] in the order of the layout, or [T, H, D]; k the same with any number of heads.
+  // Both rotated; neither is changed. Throws as rotate_qk.
+  std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& q, const at::Tensor& k,
+                                             const RotaryEmbeddingForwardOptions& where = {});
+
+  // q alone, for query-only layers.
+  at::Tensor rotate(const at::Tensor& q, const RotaryEmbeddingForwardOptions& where = {});
+
+  // Makes sure that the table has `rows` rows, wanted before tensors say where tokens are and
+  // before a CUDA graph.
+  void reserve(int64_t rows);
+
+  void reset() override;
+  void to(at::Device device, at::ScalarType dtype, bool non_blocking = false) override;
+  void to(at::ScalarType dtype, bool non_blocking = false) override;
+  void to(at::Device device, bool non_blocking = false) override;
+  void pretty_print(std::ostream& stream) const override;
+
+  RotaryEmbeddingOptions options;
+  // float32 [M, P].
+  at::Tensor cos, sin;
+
+ private:
+  RotateOptions prepare(const at::Tensor& q, const RotaryEmbeddingForwardOptions& where);
+  bool positions_have_axes(const at::Tensor& positions, const at::Tensor& q) const;
+  void move(at::Device device);
+  void build(int64_t rows, at::Device device);
+
+  at::Tensor inv_freq_;
+  double scale_ = 1.0;
+};
+
+// A shared handle to RotaryEmbeddingImpl, as all of libtorch's modules.
+TORCH_MODULE(RotaryEmbedding);
+
+}  // namespace fused_rope

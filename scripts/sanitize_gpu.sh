@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Every instance of the CUDA kernel under compute-sanitizer: scripts/sanitize_gpu.sh [TOOL...], all four tools if none
+# is named. Each prints one line for each plan; a fault, or a result that is not the CPU's, prints the log and fails.
+source "$(dirname "$0")/common.sh"
+export PATH=$PWD/.venv/bin:$PATH:${CUDA_HOME:-/usr/local/cuda}/bin
+export PYTHONPATH=${PYTHONPATH:+$PYTHONPATH:}$PWD/python
+export PYTORCH_NO_CUDA_MEMORY_CACHING=1  # else torch hands out parts of one block, and overruns stay inside it
+command -v compute-sanitizer >/dev/null || die "There is no compute-sanitizer on PATH or in CUDA_HOME/bin."
+
+[ $# -gt 0 ] || set -- memcheck initcheck racecheck synccheck
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+status=0
+for tool in "$@"; do
+  options=()
+  [ "$tool" != memcheck ] || options=(--padding 4096)  # so that an overrun does not land in the next tensor
+  for plan in "" "shuffle=1 heads=2 streaming=1"; do
+    if FUSED_ROPE_PLAN=$plan compute-sanitizer --tool "$tool" "${options[@]}" --error-exitcode 1 \
+        python3 tests/python/sanitize.py >"$log" 2>&1; then
+      verdict=passed
+    else
+      verdict=FAILED
+      status=1
+      cat "$log"
+    fi
+    printf '%-10s %-6s plan "%s": %s; %s\n' "$tool" $verdict "$plan" \
+      "$(grep ' calls, ' "$log" || echo 'calls were not finished')" \
+      "$(grep 'SUMMARY' "$log" | sed 's/^=* *//' | paste -sd ' ' || true)"
+  done
+done
+exit $status

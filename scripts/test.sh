@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Every test: C++ by ctest, Python by pytest, and those of transformers once more with its last release 4.
+source "$(dirname "$0")/common.sh"
+scripts/build.sh
+export PATH=$PWD/.venv/bin:$PATH
+
+say "C++ tests"
+ctest --test-dir build --output-on-failure
+
+say "Python tests"
+python -m pytest -q
+
+older=transformers==4.57.6
+say "Python tests with $older"
+folder=.venv/transformers-4
+[ -e $folder/complete ] || { python -m pip install -q --target $folder $older && touch $folder/complete; }
+PYTHONPATH=$PWD/$folder python -m pytest -q tests/python/test_transformers*.py

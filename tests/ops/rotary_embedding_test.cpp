@@ -1,0 +1,303 @@
+#include "fused_rope/rotary_embedding.h"
+
+#include <torch/nn/modules/container/sequential.h>
+#include <torch/nn/modules/linear.h>
+#include <torch/serialize.h>
+
+#include <sstream>
+
+#include "testing.h"
+
+namespace fused_rope {
+namespace {
+
+using testing::expect_rotated;
+using testing::expect_same_bits;
+using testing::OnDevice;
+
+using Options = RotaryEmbeddingOptions;
+using Where = RotaryEmbeddingForwardOptions;
+
+at::Tensor series(int64_t R, double base) {
+  return at::pow(base, -at::arange(0, R, 2, at::kDouble) / static_cast<double>(R));
+}
+
+RopeScaling llama3() {
+  return RopeScaling(RopeType::kLlama3)
+      .factor(8)
+      .low_freq_factor(1)
+      .high_freq_factor(4)
+      .original_max_position_embeddings(8192);
+}
+
+RopeScaling yarn() {
+  return RopeScaling(RopeType::kYarn).factor(8).original_max_position_embeddings(4096);
+}
+
+// What ROPE_INIT_FUNCTIONS of transformers 5.17 gives for 32 lanes, in float32.
+struct Known {
+  RopeScaling scaling;
+  double base;
+  std::vector<double> inv_freq;
+  double attention_factor;
+};
+
+TEST(Frequencies, AreHuggingFaces) {
+  const std::vector<Known> all = {
+      {RopeScaling(RopeType::kLinear).factor(4),
+       1e4,
+       {0.25, 0.140585333, 0.079056941, 0.0444569848, 0.0250000004, 0.0140585322, 0.00790569466,
+        0.00444569858, 0.00249999994, 0.00140585331, 0.000790569466, 0.000444569858, 0.000250000012,
+        0.000140585325, 7.90569466e-05, 4.44569851e-05},
+       1},
+      {yarn(),
+       1e4,
+       {1.0, 0.562341332, 0.316227764, 0.177827939, 0.100000001, 0.0562341288, 0.0276699308,
+        0.0133370962, 0.00624999963, 0.00281170662, 0.0011858542, 0.000444569858, 0.000125000006,
+        7.02926627e-05, 3.95284733e-05, 2.22284925e-05},
+       1.2079441541679836},
+      {yarn().factor(40).mscale(1).mscale_all_dim(0.5).beta_fast(16).beta_slow(2).truncate(false),
+       1e4,
+       {1.0, 0.562341332, 0.316227764, 0.177827939, 0.100000001, 0.0562341288, 0.0316227786,
+        0.0150961196, 0.00579010462, 0.00173821871, 0.000123952457, 4.44569851e-05, 2.49999994e-05,
+        1.40585325e-05, 7.90569447e-06, 4.44569832e-06},
+       1.1557219901962608},
+      {llama3(),
+       5e5,
+       {1.0, 0.440366626, 0.193922758, 0.0853971019, 0.0376060307, 0.0165604409, 0.00729266508,
+        0.00321144611, 0.000524846022, 7.78465546e-05, 3.42810235e-05, 1.50962178e-05,
+        6.64786967e-06, 2.92749974e-06, 1.28917316e-06, 5.6770881e-07},
+       1}};
+  for (const Known& known : all) {
+    const auto [inv_freq, attention_factor] = frequencies(32, known.base, known.scaling);
+    EXPECT_TRUE(at::allclose(inv_freq, at::tensor(known.inv_freq, at::kDouble), 1e-6, 0))
+        << inv_freq;
+    EXPECT_DOUBLE_EQ(attention_factor, known.attention_factor);
+  }
+}
+
+TEST(Frequencies, AreAGeometricSeries) {
+  for (const int64_t R : {0, 2, 6, 128}) {
+    const auto [inv_freq, attention_factor] = frequencies(R, 5e5);
+    EXPECT_EQ(inv_freq.scalar_type(), at::kDouble);
+    EXPECT_TRUE(at::allclose(inv_freq, series(R, 5e5), 1e-14, 0));
+    EXPECT_EQ(attention_factor, 1);
+  }
+}
+
+TEST(Frequencies, NameWhatIsMissing) {
+  EXPECT_THROW(frequencies(3), c10::ValueError);
+  EXPECT_THROW(frequencies(-2), c10::ValueError);
+  for (const RopeScaling& scaling :
+       {RopeScaling(RopeType::kLinear), RopeScaling(RopeType::kYarn).factor(2),
+        yarn().factor(std::nullopt), llama3().high_freq_factor(std::nullopt)}) {
+    EXPECT_THROW(frequencies(32, 1e4, scaling), c10::ValueError);
+  }
+  try {
+    frequencies(32, 1e4, llama3().low_freq_factor(std::nullopt));
+    FAIL();
+  } catch (const c10::ValueError& error) {
+    EXPECT_NE(std::string(error.what_without_backtrace()).find("llama3 needs low_freq_factor"),
+              std::string::npos);
+  }
+}
+
+class Module : public OnDevice {
+ protected:
+  RotaryEmbedding make(const Options& options) const {
+    RotaryEmbedding rope(options);
+    rope->to(GetParam());
+    return rope;
+  }
+};
+FUSED_ROPE_ON_DEVICES(Module);
+
+TEST_P(Module, IsRotateQkByItsTable) {
+  const auto [cos, sin] = cos_sin_table(series(64, 1e4), 2048, 0, 1, at::kFloat, GetParam());
+  for (const auto dtype : {at::kFloat, at::kBFloat16, at::kDouble}) {
+    const at::Tensor q = randn({2, 8, 17, 64}, dtype), k = randn({2, 2, 17, 64}, dtype);
+    RotaryEmbedding rope = make(Options(64).layout(Layout::kBHSD));
+    EXPECT_TRUE(at::allclose(rope->cos, cos, 0, 1e-7));
+    for (const int64_t offset : {0, 100}) {
+      const auto [q_rotated, k_rotated] = rope(q, k, offset);
+      const auto o = RotateOptions().layout(Layout::kBHSD).offset(offset);
+      expect_rotated(q_rotated, q, rope->cos, rope->sin, o);
+      expect_rotated(k_rotated, k, rope->cos, rope->sin, o);
+      expect_same_bits(rope->rotate(q, offset), q_rotated);
+    }
+  }
+}
+
+TEST_P(Module, TakesEveryOption) {
+  const at::Tensor q = randn({19, 3, 40});
+  const at::Tensor positions = at::randint(0, 30, {2, 19}, at::kLong).to(GetParam());
+  const std::vector<int64_t> axes = {0, 1, 1, 0, 1, 0, 0, 1, 1, 1, 0, 1};
+  const auto options = Options(40)
+                           .rotary_dim(24)
+                           .rotary_offset(16)
+                           .max_seq_len(30)
+                           .base(100)
+                           .layout(Layout::kTHD)
+                           .blocks(2)
+                           .axes(axes)
+                           .precision(Precision::kModel);
+  RotaryEmbedding rope = make(options);
+  const at::Tensor twice = series(12, 100).repeat({2});
+  const auto [cos, sin] = cos_sin_table(twice, 30, 0, 1, at::kFloat, GetParam());
+  EXPECT_TRUE(at::allclose(rope->cos, cos, 0, 1e-7));
+  const auto o = RotateOptions()
+                     .layout(Layout::kTHD)
+                     .positions(positions)
+                     .axes(axes)
+                     .rotary_offset(16)
+                     .blocks(2)
+                     .precision(Precision::kModel);
+  expect_rotated(rope->rotate(q, Where().positions(positions)), q, rope->cos, rope->sin, o);
+
+  RotaryEmbedding neighbours = make(Options(40).layout(Layout::kTHD).interleaved(true));
+  const auto pairs = RotateOptions().layout(Layout::kTHD).interleaved(true);
+  expect_rotated(neighbours->rotate(q), q, neighbours->cos, neighbours->sin, pairs);
+}
+
+TEST_P(Module, SharesOnePositionAmongTheAxes) {
+  const at::Tensor q = randn({2, 5, 3, 8});
+  const std::vector<int64_t> axes = {0, 1, 2, 0};
+  RotaryEmbedding rope = make(Options(8).axes(axes));
+  const at::Tensor positions = integers({4, 9, 2, 0, 7});
+  const at::Tensor expected = rope->rotate(q, Where().positions(positions.expand({3, 1, 5})));
+  expect_same_bits(rope->rotate(q, Where().positions(positions)), expected);
+  expect_same_bits(rope->rotate(q, Where().positions(positions.expand({2, 5}))), expected);
+  expect_same_bits(rope->rotate(q),
+                   rope->rotate(q, Where().positions(at::arange(5, positions.options()))));
+}
+
+TEST_P(Module, KnowsWhereTokensAre) {
+  const at::Tensor q = randn({30, 2, 8}), starts = integers({0, 10, 30});
+  RotaryEmbedding packed = make(Options(8).layout(Layout::kTHD));
+  const auto o = RotateOptions().layout(Layout::kTHD).cu_seqlens(starts);
+  expect_rotated(packed->rotate(q, Where().cu_seqlens(starts)), q, packed->cos, packed->sin, o);
+
+  const at::Tensor step = randn({2, 1, 4, 8}), lengths = integers({17, 90}, at::kInt);
+  RotaryEmbedding rope = make(Options(8));
+  expect_rotated(rope->rotate(step, Where().offsets(lengths)), step, rope->cos, rope->sin,
+                 RotateOptions().offsets(lengths));
+}
+
+TEST_P(Module, ScalesItsTable) {
+  RotaryEmbedding rope = make(Options(32).scaling(yarn()).max_seq_len(50));
+  const auto [inv_freq, factor] = frequencies(32, 1e4, yarn());
+  const auto [cos, sin] = cos_sin_table(inv_freq, 50, 0, factor, at::kFloat, GetParam());
+  expect_same_bits(rope->cos, cos);
+  expect_same_bits(rope->sin, sin);
+}
+
+TEST_P(Module, GrowsWhereRowsAreKnown) {
+  const at::Tensor q = randn({1, 7, 2, 8});
+  RotaryEmbedding rope = make(Options(8).max_seq_len(4)), roomy = make(Options(8));
+  expect_same_bits(rope->rotate(q), roomy->rotate(q));
+  EXPECT_EQ(rope->cos.size(0), 8);
+  expect_same_bits(rope->rotate(q, 94), roomy->rotate(q, 94));
+  EXPECT_EQ(rope->cos.size(0), 101);
+  rope->reserve(50);
+  EXPECT_EQ(rope->cos.size(0), 101);
+  rope->reserve(102);
+  EXPECT_EQ(rope->cos.size(0), 202);
+  const at::Tensor positions = integers({201, 0, 1, 2, 3, 4, -1});
+  expect_same_bits(rope->rotate(q, Where().positions(positions)),
+                   roomy->rotate(q, Where().positions(positions)));
+}
+
+TEST(ModuleOnTheHost, RefusesRowsItDoesNotHave) {
+  const at::Tensor q = at::randn({1, 1, 2, 8});
+  RotaryEmbedding rope(Options(8).max_seq_len(4));
+  EXPECT_THROW(rope->rotate(q, Where().positions(at::tensor({4}, at::kLong))), c10::IndexError);
+  EXPECT_THROW(rope->rotate(q, -1), c10::ValueError);
+  EXPECT_THROW(rope->rotate(at::randn({1, 1, 2, 6})), c10::ValueError);
+}
+
+TEST_P(Module, KeepsItsTableThroughCasts) {
+  RotaryEmbedding rope = make(Options(16));
+  const at::Tensor cos = rope->cos;
+  torch::nn::Sequential model(torch::nn::Linear(16, 16));
+  model->register_module("rope", rope.ptr());
+  model->to(at::kBFloat16);
+  model->to(GetParam(), at::kHalf);
+  expect_same_bits(rope->cos, cos);
+  EXPECT_EQ(rope->cos.scalar_type(), at::kFloat);
+  EXPECT_EQ(rope->cos.device(), GetParam());
+  EXPECT_TRUE(rope->parameters().empty());
+  EXPECT_TRUE(rope->buffers().empty());
+  std::stringstream stream;
+  torch::save(rope, stream);
+  RotaryEmbedding other = make(Options(16));
+  torch::load(other, stream);
+  expect_same_bits(other->cos, cos);
+}
+
+TEST_P(Module, FollowsQ) {
+  RotaryEmbedding rope(Options(16));
+  const at::Tensor q = randn({1, 5, 2, 16}), here = rope->rotate(q);
+  EXPECT_EQ(rope->cos.device(), GetParam());
+  const at::Tensor on_host = rope->rotate(q.cpu());
+  EXPECT_TRUE(rope->cos.is_cpu());
+  expect_same_bits(here, on_host);
+  EXPECT_EQ(rope->rotate(q.to(at::kMeta)).sizes(), q.sizes());
+  rope->to(GetParam());
+  expect_same_bits(rope->rotate(q), on_host);
+}
+
+TEST_P(Module, IsDifferentiable) {
+  RotaryEmbedding rope = make(Options(16).layout(Layout::kBHSD));
+  const at::Tensor q = randn({2, 4, 5, 16}).requires_grad_();
+  const at::Tensor k = randn({2, 1, 5, 16}).requires_grad_();
+  const auto [q_rotated, k_rotated] = rope(q, k, 3);
+  const at::Tensor gradient = randn({2, 1, 5, 16});
+  (q_rotated.sum() + (k_rotated * gradient).sum()).backward();
+  const auto o = RotateOptions().layout(Layout::kBHSD).offset(3).inverse(true);
+  expect_rotated(q.grad(), at::ones_like(q), rope->cos, rope->sin, o);
+  expect_rotated(k.grad(), gradient, rope->cos, rope->sin, o);
+}
+
+TEST_P(Module, MayBeCloned) {
+  RotaryEmbedding rope = make(Options(16).max_seq_len(4));
+  rope->reserve(9);
+  const auto copy = std::dynamic_pointer_cast<RotaryEmbeddingImpl>(rope->clone());
+  ASSERT_NE(copy, nullptr);
+  expect_same_bits(copy->cos, rope->cos);
+  copy->options.base(100);
+  copy->reset();
+  EXPECT_FALSE(at::equal(copy->cos, rope->cos));
+}
+
+TEST_P(Module, TrainsAfterInferenceMode) {
+  RotaryEmbedding rope = make(Options(16).max_seq_len(2));
+  {
+    const c10::InferenceMode inference;
+    rope->rotate(randn({1, 5, 2, 16}));
+    EXPECT_FALSE(rope->cos.is_inference());
+  }
+  const at::Tensor q = randn({1, 5, 2, 16}).requires_grad_();
+  rope->rotate(q).sum().backward();
+  EXPECT_TRUE(q.grad().defined());
+}
+
+TEST(ModuleOptions, AreChecked) {
+  for (const Options& options :
+       {Options(16).rotary_dim(7), Options(16).rotary_dim(18), Options(16).rotary_offset(-2),
+        Options(16).rotary_dim(12).rotary_offset(6), Options(15), Options(16).blocks(3),
+        Options(16).blocks(0), Options(16).blocks(2).interleaved(true),
+        Options(16).axes(std::vector<int64_t>{0, 1}), Options(16).max_seq_len(-1),
+        Options(16).scaling(RopeType::kLinear)}) {
+    EXPECT_THROW(RotaryEmbedding{options}, c10::ValueError);
+  }
+}
+
+TEST(ModuleOptions, ArePrinted) {
+  std::ostringstream stream;
+  stream << *RotaryEmbedding(Options(16).rotary_dim(8).max_seq_len(32));
+  EXPECT_EQ(stream.str(),
+            "fused_rope::RotaryEmbedding(head_dim=16, rotary_dim=8, rows=32, base=10000)");
+}
+
+}  // namespace
+}  // namespace fused_rope
