@@ -1,0 +1,369 @@
+"""Inverse frequencies of every scaling, and the axes of M-RoPE.
+
+Pair j of the token at position m turns by `m * inv_freq[j]`; RoFormer (Su et al., 2021) takes
+`inv_freq[j] = base ** (-2j/R)`. The other kinds stretch these, so that a model reads longer texts
+than it was trained on. All are computed in float64 on the host, out of reach of default dtypes,
+default devices and autocast.
+
+Letters: R rotary_dim, P = R/2 pairs, M table rows, A position axes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["frequencies", "mrope_axes"]
+
+Scaling = Mapping[str, Any]
+_Frequencies = tuple[list[float], float]
+
+
+def frequencies(
+    rotary_dim: int,
+    base: float = 10000.0,
+    scaling: Scaling | None = None,
+    *,
+    rows: int | None = None,
+) -> tuple[Tensor, float]:
+    """The inverse frequencies of R lanes, and the factor that scales cosine and sine.
+
+    Keys and meaning follow Hugging Face's `rope_scaling` and `rope_parameters`, and the values
+    equal those of its `ROPE_INIT_FUNCTIONS` to float32 rounding.
+
+    Args:
+        rotary_dim: R, even.
+        base: the base of the geometric series ("rope_theta").
+        scaling: None, or a mapping with "rope_type" and the keys of that kind:
+
+            ===============  =====================================================================
+            default
+            linear           factor
+            dynamic          factor, original_max_position_embeddings
+            yarn             factor, original_max_position_embeddings; optional beta_fast,
+                             beta_slow, attention_factor, mscale, mscale_all_dim, truncate
+            longrope         short_factor, long_factor, original_max_position_embeddings, and
+                             factor or attention_factor
+            llama3           factor, low_freq_factor, high_freq_factor,
+                             original_max_position_embeddings
+            proportional     optional partial_rotary_factor, factor
+            half_truncated   (R/4 frequencies from 1 down to 1/base, then R/4 zeros)
+            axial            (the frequencies of R/2 lanes, once for each of two axes)
+            ===============  =====================================================================
+        rows: how many positions are in use; only dynamic and longrope depend on it. None means no
+            more than original_max_position_embeddings.
+
+    Returns:
+        inv_freq, float64 [P] on the CPU, and the attention factor.
+
+    Raises:
+        ValueError: an odd R, an unknown rope_type, a missing key, or a key of the wrong length.
+
+    Example:
+        >>> inv_freq, factor = frequencies(128, 500000.0, {"rope_type": "linear", "factor": 4.0})
+        >>> inv_freq.shape, factor
+        (torch.Size([64]), 1.0)
+    """
+    if rotary_dim < 0 or rotary_dim % 2:
+        raise ValueError(f"frequencies: expected an even rotary_dim R >= 0, got {rotary_dim}")
+    scaling = {} if scaling is None else scaling
+    kind = rope_type(scaling)
+    inv_freq, factor = _KINDS[kind](rotary_dim, float(base), _Keys(kind, scaling), rows)
+    with torch.inference_mode(False):
+        return torch.tensor(inv_freq, dtype=torch.float64, device="cpu"), factor
+
+
+def rope_type(scaling: Scaling) -> str:
+    """The kind that `scaling` names, by its present key or by its old one, "type"."""
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    kind = _ALIASES.get(kind, kind)
+    if kind not in _KINDS:
+        known = ", ".join(_KINDS)
+        raise ValueError(f"frequencies: expected rope_type to be one of {known}, got {kind!r}")
+    return str(kind)
+
+
+def regime(scaling: Scaling | None, rows: int) -> int:
+    """A number that is the same for any two `rows` with the same frequencies."""
+    if scaling is None or rope_type(scaling) not in ("dynamic", "longrope"):
+        return 0
+    if rows <= scaling["original_max_position_embeddings"]:
+        return 0
+    return rows if rope_type(scaling) == "dynamic" else 1
+
+
+def varying_constants(
+    rotary_dim: int, base: float, scaling: Scaling
+) -> tuple[Tensor, float, float]:
+    """What `varying_frequencies` needs of dynamic or longrope, computed on the host.
+
+    Returns:
+        Two rows, float64 [2, P]: the frequencies up to the trained length, and for dynamic the
+        exponents of its stretch, for longrope the frequencies of longer texts; the trained length;
+        and dynamic's factor (0 for longrope).
+    """
+    trained = scaling["original_max_position_embeddings"]
+    usual, _ = frequencies(rotary_dim, base, scaling)
+    with torch.inference_mode(False):
+        if rope_type(scaling) == "longrope":
+            other, factor = frequencies(rotary_dim, base, scaling, rows=trained + 1)[0], 0.0
+        else:
+            lanes = torch.arange(0, rotary_dim, 2, dtype=torch.float64, device="cpu")
+            other, factor = -lanes / max(rotary_dim - 2, 1), float(scaling["factor"])
+        return torch.stack([usual, other]), float(trained), factor
+
+
+def varying_frequencies(rows: Tensor, constants: Tensor, trained: float, factor: float) -> Tensor:
+    """`frequencies` of dynamic (factor > 0) or longrope for `rows`, a scalar on any device.
+
+    Nothing waits for the device, and nothing is remembered.
+
+    Args:
+        rows: how many positions are in use.
+        constants, trained, factor: what `varying_constants` returned; P columns, repeated or not.
+
+    Returns:
+        The inverse frequencies, float64 [P].
+    """
+    usual, other = constants
+    if not factor:
+        return torch.where(rows > trained, other, usual)
+    stretch = factor * rows.double().clamp(min=trained) / trained - (factor - 1)
+    stretched: Tensor = usual * stretch**other
+    return stretched
+
+
+def mrope_axes(sections: Sequence[int], interleaved: bool = False) -> tuple[int, ...]:
+    """Which position axis each pair reads its row from, for `axes` of `fused_rope.rotate`.
+
+    Args:
+        sections: pairs of each of the A axes, P in all.
+        interleaved: False for Qwen2-VL's order (the first sections[0] pairs read axis 0, the next
+            sections[1] axis 1, ...), True for Qwen3-VL's (pair j reads axis j mod A while
+            j < A * sections[j mod A], else axis 0).
+
+    Returns:
+        P ints in [0, A).
+
+    Raises:
+        ValueError: no section, or one that is negative.
+
+    Example:
+        >>> mrope_axes([2, 1, 1])
+        (0, 0, 1, 2)
+        >>> mrope_axes([2, 1, 1], interleaved=True)
+        (0, 1, 2, 0)
+    """
+    sections = tuple(sections)
+    A = len(sections)
+    if A == 0 or min(sections) < 0:
+        raise ValueError(f"mrope_axes: expected sections of one or more ints >= 0, got {sections}")
+    if not interleaved:
+        return tuple(axis for axis, pairs in enumerate(sections) for _ in range(pairs))
+    return tuple(j % A if j < A * sections[j % A] else 0 for j in range(sum(sections)))
+
+
+def config_arguments(config: Any, layer_type: str | None = None) -> dict[str, Any]:
+    """What a Hugging Face config says, as keyword arguments of `fused_rope.RotaryEmbedding`.
+
+    Reads `rope_theta`, `rope_scaling` and `partial_rotary_factor` (transformers 4) or
+    `rope_parameters` (5), of one layer type where it has several.
+
+    Raises:
+        ValueError: the config's layer types differ, and `layer_type` names none of them.
+    """
+    length = config.max_position_embeddings
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    parameters = getattr(config, "rope_parameters", None)
+    if parameters is None:
+        scaling = _version_4_scaling(config)
+    elif any(isinstance(value, Mapping) for value in parameters.values()):
+        if layer_type not in parameters:
+            known = ", ".join(map(repr, parameters))
+            raise ValueError(f"from_config: expected layer_type in {known}, got {layer_type!r}")
+        scaling = dict(parameters[layer_type])
+    else:
+        scaling = dict(parameters)
+
+    kind = rope_type(scaling)
+    if kind == "dynamic":
+        scaling["original_max_position_embeddings"] = length
+    elif kind in ("yarn", "longrope"):
+        trained = scaling.get("original_max_position_embeddings") or length
+        scaling["original_max_position_embeddings"] = trained
+        scaling["factor"] = scaling.get("factor") or length / trained
+    # p-RoPE turns a part of the pairs, the other kinds a part of the lanes.
+    part = scaling.get("partial_rotary_factor") or 1.0
+    sections = scaling.get("mrope_section")
+    return {
+        "head_dim": head_dim,
+        "rotary_dim": head_dim if kind == "proportional" else int(head_dim * part),
+        "max_seq_len": length,
+        "base": scaling.get("rope_theta", 10000.0),
+        "scaling": scaling,
+        "axes": mrope_axes(sections, scaling.get("mrope_interleaved", False)) if sections else None,
+    }
+
+
+def _version_4_scaling(config: Any) -> dict[str, Any]:
+    """transformers 4 keeps base, partial factor and longrope's length beside the scaling."""
+    scaling = dict(getattr(config, "rope_scaling", None) or {})
+    scaling["rope_theta"] = config.rope_theta
+    scaling["partial_rotary_factor"] = getattr(config, "partial_rotary_factor", None)
+    if rope_type(scaling) == "longrope":
+        length = config.max_position_embeddings
+        trained = getattr(config, "original_max_position_embeddings", None)
+        scaling["original_max_position_embeddings"] = trained or length
+        scaling["factor"] = length / trained if trained else scaling.get("factor")
+    return scaling
+
+
+class _Keys:
+    """The entries of one scaling; a missing one is the caller's mistake and is named."""
+
+    def __init__(self, kind: str, scaling: Scaling) -> None:
+        self.kind = kind
+        self._scaling = scaling
+
+    def need(self, key: str) -> Any:
+        value = self._scaling.get(key)
+        if value is None:
+            raise ValueError(f"frequencies: rope_type {self.kind!r} needs {key} in scaling")
+        return value
+
+    def get(self, key: str, default: Any = None) -> Any:
+        value = self._scaling.get(key)
+        return default if value is None else value
+
+    def need_list(self, key: str, length: int) -> list[float]:
+        values = [float(value) for value in self.need(key)]
+        if len(values) != length:
+            raise ValueError(f"frequencies: expected {length} values in {key}, got {len(values)}")
+        return values
+
+
+def _series(R: int, base: float) -> list[float]:
+    return [1.0 / base ** (lane / R) for lane in range(0, R, 2)]
+
+
+def _default(R: int, base: float, keys: _Keys, rows: int | None) -> _Frequencies:
+    return _series(R, base), 1.0
+
+
+def _linear(R: int, base: float, keys: _Keys, rows: int | None) -> _Frequencies:
+    """Position interpolation (Chen et al., 2023)."""
+    factor = keys.need("factor")
+    return [f / factor for f in _series(R, base)], 1.0
+
+
+def _dynamic(R: int, base: float, keys: _Keys, rows: int | None) -> _Frequencies:
+    """NTK-aware scaling of the base, from the first row past the original length on."""
+    factor = keys.need("factor")
+    trained = keys.need("original_max_position_embeddings")
+    stretch = factor * max(rows or 0, trained) / trained - (factor - 1)
+    return _series(R, base * stretch ** (R / (R - 2)) if R > 2 else base), 1.0
+
+
+def _yarn(R: int, base: float, keys: _Keys, rows: int | None) -> _Frequencies:
+    """YaRN (Peng et al., 2023): slow pairs interpolate, fast ones do not, a ramp lies between."""
+    factor = keys.need("factor")
+    trained = keys.need("original_max_position_embeddings")
+
+    def pair_that_turns(times: float) -> float:
+        return R * math.log(trained / (times * 2 * math.pi)) / (2 * math.log(base))
+
+    low = pair_that_turns(keys.get("beta_fast") or 32)
+    high = pair_that_turns(keys.get("beta_slow") or 1)
+    if keys.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, R - 1)
+    width = (high - low) or 0.001
+
+    inv_freq = []
+    for j, f in enumerate(_series(R, base)):
+        interpolated = min(max((j - low) / width, 0.0), 1.0)
+        inv_freq.append(f / factor * interpolated + f * (1 - interpolated))
+    return inv_freq, _yarn_attention_factor(factor, keys)
+
+
+def _yarn_attention_factor(factor: float, keys: _Keys) -> float:
+    given = keys.get("attention_factor")
+    if given is not None:
+        return float(given)
+
+    def mscale(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    numerator, denominator = keys.get("mscale"), keys.get("mscale_all_dim")
+    return mscale(numerator) / mscale(denominator) if numerator and denominator else mscale(1.0)
+
+
+def _longrope(R: int, base: float, keys: _Keys, rows: int | None) -> _Frequencies:
+    """LongRoPE (Ding et al., 2024): a searched factor for each pair, others for long texts."""
+    trained = keys.need("original_max_position_embeddings")
+    lists = {key: keys.need_list(key, R // 2) for key in ("short_factor", "long_factor")}
+    stretch = lists["long_factor" if (rows or 0) > trained else "short_factor"]
+    inv_freq = [f / s for f, s in zip(_series(R, base), stretch, strict=True)]
+    attention_factor = keys.get("attention_factor")
+    if attention_factor is None:
+        factor = keys.need("factor")
+        attention_factor = math.sqrt(1 + math.log(max(factor, 1.0)) / math.log(trained))
+    return inv_freq, float(attention_factor)
+
+
+def _llama3(R: int, base: float, keys: _Keys, rows: int | None) -> _Frequencies:
+    """Llama 3.1: long waves interpolate, short ones do not, a blend by wavelength lies between."""
+    factor = keys.need("factor")
+    slow, fast = keys.need("low_freq_factor"), keys.need("high_freq_factor")
+    trained = keys.need("original_max_position_embeddings")
+    inv_freq = []
+    for f in _series(R, base):
+        turns = trained * f / (2 * math.pi)
+        kept = min(max((turns - slow) / (fast - slow), 0.0), 1.0)
+        inv_freq.append((1 - kept) * f / factor + kept * f)
+    return inv_freq, 1.0
+
+
+def _proportional(R: int, base: float, keys: _Keys, rows: int | None) -> _Frequencies:
+    """p-RoPE (Gemma 4): only the fastest pairs turn, with the series of all R lanes."""
+    turning = int(keys.get("partial_rotary_factor", 1.0) * R // 2)
+    factor = keys.get("factor", 1.0)
+    return [f / factor if j < turning else 0.0 for j, f in enumerate(_series(R, base))], 1.0
+
+
+def _half_truncated(R: int, base: float, keys: _Keys, rows: int | None) -> _Frequencies:
+    """modded-nanogpt: R/4 frequencies whose last is 1/base, and R/4 pairs that do not turn."""
+    turning = _quarter(R, keys)
+    step = 1 / max(turning - 1, 1)
+    return [(1.0 / base) ** (j * step) for j in range(turning)] + [0.0] * turning, 1.0
+
+
+def _axial(R: int, base: float, keys: _Keys, rows: int | None) -> _Frequencies:
+    """2-D vision: rows and columns, told apart by `axes`, share the frequencies of R/2 lanes."""
+    _quarter(R, keys)
+    return _series(R // 2, base) * 2, 1.0
+
+
+def _quarter(R: int, keys: _Keys) -> int:
+    if R % 4:
+        raise ValueError(f"frequencies: rope_type {keys.kind!r} needs rotary_dim in fours, got {R}")
+    return R // 4
+
+
+_KINDS: dict[str, Callable[[int, float, _Keys, int | None], _Frequencies]] = {
+    "default": _default,
+    "linear": _linear,
+    "dynamic": _dynamic,
+    "yarn": _yarn,
+    "longrope": _longrope,
+    "llama3": _llama3,
+    "proportional": _proportional,
+    "half_truncated": _half_truncated,
+    "axial": _axial,
+}
+# Old configs name M-RoPE as a scaling ("mrope") and LongRoPE by its first name ("su").
+_ALIASES = {"mrope": "default", "su": "longrope"}

@@ -1,0 +1,326 @@
+"""The operators as typed functions, and the table they read.
+
+Letters: B batch, S sequence length, T tokens of a packed batch, N its sequences, H (Hq, Hk) heads,
+D head_dim, R rotary_dim, P = R/2 pairs, M table rows. `fused_rope.reference` says the same in plain
+PyTorch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _C, _functorch
+
+_ops = torch.ops.fused_rope
+_functorch_level = torch._C._functorch.peek_interpreter_stack
+# Set by fused_rope.distributed: suits the arguments of a call to DTensors among them.
+_beside_dtensors: Callable[..., Any] | None = None
+
+
+def rotate(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    layout: str = "bshd",
+    positions: Tensor | None = None,
+    offset: int | Tensor = 0,
+    cu_seqlens: Tensor | None = None,
+    axes: Sequence[int] | None = None,
+    rotary_offset: int = 0,
+    interleaved: bool = False,
+    blocks: int = 1,
+    inverse: bool = False,
+    precision: str = "fp32",
+    out: Tensor | None = None,
+    out_rows: Tensor | None = None,
+) -> Tensor:
+    """Rotates pairs of lanes of every head by the angle of its token (RoFormer, arXiv:2104.09864).
+
+    For pair j of a token that reads table row m, with c = cos[m, j] and s = sin[m, j] (negated when
+    `inverse`)::
+
+        out[a] = x[a] * c - x[b] * s
+        out[b] = x[b] * c + x[a] * s
+
+    where b = a + P (the default, as in Llama), b = a + 1 (`interleaved`, as in GPT-J) or
+    b = a + P / blocks. Lanes outside [rotary_offset, rotary_offset + R) are copied bit for bit.
+    With half lanes, R = D and a table row for each token this is the fused form of::
+
+        c, s = (torch.cat([t, t], -1)[None, :, None] for t in (cos, sin))
+        x1, x2 = x.chunk(2, -1)
+        out = x * c + torch.cat([-x2, x1], -1) * s
+
+    Args:
+        x: float16, bfloat16, float32 or float64, any strides, in the order that `layout` names.
+        cos, sin: half-width tables of one floating dtype, any strides: shared [M, P], per token [B
+            or 1, S, P] or per token and head [B or 1, S, H, P]. R is 2P.
+        layout: "bshd", "bhsd", "sbhd" (4-D) or "thd" (packed sequences, 3-D).
+        positions: the row of a shared table that each token reads, int32 or int64, [S], [1, S] or
+            [B, S] ([T] for "thd"), with a leading axis A beside `axes`; -1 copies the token
+            through. Without it, row i for token i.
+        offset: added to every position: an int, or an int32 or int64 tensor [B] ([N] beside
+            `cu_seqlens`).
+        cu_seqlens: int32 or int64 [N + 1], where each packed sequence starts; tokens count from the
+            start of their own. Tokens past cu_seqlens[-1] are padding and copied through.
+        axes: P ints: pair j reads its row from positions[axes[j]] (M-RoPE; see `mrope_axes`).
+        rotary_offset: the first rotated lane.
+        interleaved: members of a pair are neighbours.
+        blocks: halves inside each of `blocks` equal spans of the rotated lanes; divides P.
+        inverse: rotate backward.
+        precision: "fp32" computes in float32 (float64 for float64) and rounds once; "model" rounds
+            the table, the products and the sum to x's dtype, as eager PyTorch does in it.
+        out: memory for the result: x's shape and dtype, any strides. Takes no part in autograd.
+        out_rows: int32 or int64 [B, S] or [T]: `out` is [rows, H, D], and token i is written to row
+            out_rows[i], or nowhere where that is -1.
+
+    Returns:
+        A tensor of x's shape and dtype, or `out`. Differentiable in x, cos and sin.
+
+    Raises:
+        ValueError: shapes, devices and values that do not fit, rows known on the host that the
+            table does not have.
+        TypeError: dtypes.
+        IndexError: rows read from a tensor that the table does not have (on CUDA a device-side
+            assertion).
+        RuntimeError: `out` beside tensors that require grad, or whose memory overlaps.
+
+    Example::
+
+        >>> x = torch.randn(2, 128, 32, 64)  # [B, S, H, D]
+        >>> inv_freq = 10000.0 ** -(torch.arange(0, 64, 2, dtype=torch.float64) / 64)
+        >>> cos, sin = fused_rope.cos_sin_table(inv_freq, 128)
+        >>> fused_rope.rotate(x, cos, sin).shape
+        torch.Size([2, 128, 32, 64])
+    """
+    options = (layout, axes, rotary_offset, interleaved, blocks, inverse, precision)
+    if out is not None:
+        _call("rotate_out", (x, cos, sin, out), positions, offset, cu_seqlens, options, out_rows)
+        return out
+    rotated: Tensor = _call(
+        "rotate", (x, cos, sin), positions, offset, cu_seqlens, options, out_rows
+    )
+    return rotated
+
+
+def rotate_(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    layout: str = "bshd",
+    positions: Tensor | None = None,
+    offset: int | Tensor = 0,
+    cu_seqlens: Tensor | None = None,
+    axes: Sequence[int] | None = None,
+    rotary_offset: int = 0,
+    interleaved: bool = False,
+    blocks: int = 1,
+    inverse: bool = False,
+    precision: str = "fp32",
+) -> Tensor:
+    """Rotates x in place and returns it; lanes outside the span and tokens copied through are not
+    touched.
+
+    Arguments, shapes and errors are those of `rotate`. Works in autograd, also on views such as
+    slices of a packed QKV tensor.
+
+    Raises:
+        RuntimeError: what autograd forbids, before x is touched: a leaf that requires grad or a
+            view of one, one of several views made by one call (split, unbind), an expanded tensor.
+
+    Example::
+
+        >>> qkv = torch.randn(2, 128, 3, 8, 64)
+        >>> inv_freq = 10000.0 ** -(torch.arange(0, 64, 2, dtype=torch.float64) / 64)
+        >>> cos, sin = fused_rope.cos_sin_table(inv_freq, 128)
+        >>> q = fused_rope.rotate_(qkv[:, :, 0], cos, sin)
+    """
+    options = (layout, axes, rotary_offset, interleaved, blocks, inverse, precision)
+    _call("rotate_", (x, cos, sin), positions, offset, cu_seqlens, options)
+    return x
+
+
+def rotate_qk(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    layout: str = "bshd",
+    positions: Tensor | None = None,
+    offset: int | Tensor = 0,
+    cu_seqlens: Tensor | None = None,
+    axes: Sequence[int] | None = None,
+    rotary_offset: int = 0,
+    interleaved: bool = False,
+    blocks: int = 1,
+    inverse: bool = False,
+    precision: str = "fp32",
+    out: tuple[Tensor, Tensor] | None = None,
+    out_rows: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Rotates q and k by one table in one launch; any head counts, each tensor with strides of its
+    own.
+
+    Arguments, shapes and errors are those of `rotate`, with q [B, S, Hq, D] and k [B, S, Hk, D] in
+    the order that `layout` names. `out` is a pair of tensors, and `out_rows` concerns k's: a decode
+    step rotates q and writes k straight into its slots of a paged cache.
+
+    Example::
+
+        >>> q, k = torch.randn(2, 32, 128, 64), torch.randn(2, 8, 128, 64)  # [B, H, S, D]
+        >>> inv_freq = 10000.0 ** -(torch.arange(0, 64, 2, dtype=torch.float64) / 64)
+        >>> cos, sin = fused_rope.cos_sin_table(inv_freq, 4096)
+        >>> q, k = fused_rope.rotate_qk(q, k, cos, sin, layout="bhsd", offset=17)
+    """
+    options = (layout, axes, rotary_offset, interleaved, blocks, inverse, precision)
+    if out is not None:
+        if isinstance(out, Tensor):
+            raise TypeError("rotate_qk: expected out to be a pair of tensors, got one tensor")
+        _call(
+            "rotate_qk_out",
+            (q, k, cos, sin, *out),
+            positions,
+            offset,
+            cu_seqlens,
+            options,
+            out_rows,
+        )
+        return out
+    rotated: tuple[Tensor, Tensor] = _call(
+        "rotate_qk", (q, k, cos, sin), positions, offset, cu_seqlens, options, out_rows
+    )
+    return rotated
+
+
+def rotate_qk_(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    layout: str = "bshd",
+    positions: Tensor | None = None,
+    offset: int | Tensor = 0,
+    cu_seqlens: Tensor | None = None,
+    axes: Sequence[int] | None = None,
+    rotary_offset: int = 0,
+    interleaved: bool = False,
+    blocks: int = 1,
+    inverse: bool = False,
+    precision: str = "fp32",
+) -> tuple[Tensor, Tensor]:
+    """Rotates q and k in place, in one launch where no gradient is needed, and returns them.
+
+    Arguments and errors are those of `rotate_qk` and `rotate_`; q and k may be slices of one packed
+    tensor, but must not overlap.
+
+    Example::
+
+        >>> qkv = torch.randn(2, 128, 12, 64)  # 8 heads of q, 2 of k, 2 of v
+        >>> inv_freq = 10000.0 ** -(torch.arange(0, 64, 2, dtype=torch.float64) / 64)
+        >>> cos, sin = fused_rope.cos_sin_table(inv_freq, 128)
+        >>> q, k = fused_rope.rotate_qk_(qkv[:, :, :8], qkv[:, :, 8:10], cos, sin)
+    """
+    options = (layout, axes, rotary_offset, interleaved, blocks, inverse, precision)
+    _call("rotate_qk_", (q, k, cos, sin), positions, offset, cu_seqlens, options)
+    return q, k
+
+
+def cos_sin_table(
+    inv_freq: Tensor,
+    rows: int,
+    *,
+    first: int = 0,
+    scale: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """cos and sin of row * inv_freq[j], times scale, for rows first, first + 1, ..., first + rows -
+    1.
+
+    Always built on the host from float64 angles whose rounding error is compensated: right to 1
+    float32 ulp of the true cosine and sine for every row up to 2^31, and the same bits on every
+    device. Copied to a device without waiting for it. Autocast, default dtypes and inference mode
+    do not matter.
+
+    Args:
+        inv_freq: [P], any floating dtype; float64 keeps far rows right. Radians per row. It gets no
+            gradient: learned frequencies make their table with PyTorch's own cos and sin.
+        rows: how many rows.
+        first: the first row; first + rows is at most 2^31 + 1.
+        scale: the attention factor of YaRN or longrope.
+        dtype: float16, bfloat16, float32 or float64.
+        device: inv_freq's where None.
+
+    Returns:
+        cos [rows, P] and sin [rows, P].
+
+    Raises:
+        ValueError: shapes and values. TypeError: dtypes.
+
+    Example::
+
+        >>> inv_freq = 10000.0 ** -(torch.arange(0, 64, 2, dtype=torch.float64) / 64)
+        >>> cos, sin = fused_rope.cos_sin_table(inv_freq, 4096, device="cpu")
+    """
+    target = None if device is None else torch.device(device)
+    table: tuple[Tensor, Tensor] = _ops.cos_sin_table(inv_freq, rows, first, scale, dtype, target)
+    return table
+
+
+@torch.library.register_fake("fused_rope::cos_sin_table")  # type: ignore[untyped-decorator]
+def _(
+    inv_freq: Tensor,
+    rows: int,
+    first: int = 0,
+    scale: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
+) -> tuple[Tensor, Tensor]:
+    where = inv_freq.device if device is None else device
+    shape = (rows, inv_freq.shape[0])
+    return inv_freq.new_empty(shape, dtype=dtype, device=where), inv_freq.new_empty(
+        shape, dtype=dtype, device=where
+    )
+
+
+def _call(
+    name: str,
+    tensors: tuple[Tensor, ...],
+    positions: Tensor | None,
+    offset: int | Tensor,
+    cu_seqlens: Tensor | None,
+    options: tuple[Any, ...],
+    out_rows: Tensor | None = None,
+) -> Any:
+    """Calls operator `name` in the cheapest way that this moment allows."""
+    if out_rows is not None and not name.endswith("_out"):
+        raise ValueError(f"{name}: expected out beside out_rows, got none")
+    if _beside_dtensors is not None:
+        tensors, positions, offset, cu_seqlens = _beside_dtensors(
+            name, tensors, positions, offset, cu_seqlens, options[0]
+        )
+    number, offsets = (0, offset) if isinstance(offset, Tensor) else (offset, None)
+    rows = (positions, offsets, cu_seqlens)
+    if torch.compiler.is_compiling():  # first: Dynamo can follow none of what comes after
+        extra = (out_rows,) if name.endswith("_out") else ()
+        return getattr(_ops, name)(*tensors, *rows, *extra, number, *options)
+    if _functorch_level() is not None:
+        return _functorch.call(_call, name, tensors, (positions, offset, cu_seqlens), options)
+    try:
+        return getattr(_C, name)(*tensors, *rows, out_rows, number, *options)
+    except TypeError as error:
+        if "incompatible function arguments" not in str(error):
+            raise
+        got = ", ".join(
+            type(value).__name__ for value in (*tensors, *rows, out_rows, number, *options)
+        )
+        raise TypeError(
+            f"{name}: expected arguments of the documented types, got ({got})"
+        ) from None

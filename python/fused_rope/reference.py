@@ -1,0 +1,360 @@
+"""The whole operator in plain PyTorch: what to read first.
+
+A rotary embedding turns pairs of lanes of every token by angles that the token's table row gives.
+Four steps say it all: `table_rows` (which row a token reads, and which tokens are copied through),
+`gather` (the cosines and sines of those rows), `lanes` (where the two members of each pair live)
+and `rotate_lanes` (the formula).
+
+The functions take the arguments of their namesakes in `fused_rope`, run on any device without
+waiting for it, are differentiable by PyTorch's own rules, and on the CPU return the operator's own
+bits. They are a baseline for benchmarks, and the fallback on devices that have no kernel
+(`register_fallback`).
+
+Letters: B batch, S sequence length, T packed tokens, N packed sequences, H heads, D head_dim,
+R rotary_dim, P = R/2 pairs, M table rows, A position axes.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["register_fallback", "rotate", "rotate_", "rotate_qk", "rotate_qk_"]
+
+_TRANSPOSED = {"bshd": (0, 0), "bhsd": (1, 2), "sbhd": (0, 1)}
+
+
+def rotate(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    layout: str = "bshd",
+    positions: Tensor | None = None,
+    offset: int | Tensor = 0,
+    cu_seqlens: Tensor | None = None,
+    axes: Sequence[int] | None = None,
+    rotary_offset: int = 0,
+    interleaved: bool = False,
+    blocks: int = 1,
+    inverse: bool = False,
+    precision: str = "fp32",
+    out: Tensor | None = None,
+    out_rows: Tensor | None = None,
+) -> Tensor:
+    """`fused_rope.rotate`, which documents every argument, in PyTorch.
+
+    Args:
+        x: [B, S, H, D] in the order that `layout` names, or [T, H, D] for "thd"; any float dtype.
+        cos, sin: [M, P] shared rows, [B or 1, S, P] per token, or [B or 1, S, H, P] per head too.
+
+    Returns:
+        A tensor of x's shape and dtype, or `out`.
+
+    Raises:
+        ValueError: the shared table has too few rows for the tokens.
+        IndexError, RuntimeError: a position names no row (PyTorch's own error; on CUDA a
+            device-side assertion), or out= is given beside inputs that require grad.
+
+    Example:
+        >>> angle = torch.arange(5.0)[:, None] / 10000 ** (torch.arange(0, 8, 2) / 8)
+        >>> rotate(torch.randn(2, 5, 3, 8), angle.cos(), angle.sin()).shape
+        torch.Size([2, 5, 3, 8])
+    """
+    if out is not None:
+        _refuse_grad("rotate", x, cos, sin)
+    (y,) = _rotated(
+        (x,),
+        cos,
+        sin,
+        layout=layout,
+        positions=positions,
+        offset=offset,
+        cu_seqlens=cu_seqlens,
+        axes=axes,
+        rotary_offset=rotary_offset,
+        interleaved=interleaved,
+        blocks=blocks,
+        inverse=inverse,
+        precision=precision,
+    )
+    return y if out is None else _write(out, y, layout, out_rows)
+
+
+def rotate_qk(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    layout: str = "bshd",
+    out: tuple[Tensor, Tensor] | None = None,
+    out_rows: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """`fused_rope.rotate_qk` in PyTorch: q and k may have different head counts. See `rotate`."""
+    if out is not None:
+        _refuse_grad("rotate_qk", q, k, cos, sin)
+    y, z = _rotated((q, k), cos, sin, layout=layout, **options)
+    if out is None:
+        return y, z
+    return _write(out[0], y, layout), _write(out[1], z, layout, out_rows)
+
+
+def rotate_(x: Tensor, cos: Tensor, sin: Tensor, **options: Any) -> Tensor:
+    """`fused_rope.rotate_` in PyTorch: x itself, its lanes rotated in place. See `rotate`."""
+    (y,) = _rotated((x,), cos, sin, **options)
+    return _overwrite(x, y, cos, **options)
+
+
+def rotate_qk_(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """`fused_rope.rotate_qk_` in PyTorch: q and k themselves, rotated in place. See `rotate`."""
+    y, z = _rotated((q, k), cos, sin, **options)
+    return _overwrite(q, y, cos, **options), _overwrite(k, z, cos, **options)
+
+
+def table_rows(
+    S: int,
+    *,
+    positions: Tensor | None = None,
+    offset: int | Tensor = 0,
+    cu_seqlens: Tensor | None = None,
+    axes: Sequence[int] | None = None,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """The row each token reads, int64, and whether it is copied through instead, bool.
+
+    Both are [B or 1, S]; with axes [B or 1, S, P], for each pair has a row of its own then.
+    """
+    token = torch.arange(S, device=device)
+    padding = torch.zeros(S, dtype=torch.bool, device=device)
+    if cu_seqlens is not None:
+        starts = cu_seqlens.long()
+        padding = token >= starts[-1]
+        sequence = torch.searchsorted(starts[1:-1], token, right=True)
+        token = token - starts[sequence]
+    if isinstance(offset, Tensor):
+        offset = offset.long()
+        offset = offset.unsqueeze(-1) if cu_seqlens is None else offset[sequence]
+
+    if positions is None:
+        row = token.unsqueeze(0)
+        skip = padding.unsqueeze(0)
+    elif axes is None:
+        row = torch.atleast_2d(positions.long())
+        skip = padding | (row == -1)
+    else:
+        row = torch.stack([torch.atleast_2d(positions[axis].long()) for axis in axes], dim=-1)
+        skip = padding.unsqueeze(-1) | (row == -1)
+        offset = offset.unsqueeze(-1) if isinstance(offset, Tensor) else offset
+    return torch.where(skip, 0, row + offset), skip
+
+
+def gather(cos: Tensor, sin: Tensor, S: int, **rows: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    """cos and sin of S tokens, [B or 1, S, H or 1, P], and which of them are copied through.
+
+    Nothing is gathered when the rows are known to be consecutive.
+    """
+    if cos.dim() == 4:
+        return cos, sin, None
+    if cos.dim() == 3:
+        return cos.unsqueeze(2), sin.unsqueeze(2), None
+
+    def read(table: Tensor) -> Tensor:
+        # index_select and gather refuse a negative row; table[row] would count it from the end.
+        if row.dim() == 3:
+            return table.gather(0, row.flatten(0, 1)).view(row.shape).unsqueeze(2)
+        return table.index_select(0, row.flatten()).view(*row.shape, 1, table.shape[1])
+
+    offset = rows.get("offset", 0)
+    consecutive = rows.get("positions") is None and rows.get("cu_seqlens") is None
+    if consecutive and not isinstance(offset, Tensor):
+        M = cos.shape[0]
+        if not 0 <= offset <= M - S:
+            raise ValueError(
+                f"expected cos with at least offset + S = {offset} + {S} rows, got {M}"
+            )
+        here = slice(offset, offset + S)
+        return cos[here].unsqueeze(1), sin[here].unsqueeze(1), None
+    row, skip = table_rows(S, device=cos.device, **rows)
+    return read(cos), read(sin), skip.unsqueeze(2) if skip.dim() == 3 else skip[..., None, None]
+
+
+def lanes(x: Tensor, d: int) -> tuple[Tensor, Tensor]:
+    """The two members of each pair of x [..., R], each [..., P/d, d]: pair j is (j div d, j mod d).
+
+    The lanes are d first members, their d partners, and so on: d = P pairs lane j with lane P + j
+    (half), d = 1 with its neighbour (interleaved), d = P/blocks pairs halves inside each block.
+    """
+    first, second = x.unflatten(-1, (x.shape[-1] // (2 * d), 2, d)).unbind(-2)
+    return first, second
+
+
+def rotate_lanes(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    skip: Tensor | None,
+    *,
+    rotary_offset: int = 0,
+    interleaved: bool = False,
+    blocks: int = 1,
+    inverse: bool = False,
+    precision: str = "fp32",
+) -> Tensor:
+    """The formula, on x [B, S, H, D] with tables that broadcast to [B, S, H, P]."""
+    P = cos.shape[-1]
+    if P == 0:
+        return x.clone()
+    d = 1 if interleaved else P // blocks
+    before, span, after = x.split((rotary_offset, 2 * P, x.shape[-1] - rotary_offset - 2 * P), -1)
+    a, b = lanes(span, d)
+
+    # "fp32" rounds once, at the end; "model" rounds the table, each product and their sum.
+    exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = x.dtype if precision == "model" else exact
+    c, s = (t.to(dtype).unflatten(-1, (P // d, d)) for t in (cos, -sin if inverse else sin))
+    wide_a, wide_b = a.to(dtype), b.to(dtype)
+    first = (wide_a * c - wide_b * s).to(x.dtype)
+    second = (wide_b * c + wide_a * s).to(x.dtype)
+
+    if skip is not None:
+        skip = skip.unflatten(-1, (P // d, d)) if skip.shape[-1] == P else skip.unsqueeze(-1)
+        first, second = torch.where(skip, a, first), torch.where(skip, b, second)
+    return torch.cat((before, torch.stack((first, second), -2).flatten(-3), after), -1)
+
+
+def _rotated(
+    tensors: tuple[Tensor, ...],
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    layout: str = "bshd",
+    positions: Tensor | None = None,
+    offset: int | Tensor = 0,
+    cu_seqlens: Tensor | None = None,
+    axes: Sequence[int] | None = None,
+    **lane_map: Any,
+) -> tuple[Tensor, ...]:
+    """Every one of `tensors`, which share their tokens, rotated."""
+    views = [_as_bshd(x, layout) for x in tensors]
+    tables = gather(
+        cos,
+        sin,
+        views[0].shape[1],
+        positions=positions,
+        offset=offset,
+        cu_seqlens=cu_seqlens,
+        axes=axes,
+    )
+    return tuple(_from_bshd(rotate_lanes(v, *tables, **lane_map), layout) for v in views)
+
+
+def _as_bshd(x: Tensor, layout: str) -> Tensor:
+    """x as a view [B, S, H, D]; packed tokens become one batch."""
+    return x.unsqueeze(0) if layout == "thd" else x.transpose(*_TRANSPOSED[layout])
+
+
+def _from_bshd(x: Tensor, layout: str) -> Tensor:
+    return x.squeeze(0) if layout == "thd" else x.transpose(*_TRANSPOSED[layout])
+
+
+def _overwrite(x: Tensor, y: Tensor, cos: Tensor, *, rotary_offset: int = 0, **_: Any) -> Tensor:
+    """Only the rotated lanes of x become those of y."""
+    R = 2 * cos.shape[-1]
+    x.narrow(-1, rotary_offset, R).copy_(y.narrow(-1, rotary_offset, R))
+    return x
+
+
+def _write(out: Tensor, y: Tensor, layout: str, out_rows: Tensor | None = None) -> Tensor:
+    """out = y, or, token by token, out[out_rows[i]] = y[i] wherever out_rows[i] is not -1."""
+    if out_rows is None:
+        return out.copy_(y)
+    tokens = _as_bshd(y, layout).flatten(0, 1)
+    rows = out_rows.flatten().long()
+    if rows.numel() == 0:
+        return out
+    # A token that goes nowhere repeats another's write: dropping it would mean to ask the device.
+    kept = rows != -1
+    other, any_kept = kept.int().argmax(), kept.any()
+    rows = torch.where(any_kept, torch.where(kept, rows, rows[other]), 0)
+    values = torch.where(kept[:, None, None], tokens, tokens[other])
+    return out.index_copy_(0, rows, torch.where(any_kept, values, out[0]))
+
+
+def _refuse_grad(name: str, *tensors: Tensor) -> None:
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        raise RuntimeError(f"{name}: out= takes no part in autograd, but an input requires grad")
+
+
+_library: torch.library.Library | None = None
+
+
+def register_fallback() -> None:
+    """Registers the reference for devices without a kernel: XPU, MPS, CUDA in a CPU-only build."""
+    global _library
+    if _library is not None:
+        return
+    _library = torch.library.Library("fused_rope", "IMPL")
+    for form in (rotate, rotate_, rotate_qk, rotate_qk_):
+        _library.impl(form.__name__, _kernel(form), "CompositeExplicitAutograd")
+    for form in (rotate, rotate_qk):
+        _library.impl(f"{form.__name__}_out", _kernel(form, out=True), "CompositeExplicitAutograd")
+
+
+def _kernel(form: Callable[..., Any], *, out: bool = False) -> Callable[..., Any]:
+    """`form` with the positional arguments of its operator's schema, trailing defaults left out."""
+    n = 2 if form in (rotate_qk, rotate_qk_) else 1
+    rows = ("positions", "offsets", "cu_seqlens") + (("out_rows",) if out else ())
+    rest = ("offset", "layout", "axes", "rotary_offset", "interleaved", "blocks", "inverse")
+    names = (*rows, *rest, "precision")
+
+    operator = getattr(torch.ops.fused_rope, form.__name__ + "_out" * out)
+
+    def kernel(*args: Any) -> Any:
+        if any(isinstance(a, Tensor) and a.layout != torch.strided for a in args):
+            raise TypeError(f"{form.__name__}: expected strided tensors, got a sparse one")
+        shapes = [a.to("meta") if isinstance(a, Tensor) else a for a in args]
+        inputs, args = args[: n + 2], args[n + 2 :]
+        outs, args = (args[:n], args[n:]) if out else ((), args)
+        options = dict(zip(names, args, strict=False))
+        offsets = options.pop("offsets", None)
+        if offsets is not None:
+            options["offset"] = offsets
+        if out:
+            options["out"] = outs if n == 2 else outs[0]
+        _warn_of_cuda(inputs[0].device.type)
+        with torch.no_grad():
+            operator(*shapes)  # the Meta kernel has the checks
+            result = form(*inputs, **options)
+        if out or form in (rotate_, rotate_qk_):
+            return None
+        if n == 2:
+            return tuple(map(_with_strides_of, result, inputs))
+        return _with_strides_of(result, inputs[0])
+
+    return kernel
+
+
+def _with_strides_of(y: Tensor, x: Tensor) -> Tensor:
+    """y in the memory order that the operator promises: x's own if x is dense, else row-major."""
+    if not torch.ops.aten.is_non_overlapping_and_dense(x):
+        return y.contiguous()
+    like = torch.empty_like(x)
+    return y if y.stride() == like.stride() else like.copy_(y)
+
+
+@functools.cache
+def _warn_of_cuda(device_type: str) -> None:
+    if device_type == "cuda":
+        warnings.warn(
+            "fused_rope was built without CUDA kernels: CUDA tensors take the PyTorch reference",
+            stacklevel=3,
+        )

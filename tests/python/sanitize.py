@@ -1,0 +1,205 @@
+"""Small calls that reach every instance of the CUDA kernel, for compute-sanitizer.
+
+    scripts/sanitize_gpu.sh
+
+Each call is made on the CPU too, and must have the same bits there. Inputs are made on the CPU, so
+that a sanitizer sees hardly any kernels but ours, and each tensor ends with its memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import fused_rope
+import torch
+from oracle import DTYPES, HALF, LAYOUTS, OVERLAPPING, VIEWS, angles, same, shape, view
+from torch import Tensor
+
+LANES: tuple[dict[str, Any], ...] = (dict(), dict(interleaved=True), dict(blocks=2))
+INTEGERS = (torch.int32, torch.int64)
+
+
+class Case:
+    """One call: a form ("", "_", "out" or "backward"), x or q and k, the tables, and keywords."""
+
+    def __init__(self, form: str, xs: list[Tensor], tables: Sequence[Tensor], **kw: Any):
+        self.form, self.xs, self.tables, self.kw = form, xs, tables, kw
+
+    def __str__(self) -> str:
+        words = [f"{name}={describe(value)}" for name, value in self.kw.items()]
+        return ", ".join([repr(self.form), *map(describe, (*self.xs, *self.tables)), *words])
+
+    def run(self, device: str) -> list[Tensor]:
+        """All that the call returns or writes, on the CPU."""
+        xs, tables = ([there(t, device) for t in group] for group in (self.xs, self.tables))
+        kw = {
+            name: there(value, device) if isinstance(value, Tensor) else value
+            for name, value in self.kw.items()
+        }
+        qk = "_qk" * (len(xs) == 2)
+        if self.form == "backward":
+            leaves = [x.detach().requires_grad_() for x in xs]
+            result = outputs(getattr(fused_rope, "rotate" + qk)(*leaves, *tables, **kw))
+            return [g.cpu() for g in torch.autograd.grad(sum(y.sum() for y in result), leaves)]
+        if self.form == "out":
+            outs = [there(out, device) for out in kw.pop("outs")]
+            kw["out"] = tuple(outs) if qk else outs[0]
+            getattr(fused_rope, "rotate" + qk)(*xs, *tables, **kw)
+            return [whole(out).cpu() for out in outs]
+        result = outputs(getattr(fused_rope, "rotate" + qk + self.form)(*xs, *tables, **kw))
+        return [y.cpu() for y in result] + [whole(x).cpu() for x in xs]
+
+
+def describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype)[6:]}{list(value.shape)}/{list(value.stride())}"
+    return f"[{', '.join(map(describe, value))}]" if isinstance(value, list) else repr(value)
+
+
+def outputs(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def whole(x: Tensor) -> Tensor:
+    """All of the memory that x is a view of."""
+    return x.as_strided((x.untyped_storage().nbytes() // x.element_size(),), (1,), 0)
+
+
+def there(x: Tensor, device: str) -> Tensor:
+    """x in memory of its own on `device`, with its strides and offset."""
+    return whole(x).to(device, copy=True).as_strided(x.size(), x.stride(), x.storage_offset())
+
+
+def draw(*sizes: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(sizes, dtype=torch.float64).to(dtype)
+
+
+def positions(*sizes: int, rows: int, dtype: torch.dtype = torch.int64) -> Tensor:
+    return torch.randint(-1, rows, sizes, dtype=dtype)
+
+
+def qk(dtype: torch.dtype, D: int) -> list[Tensor]:
+    return [draw(2, 5, H, D, dtype=dtype) for H in (4, 3)]
+
+
+def instances() -> Iterator[Case]:
+    """Element type, table type, precision, where partners are, vectors or single lanes, axes."""
+    widths = ((32, 16, 0), (48, 16, 16), (19, 6, 3))
+    for dtype, (D, P, o), lanes in itertools.product(DTYPES, widths, LANES):
+        tables = [torch.float32, torch.float64, *({*HALF} & {dtype})]
+        precisions = ("fp32", "model") if dtype in HALF else ("fp32",)
+        for table, precision in itertools.product(tables, precisions):
+            kw = dict(rotary_offset=o, precision=precision, **lanes)
+            cos_sin, index = angles(9, P, dtype=table), positions(2, 2, 5, rows=9)
+            axes = [0, 1, 1] * (P // 3) + [0] * (P % 3)
+            yield Case("", qk(dtype, D), cos_sin, **kw)
+            yield Case("", qk(dtype, D), cos_sin, positions=index, axes=axes, **kw)
+
+
+def forms() -> Iterator[Case]:
+    """Every form in every layout, and gradients that are expanded."""
+    spans = ((16, 0), (24, 3))
+    for layout, dtype, lanes in itertools.product(LAYOUTS, (torch.bfloat16, torch.float32), LANES):
+        tables = angles(10 if layout == "thd" else 5, 8)
+        for (D, o), inverse, count in itertools.product(spans, (False, True), (1, 2)):
+            sizes = [shape(layout, 2, 5, H, D) for H in (3, 2)[:count]]
+            xs, outs = ([draw(*n, dtype=dtype) for n in sizes] for _ in range(2))
+            kw = dict(layout=layout, rotary_offset=o, inverse=inverse, **lanes)
+            for form in ("", "_", "backward"):
+                yield Case(form, xs, tables, **kw)
+            yield Case("out", xs, tables, outs=outs, **kw)
+
+
+def memory() -> Iterator[Case]:
+    """Strides, alignments and sizes of inputs, outputs and tables."""
+    for name, dtype, interleaved in itertools.product(VIEWS, DTYPES, (False, True)):
+        kw = dict(interleaved=interleaved)
+        yield Case("", [view(name, dtype)], angles(5, 8), **kw)
+        if name not in OVERLAPPING:
+            yield Case("_", [view(name, dtype)], angles(5, 4), rotary_offset=4, **kw)
+            yield Case("out", [view("contiguous", dtype)], angles(5, 8), outs=[view(name, dtype)])
+    for sizes in ((2, 5, 0, 16), (0, 5, 3, 16), (2, 0, 3, 16), (1, 1, 1, 2), (1, 300, 7, 16)):
+        yield Case("", [draw(*sizes)], angles(300, sizes[-1] // 2))
+    yield Case("", [draw(2, 5, 3, 16)], angles(5, 0))
+
+
+def tables() -> Iterator[Case]:
+    """Tables for each token and head, and views of wider and complex ones."""
+    for dtype, lanes in itertools.product((torch.bfloat16, torch.float64), LANES):
+        x = draw(2, 5, 3, 40, dtype=dtype)
+        views: list[Any] = [
+            *([t.view(B, 5, 16) for t in angles(B * 5, 16)] for B in (1, 2)),
+            *([t.view(B, 5, 3, 16) for t in angles(B * 15, 16)] for B in (1, 2)),
+            [t[None, :, None].expand(1, 5, 3, 16) for t in angles(5, 16)],
+            draw(5, 32, dtype=torch.float32).chunk(2, -1),
+            [draw(5, 33, dtype=torch.float32)[:, i : i + 16] for i in (0, 17)],
+            draw(5, 16, 2, dtype=torch.float32).unbind(-1),
+            [t.T for t in angles(16, 5)],
+            [t.expand(5, 16) for t in angles(1, 16)],
+        ]
+        for pair in views:
+            yield Case("", [x, x * 2], pair, rotary_offset=8, **lanes)
+            yield Case("_", [x], pair, inverse=True, **lanes)
+
+
+def rows() -> Iterator[Case]:
+    """Positions, offsets, packed sequences with padding, and scattered outputs."""
+    for dtype, integer in itertools.product((torch.bfloat16, torch.float32), INTEGERS):
+        xs, table = [draw(2, 5, H, 16, dtype=dtype) for H in (3, 2)], angles(20, 8)
+        offsets = torch.tensor([3, 11], dtype=integer)
+        for form, sizes in itertools.product(("", "_", "backward"), ((5,), (1, 5), (2, 5))):
+            index = positions(*sizes, rows=9, dtype=integer)
+            yield Case(form, xs, table, positions=index)
+            yield Case(form, xs, table, positions=index, offset=offsets)
+        yield Case("", xs, table, positions=positions(2, 10, rows=20, dtype=integer)[:, ::2])
+        yield Case("", xs, table, offset=offsets)
+        yield Case("", xs, table, offset=15)
+
+        packed = [x.flatten(0, 1) for x in xs]
+        cu = torch.tensor([0, 0, 4, 4, 7], dtype=integer)
+        beside = dict(layout="thd", cu_seqlens=cu)
+        four = torch.tensor([12, 0, 3, 16], dtype=integer)
+        for form in ("", "_", "backward"):
+            yield Case(form, packed, table, **beside)
+            yield Case(form, packed, table, offset=four, **beside)
+            index = positions(10, rows=4, dtype=integer)
+            yield Case(form, packed, table, positions=index, offset=four, **beside)
+
+        slots = torch.tensor([[7, -1, 0, 3, 11], [-1, 10, 5, 4, 9]], dtype=integer)
+        cache = draw(12, 2, 16, dtype=dtype)
+        outs = [torch.zeros_like(xs[0]), cache]
+        for lanes in LANES:
+            yield Case("out", xs, table, outs=outs, out_rows=slots, **lanes)
+            yield Case("out", xs[1:], table, outs=[cache[:, :, :]], out_rows=slots, **lanes)
+        joint = draw(12, 2, 24, dtype=dtype)[..., 8:]
+        yield Case(
+            "out",
+            packed,
+            table,
+            outs=[draw(10, 3, 16, dtype=dtype), joint],
+            out_rows=slots.flatten(),
+            **beside,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda")
+    device = parser.parse_args().device
+    torch.manual_seed(0)
+    count = 0
+    for case in itertools.chain(instances(), forms(), memory(), tables(), rows()):
+        for got, want in zip(case.run(device), case.run("cpu"), strict=True):
+            try:
+                same(got, want)
+            except AssertionError as error:
+                raise AssertionError(f"{case}: {error}") from None
+        count += 1
+    print(f"{count} calls, the bits of the CPU")
+
+
+if __name__ == "__main__":
+    main()

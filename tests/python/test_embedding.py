@@ -1,0 +1,448 @@
+"""RotaryEmbedding: its numbers, its growing table, and what may happen to a module in between."""
+
+import copy
+import io
+import pickle
+
+import fused_rope
+import pytest
+import torch
+import torch._dynamo.testing
+from fused_rope import RotaryEmbedding
+from oracle import LAYOUTS, bits, error_over_bound, same
+
+
+def table(rows, R, device="cpu", base=10000.0):
+    """The table of R lanes by its definition, in float64, rounded to float32."""
+    inv_freq = 1.0 / base ** (torch.arange(0, R, 2, dtype=torch.float64) / R)
+    angle = torch.arange(rows, dtype=torch.float64)[:, None] * inv_freq
+    return angle.cos().float().to(device), angle.sin().float().to(device)
+
+
+def tensor(layout, S, H=3, D=64, B=2, device="cpu", dtype=torch.float32):
+    sizes = {"b": B, "s": S, "t": S, "h": H, "d": D}
+    return torch.randn([sizes[letter] for letter in layout], device=device).to(dtype)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_grows_by_itself(layout, device):
+    rope = RotaryEmbedding(64, layout=layout, max_seq_len=4, device=device)
+    q, k = tensor(layout, 21, 4, device=device), tensor(layout, 21, 2, device=device)
+    for got, x in zip(rope(q, k), (q, k), strict=True):
+        assert error_over_bound(got, x, *table(21, 64, device), layout=layout) <= 1.0
+        same(got, bits(x, rope.cos, rope.sin, layout=layout))
+    same(rope(q), rope(q, k)[0])
+    same(rope(q, offset=30), bits(q, *rope_table(64, 51, device), layout=layout, offset=30))
+    assert rope.cos.dtype == torch.float32 and rope.cos.shape[1] == 32
+
+
+def rope_table(D, rows, device="cpu", **options):
+    rope = RotaryEmbedding(D, max_seq_len=rows, device=device, **options)
+    return rope.cos, rope.sin
+
+
+def test_growth_doubles_and_keeps_the_numbers():
+    rope = RotaryEmbedding(64, max_seq_len=16)
+    before = rope.cos
+    rope(torch.randn(1, 17, 1, 64))
+    assert rope.cos.shape == (32, 32)
+    same(rope.cos[:16], before)
+    rope(torch.randn(1, 100, 1, 64))
+    assert rope.cos.shape == (100, 32)
+    same(rope.cos, rope_table(64, 100)[0])
+
+
+def test_decode_continues_prefill():
+    rope = RotaryEmbedding(64, layout="bhsd", max_seq_len=8)
+    q = tensor("bhsd", 30)
+    steps = [rope(q[:, :, i : i + 1], offset=i) for i in range(30)]
+    same(torch.cat(steps, 2), rope(q))
+
+
+def test_rows_that_only_the_device_knows(device):
+    rope = RotaryEmbedding(64, max_seq_len=10, device=device)
+    q = tensor("bshd", 7, device=device)
+    positions = torch.randint(-1, 10, (2, 7), device=device)
+    same(rope(q, positions=positions), bits(q, rope.cos, rope.sin, positions=positions))
+    lengths = torch.tensor([3, 0], dtype=torch.int32, device=device)
+    same(rope(q, offset=lengths), bits(q, rope.cos, rope.sin, offset=lengths))
+    rope.reserve(40)
+    same(rope(q, positions=positions + 20), bits(q, rope.cos, rope.sin, positions=positions + 20))
+    packed = RotaryEmbedding(64, layout="thd", max_seq_len=10, device=device)
+    x = tensor("thd", 12, device=device)
+    cu = torch.tensor([0, 5, 5, 11], dtype=torch.int32, device=device)
+    want = bits(x, packed.cos, packed.sin, layout="thd", cu_seqlens=cu)
+    same(packed(x, cu_seqlens=cu), want)
+    if device == "cpu":
+        with pytest.raises(IndexError):
+            RotaryEmbedding(64, max_seq_len=5)(q, positions=positions.clamp(min=7))
+
+
+def test_span_lane_map_and_precision(device):
+    x = tensor("bshd", 9, D=80, device=device, dtype=torch.bfloat16)
+    cos, sin = rope_table(48, 9, device)
+    options = {"rotary_offset": 16, "interleaved": True, "precision": "model"}
+    rope = RotaryEmbedding(80, rotary_dim=48, device=device, **options)
+    same(rope(x), bits(x, cos, sin, **options))
+    assert RotaryEmbedding(80, rotary_offset=16).rotary_dim == 64
+
+
+def test_blocks_repeat_the_frequencies(device):
+    rope = RotaryEmbedding(64, blocks=2, device=device)
+    x = tensor("bshd", 9, device=device)
+    cos, sin = rope_table(32, 9, device)
+    halves = [bits(half, cos, sin) for half in x.split(32, -1)]
+    same(rope(x), torch.cat(halves, -1))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_axes(layout, device):
+    axes = fused_rope.mrope_axes([8, 12, 12])
+    B = 1 if layout == "thd" else 2
+    rope = RotaryEmbedding(64, layout=layout, axes=axes, max_seq_len=50, device=device)
+    x = tensor(layout, 7, B=B, device=device)
+    cos, sin = rope.cos, rope.sin
+    three = torch.randint(-1, 50, (3, B, 7), device=device)
+    want = bits(x, cos, sin, layout=layout, positions=three, axes=axes)
+    same(rope(x, positions=three), want)
+    shared = three[:, 0]
+    want = bits(x, cos, sin, layout=layout, positions=shared, axes=axes)
+    same(rope(x, positions=shared), want)
+    for positions in (three[0], three[0, 0], three[0, :1]):
+        want = bits(x, cos, sin, layout=layout, positions=positions)
+        same(rope(x, positions=positions), want)
+    same(rope(x), bits(x, cos, sin, layout=layout))
+
+
+def surroundings():
+    def make():
+        return RotaryEmbedding(64, max_seq_len=16)
+
+    def saved():
+        file = io.BytesIO()
+        torch.save(make(), file)
+        file.seek(0)
+        return torch.load(file, weights_only=False)
+
+    def on_meta():
+        with torch.device("meta"):
+            rope = make()
+        assert rope.cos.is_meta
+        return rope
+
+    def in_a_parent():
+        parent = torch.nn.Sequential(make(), torch.nn.Linear(2, 2)).to(torch.bfloat16)
+        assert list(parent.state_dict()) == ["1.weight", "1.bias"]
+        parent.load_state_dict(copy.deepcopy(parent).state_dict())
+        return parent[0]
+
+    def default_dtype():
+        torch.set_default_dtype(torch.float16)
+        try:
+            with torch.autocast("cpu", torch.bfloat16):
+                return make()
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+    def inference():
+        with torch.inference_mode():
+            return make()
+
+    return {
+        "bfloat16": lambda: make().to(torch.bfloat16),
+        "half and back": lambda: make().half().float(),
+        "double": lambda: make().double(),
+        "type": lambda: make().type(torch.float16),
+        "deepcopy": lambda: copy.deepcopy(make()),
+        "pickle": lambda: pickle.loads(pickle.dumps(make())),
+        "torch.save": saved,
+        "share_memory": lambda: make().share_memory(),
+        "meta, to_empty": lambda: on_meta().to_empty(device="cpu"),
+        "meta, cast, to_empty": lambda: on_meta().bfloat16().to_empty(device="cpu"),
+        "meta, never materialised": on_meta,
+        "there and back": lambda: make().to("meta").to_empty(device="cpu"),
+        "in a parent": in_a_parent,
+        "default dtype and autocast": default_dtype,
+        "inference mode": inference,
+    }
+
+
+@pytest.mark.parametrize("name", surroundings())
+def test_survives(name):
+    x = tensor("bshd", 40, dtype=torch.bfloat16).requires_grad_()
+    rope = surroundings()[name]()
+    got = rope(x)
+    same(got, bits(x, *rope_table(64, 40)))
+    got.sum().backward()
+    assert list(rope.state_dict()) == [] and list(rope.parameters()) == []
+
+
+def test_grown_in_inference_mode_still_trains():
+    rope = RotaryEmbedding(64, max_seq_len=8)
+    with torch.inference_mode():
+        rope(tensor("bshd", 40))
+    rope(tensor("bshd", 40).requires_grad_()).sum().backward()
+
+
+def test_follows_its_device(device):
+    rope = RotaryEmbedding(64, max_seq_len=8).to(device)
+    assert rope.cos.device.type == device
+    x = tensor("bshd", 6, device=device)
+    elsewhere = RotaryEmbedding(64, max_seq_len=8, device="cpu")
+    same(elsewhere(x), rope(x))
+    assert elsewhere.cos.device.type == device
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_grows_without_waiting_on_cuda():
+    rope = RotaryEmbedding(64, max_seq_len=8, device="cuda")
+    x = tensor("bshd", 600, device="cuda")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = rope(x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    same(got.cpu(), RotaryEmbedding(64)(x.cpu()))
+
+
+@pytest.mark.parametrize(
+    "lengths", [(5, 9, 17, 33, 64), (5, 9, 12, 17, 20, 33, 65, 150, 7), (17, 20)]
+)
+def test_compile_once_more_for_growing(lengths, device):
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    rope = RotaryEmbedding(64, max_seq_len=16, device=device)
+    compiled = torch.compile(rope, backend=counter, fullgraph=True)
+    for S in lengths:
+        q, k = tensor("bshd", S, device=device), tensor("bshd", S, 1, device=device)
+        for got, want in zip(compiled(q, k), RotaryEmbedding(64, device=device)(q, k), strict=True):
+            same(got, want)
+    assert counter.frame_count <= 3
+
+
+def test_compiled_decode_does_not_recompile():
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    rope = RotaryEmbedding(64, max_seq_len=64)
+    compiled = torch.compile(rope, backend=counter, fullgraph=True)
+    q = tensor("bshd", 1)
+    for offset in (5, 6, 7, 8, 40):
+        same(compiled(q, offset=offset), rope(q, offset=offset))
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize(
+    "word,options",
+    [
+        ("rotary_dim", {"rotary_dim": 7}),
+        ("rotary_dim", {"rotary_dim": 66}),
+        ("rotary_offset", {"rotary_offset": -2}),
+        ("rotary_offset", {"rotary_dim": 64, "rotary_offset": 2}),
+        ("blocks", {"blocks": 3}),
+        ("blocks", {"blocks": 0}),
+        ("blocks", {"blocks": 2, "interleaved": True}),
+        ("axes", {"axes": [0, 1]}),
+        ("layout", {"layout": "shbd"}),
+        ("rope_type", {"scaling": {"rope_type": "spiral"}}),
+        ("factor", {"scaling": {"rope_type": "linear"}}),
+    ],
+)
+def test_errors(word, options):
+    with pytest.raises(ValueError, match=word):
+        RotaryEmbedding(64, **options)
+
+
+def test_other_head_dim_is_refused():
+    with pytest.raises(ValueError, match="D=64"):
+        RotaryEmbedding(64)(tensor("bshd", 5, D=128))
+
+
+@pytest.mark.parametrize("kind", ["default", "linear", "dynamic", "yarn", "longrope", "llama3"])
+@pytest.mark.parametrize("S", [16, 32, 96])
+def test_config_equals_hugging_face(kind, S):
+    transformers = pytest.importorskip("transformers")
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    trained = {"original_max_position_embeddings": 32}
+    scaling = {
+        "default": {},
+        "linear": {"factor": 4.0},
+        "dynamic": {"factor": 2.0},
+        "yarn": {"factor": 8.0, **trained},
+        "longrope": {
+            "factor": 4.0,
+            "short_factor": [1.0 + 0.1 * i for i in range(16)],
+            "long_factor": [2.0 + 0.3 * i for i in range(16)],
+            **trained,
+        },
+        "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, **trained},
+    }[kind]
+    sizes = {"hidden_size": 128, "num_attention_heads": 4, "head_dim": 32}
+    sizes["max_position_embeddings"] = 128 if trained.items() <= scaling.items() else 32
+    scaling["rope_type"] = kind
+    if int(transformers.__version__.split(".")[0]) >= 5:
+        scaling["rope_theta"] = 10000.0
+        config = transformers.LlamaConfig(**sizes, rope_parameters=scaling)
+    else:
+        scaling = None if kind == "default" else scaling
+        config = transformers.LlamaConfig(**sizes, rope_scaling=scaling)
+    x = torch.randn(1, 4, S, 32)
+    cos, sin = LlamaRotaryEmbedding(config)(x, torch.arange(S)[None])
+    want = bits(x, cos[..., :16], sin[..., :16], layout="bhsd")
+    rope = RotaryEmbedding.from_config(config)
+    torch.testing.assert_close(rope(x), want, rtol=0, atol=5e-5)
+    rope(torch.randn(1, 4, 128, 32))  # a longer text before does not matter
+    torch.testing.assert_close(rope(x), want, rtol=0, atol=5e-5)
+
+
+def test_says_what_it_is():
+    text = repr(RotaryEmbedding(64, layout="bhsd", interleaved=True))
+    assert "64" in text and "bhsd" in text and "interleaved" in text
+
+
+# --- dynamic and longrope: frequencies that follow from the call's own rows ----------------------
+
+TRAINED = 32
+VARYING = {
+    "dynamic": {
+        "rope_type": "dynamic",
+        "factor": 2.0,
+        "original_max_position_embeddings": TRAINED,
+    },
+    "longrope": {
+        "rope_type": "longrope",
+        "factor": 4.0,
+        "original_max_position_embeddings": TRAINED,
+        "short_factor": [1.0 + 0.1 * i for i in range(16)],
+        "long_factor": [2.0 + 0.3 * i for i in range(16)],
+    },
+}
+
+
+def varying(kind, D=32, **options):
+    return RotaryEmbedding(D, scaling=VARYING[kind], **options)
+
+
+def at_rows(kind, rows, repeats=1, device="cpu"):
+    """The table that `rows` positions in use ask for, long enough for all tests here."""
+    inv_freq, scale = fused_rope.frequencies.frequencies(
+        32 // repeats, 10000.0, VARYING[kind], rows=rows
+    )
+    angle = torch.arange(200, dtype=torch.float64)[:, None] * inv_freq.repeat(repeats)
+    return [(t * scale).float().to(device) for t in (angle.cos(), angle.sin())]
+
+
+def close(got, want):
+    torch.testing.assert_close(got, want, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("kind", VARYING)
+@pytest.mark.parametrize("longest", [9, TRAINED - 1, TRAINED, 100])
+def test_rows_of_this_call(kind, longest, device):
+    rope = varying(kind, max_seq_len=4, device=device)
+    cos, sin = at_rows(kind, longest + 1, device=device)
+    positions = torch.randint(0, longest + 1, (2, 7), device=device)
+    positions[1, 3] = longest
+    positions[0, 2] = -1
+    x = tensor("bshd", 7, D=32, device=device)
+    rope(tensor("bshd", 150, D=32, device=device))  # a longer text before does not matter
+    got = rope(x, positions=positions)
+    close(got, bits(x, cos, sin, positions=positions))
+    same(got[0, 2], x[0, 2])
+    close(
+        rope(x, positions=positions - 3 * (positions > 2), offset=0 * positions[:, 0]),
+        rope(x, positions=positions - 3 * (positions > 2)),
+    )
+    for offset in (torch.tensor([3, longest - 6], device=device), longest - 6):
+        close(rope(x, offset=offset), bits(x, cos, sin, offset=offset))
+        q, k = rope(x, x[:, :, :1], positions=torch.arange(7, device=device)[None], offset=offset)
+        close(q, bits(x, cos, sin, offset=offset))
+        same(k, q[:, :, :1])
+
+
+@pytest.mark.parametrize("kind", VARYING)
+def test_packed_rows_of_this_call(kind, device):
+    rope = varying(kind, layout="thd", device=device)
+    cu = torch.tensor([0, 5, 5, 11], dtype=torch.int32, device=device)
+    x = tensor("thd", 13, D=32, device=device)
+    close(
+        rope(x, cu_seqlens=cu),
+        bits(x, *at_rows(kind, 6, device=device), layout="thd", cu_seqlens=cu),
+    )
+    offset = torch.tensor([50, 3, 40], device=device)
+    where = {"cu_seqlens": cu, "offset": offset}
+    got = rope(x, **where)
+    close(got, bits(x, *at_rows(kind, 55, device=device), layout="thd", **where))
+    same(got[11:], x[11:])
+    where["positions"] = torch.arange(13, device=device).flip(0)
+    close(rope(x, **where), bits(x, *at_rows(kind, 63, device=device), layout="thd", **where))
+    with pytest.raises(ValueError):
+        varying(kind, device=device)(tensor("bshd", 5, D=32, device=device), cu_seqlens=cu)
+
+
+@pytest.mark.parametrize("kind", VARYING)
+def test_axes_and_blocks_of_this_call(kind, device):
+    axes = fused_rope.mrope_axes([4, 6, 6])
+    x = tensor("bshd", 7, D=32, device=device)
+    positions = torch.randint(-1, 100, (3, 2, 7), device=device)
+    positions[2, 0, 0] = 99
+    want = bits(x, *at_rows(kind, 100, device=device), positions=positions, axes=axes)
+    close(varying(kind, axes=axes, device=device)(x, positions=positions), want)
+    if kind == "dynamic":
+        want = bits(x, *at_rows(kind, 100, 2, device=device), positions=positions[2], blocks=2)
+        close(varying(kind, blocks=2, device=device)(x, positions=positions[2]), want)
+
+
+def test_rows_that_are_none_are_refused():
+    rope, x = varying("dynamic"), tensor("bshd", 3, D=32)
+    with pytest.raises(IndexError):
+        rope(x, positions=torch.tensor([0, -3, 1]))
+    with pytest.raises(IndexError):
+        rope(x, positions=torch.tensor([0, 3, 1]), offset=-2)
+    assert rope(x[:, :0], positions=torch.zeros(0, dtype=torch.int64)).numel() == 0
+
+
+@pytest.mark.parametrize("kind", VARYING)
+def test_rows_of_this_call_compile(kind, device):
+    """One graph serves both sides of the trained length, without positions too."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    rope = varying(kind, device=device)
+    compiled = torch.compile(rope, backend=counter, fullgraph=True)
+    for longest in (9, TRAINED + 3, 100):
+        x = tensor("bshd", 7, D=32, device=device).requires_grad_()
+        positions = torch.arange(longest - 6, longest + 1, device=device)
+        got = compiled(x, positions=positions)
+        close(got, bits(x, *at_rows(kind, longest + 1, device=device), positions=positions))
+        got.sum().backward()
+    assert counter.frame_count == 1
+    for S in (9, TRAINED + 3, 100, 20):
+        x = tensor("bshd", S, D=32, device=device)
+        close(compiled(x), bits(x, *at_rows(kind, S, device=device)))
+    assert counter.frame_count <= 3
+
+
+@pytest.mark.parametrize("kind", VARYING)
+def test_rows_of_this_call_survive_moves(kind):
+    with torch.device("meta"):
+        rope = varying(kind)
+    rope = copy.deepcopy(rope.to_empty(device="cpu").to(torch.bfloat16))
+    x, positions = tensor("bshd", 7, D=32), torch.arange(90, 97)
+    close(rope(x, positions=positions), bits(x, *at_rows(kind, 97), positions=positions))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("kind", VARYING)
+def test_rows_of_this_call_do_not_wait_on_cuda(kind):
+    rope = varying(kind, device="cuda")
+    x = tensor("bshd", 7, D=32, device="cuda")
+    positions = torch.randint(0, 100, (2, 7), device="cuda")
+    lengths = positions[:, 0].clone()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        rope(x, positions=positions)
+        rope(x, offset=lengths)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,215 @@
+"""A caller's mistake: the right exception, a message that says what was expected, and no harm."""
+
+import fused_rope
+import pytest
+import torch
+from oracle import angles, same
+
+V, T, R = ValueError, TypeError, RuntimeError
+
+
+def bad_calls():
+    """The word to find in the message, the exception, and the call."""
+    x, k = torch.randn(2, 5, 4, 16), torch.randn(2, 5, 2, 16)
+    c, s = angles(8, 8)
+    p, cu = torch.arange(5), torch.tensor([0, 10])
+    x_ok, qk_ok = dict(x=x, cos=c, sin=s), dict(q=x, k=k, cos=c, sin=s)
+    thd = dict(x=torch.randn(10, 4, 16), cos=c, sin=s, layout="thd")
+    token = torch.randn(2, 5, 8)
+    head = torch.randn(2, 5, 4, 8)
+
+    yield "x of 4 dimensions", V, x_ok | dict(x=x[0])
+    yield "x of 3 dimensions", V, thd | dict(x=x)
+    yield "x of dtype", T, x_ok | dict(x=x.int())
+    yield "x of dtype", T, x_ok | dict(x=torch.complex(x, x))
+    yield "layout", V, x_ok | dict(layout="shbd")
+    yield "precision", V, x_ok | dict(precision="fast")
+
+    yield "k of q's dtype", T, qk_ok | dict(k=k.double())
+    yield "k with q's B=2", V, qk_ok | dict(k=k[:1])
+    yield "k with q's B=2, S=5", V, qk_ok | dict(k=k[:, :4])
+    yield "k with q's .*D=16", V, qk_ok | dict(k=torch.randn(2, 5, 2, 18))
+    yield "k of 4 dimensions", V, qk_ok | dict(k=k[0])
+    yield "k of dtype", T, qk_ok | dict(k=k.bool())
+
+    yield "cos of shape", V, x_ok | dict(cos=c[0], sin=s[0])
+    yield "cos of shape", V, x_ok | dict(cos=c[None, None, None], sin=s[None, None, None])
+    yield "cos with P <= D/2", V, x_ok | dict(cos=torch.randn(8, 9), sin=torch.randn(8, 9))
+    yield "cos with at least S=5 rows", V, x_ok | dict(cos=c[:4], sin=s[:4])
+    yield "cos of shape .*B=2", V, x_ok | dict(cos=torch.randn(3, 5, 8), sin=torch.randn(3, 5, 8))
+    yield "cos of shape .*S=5", V, x_ok | dict(cos=token[:, :4], sin=token[:, :4])
+    yield "cos of shape .*H=4", V, x_ok | dict(cos=head[:, :, :3], sin=head[:, :, :3])
+    yield "cos of shape .*S=10", V, thd | dict(cos=token[:1], sin=token[:1])
+    yield "cos of dtype", T, x_ok | dict(cos=c.long(), sin=s.long())
+    yield "cos of dtype", T, x_ok | dict(cos=torch.complex(c, c), sin=torch.complex(s, s))
+    yield "sin of cos's shape", V, x_ok | dict(sin=s[:, :4])
+    yield "sin of cos's shape", V, x_ok | dict(sin=s[:7])
+    yield "sin of cos's shape", V, x_ok | dict(sin=s[None])
+    yield "sin of cos's dtype", T, x_ok | dict(sin=s.double())
+
+    yield "rotary_offset", V, x_ok | dict(rotary_offset=1)
+    yield "rotary_offset", V, x_ok | dict(rotary_offset=-1)
+    yield "blocks", V, x_ok | dict(blocks=3)
+    yield "blocks", V, x_ok | dict(blocks=0)
+    yield "blocks", V, x_ok | dict(blocks=-1)
+    yield "blocks", V, x_ok | dict(blocks=2, interleaved=True)
+
+    yield "positions of dtype", T, x_ok | dict(positions=p.float())
+    yield "positions of dtype", T, x_ok | dict(positions=p.bool())
+    yield "positions of dtype", T, x_ok | dict(positions=p.short())
+    yield "positions of shape", V, x_ok | dict(positions=p[:4])
+    yield "positions of shape", V, x_ok | dict(positions=p.expand(3, 5))
+    yield "positions of shape", V, x_ok | dict(positions=p.expand(1, 1, 5))
+    yield "positions of shape", V, x_ok | dict(positions=p[0])
+    yield "positions of shape", V, thd | dict(positions=p.expand(2, 5))
+    yield "no positions", V, x_ok | dict(cos=token, sin=token, positions=p)
+    yield "no positions", V, x_ok | dict(cos=head, sin=head, positions=p)
+    yield "positions", IndexError, x_ok | dict(positions=p + 4)
+    yield "positions", IndexError, x_ok | dict(positions=p - 2)
+
+    yield "cos with at least offset .* rows", V, x_ok | dict(offset=4)
+    yield "offset >= 0", V, x_ok | dict(offset=-1)
+    yield "offset of shape", V, x_ok | dict(offset=torch.zeros(3, dtype=torch.int64))
+    yield "offset of shape", V, x_ok | dict(offset=torch.zeros(2, 1, dtype=torch.int64))
+    yield "offset of shape", V, thd | dict(cu_seqlens=cu, offset=torch.tensor([1, 2]))
+    yield "offset of dtype", T, x_ok | dict(offset=torch.zeros(2))
+    yield "no offset", V, x_ok | dict(cos=token, sin=token, offset=1)
+    yield "no offset", V, x_ok | dict(cos=token, sin=token, offset=torch.tensor([0, 0]))
+
+    yield "cu_seqlens with layout thd", V, x_ok | dict(cu_seqlens=torch.tensor([0, 5]))
+    yield "cu_seqlens of dtype", T, thd | dict(cu_seqlens=cu.float())
+    yield "cu_seqlens of shape", V, thd | dict(cu_seqlens=cu[None])
+    yield "cu_seqlens of shape", V, thd | dict(cu_seqlens=cu[:0])
+    yield "no cu_seqlens", V, thd | dict(cos=head[:1], sin=head[:1], cu_seqlens=cu)
+
+    three = p.expand(3, 2, 5)
+    axes = [0, 1, 2, 0, 1, 2, 0, 1]
+    yield "axes", V, x_ok | dict(positions=three, axes=axes[:-1])
+    yield "axes", V, x_ok | dict(positions=three, axes=[*axes, 0])
+    yield "axes", V, x_ok | dict(positions=three, axes=[3, *axes[1:]])
+    yield "axes", V, x_ok | dict(positions=three, axes=[-1, *axes[1:]])
+    yield "positions with 1 <= A", V, x_ok | dict(positions=p.expand(9, 2, 5), axes=axes)
+    yield "positions with a leading axis A", V, x_ok | dict(axes=axes)
+    yield "positions of shape", V, x_ok | dict(positions=three)
+    yield "positions of shape", V, x_ok | dict(positions=three[:, :, :4], axes=axes)
+    yield "positions of shape", V, x_ok | dict(positions=p, axes=axes)
+
+    yield "cos on device cpu", (V, R), x_ok | dict(cos=c.to("meta"), sin=s.to("meta"))
+    yield "sin on device cpu", (V, R), x_ok | dict(sin=s.to("meta"))
+    yield "k on device cpu", (V, R), qk_ok | dict(k=k.to("meta"))
+    yield "positions on device cpu", (V, R), x_ok | dict(positions=p.to("meta"))
+
+
+CALLS = list(bad_calls())
+IDS = [f"{i}-{word}" for i, (word, _, _) in enumerate(CALLS)]
+
+
+def with_history(x):
+    return x.clone().requires_grad_() * 1 if x.is_floating_point() and not x.is_meta else x
+
+
+@pytest.mark.parametrize("call", CALLS, ids=IDS)
+@pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
+@pytest.mark.parametrize("in_place", [False, True], ids=["out of place", "in place"])
+def test_bad_call(call, in_place, grad):
+    word, kind, arguments = call
+    name = ("rotate_qk" if "q" in arguments else "rotate") + ("_" if in_place else "")
+    arguments = dict(arguments)
+    for n in ("x", "q", "k"):
+        if (
+            n in arguments
+            and arguments[n].is_floating_point()
+            and arguments[n].device.type == "cpu"
+        ):
+            arguments[n] = (arguments[n].clone().requires_grad_() * 1) if grad else arguments[n]
+    tensors = {n: t for n, t in arguments.items() if isinstance(t, torch.Tensor) and not t.is_meta}
+    before = {n: (t.detach().clone(), t._version) for n, t in tensors.items()}
+    with pytest.raises(kind, match=rf"(?s)^{name}: expected {word}.*got"):
+        getattr(fused_rope, name)(**arguments)
+    for n, (value, version) in before.items():
+        same(tensors[n], value)
+        assert tensors[n]._version == version, n
+
+
+def test_wording():
+    x, (cos, sin) = torch.empty(2, 128, 4, 128), angles(100, 32)
+    with pytest.raises(ValueError) as error:
+        fused_rope.rotate(x, cos, sin)
+    # Nothing follows, such as a C++ stack.
+    want = "rotate: expected cos with at least S=128 rows, got [100, 32]"
+    assert str(error.value) == want
+
+
+def test_the_position_that_is_not_there_is_named():
+    x, (cos, sin) = torch.randn(2, 5, 4, 16), angles(8, 8)
+    positions = torch.zeros(2, 5, dtype=torch.int64)
+    positions[1, 3] = 17
+    with pytest.raises(IndexError, match=r"rotate: .*M=8.*17.*b=1, s=3"):
+        fused_rope.rotate(x, cos, sin, positions=positions)
+
+
+def test_sequence_argument_of_two_outputs():
+    """out must be a pair for rotate_qk."""
+    x, (cos, sin) = torch.randn(2, 5, 4, 16), angles(8, 8)
+    with pytest.raises((V, T)):
+        fused_rope.rotate_qk(x, x.clone(), cos, sin, out=torch.empty_like(x))
+
+
+@pytest.mark.parametrize("name", ["rotate", "rotate_", "rotate_qk", "rotate_qk_"])
+def test_no_positional_options_and_no_unknown_ones(name):
+    x, (cos, sin) = torch.randn(2, 5, 4, 16), angles(8, 8)
+    tensors = (x, x.clone(), cos, sin) if "qk" in name else (x, cos, sin)
+    function = getattr(fused_rope, name)
+    with pytest.raises(TypeError):
+        function(*tensors, "bshd")
+    with pytest.raises(TypeError):
+        function(*tensors, position_ids=None)
+    if name.endswith("_"):
+        with pytest.raises(TypeError):
+            function(*tensors, out=x)
+
+
+WRONG_TYPES = [
+    dict(x=None),
+    dict(x=[1.0, 2.0]),
+    dict(sin=None),
+    dict(positions=[0, 1, 2, 3, 4]),
+    dict(offset=1.5),
+    dict(layout=3),
+    dict(axes="abc"),
+    dict(blocks=1.0),
+    dict(precision=None),
+    dict(out=(torch.empty(2, 5, 4, 16),)),
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG_TYPES, ids=lambda w: "".join(w))
+def test_wrong_types(wrong):
+    x, (cos, sin) = torch.randn(2, 5, 4, 16), angles(8, 8)
+    with pytest.raises(TypeError, match="rotate"):
+        fused_rope.rotate(**dict(x=x, cos=cos, sin=sin) | wrong)
+
+
+def test_sparse_tensors_are_refused():
+    x, (cos, sin) = torch.randn(2, 5, 4, 16), angles(8, 8)
+    with pytest.raises((NotImplementedError, TypeError, ValueError)):
+        fused_rope.rotate(x.to_sparse(), cos, sin)
+
+
+def test_errors_reach_callers_of_the_operators():
+    """torch.ops knows the same checks: they do not live in the Python functions."""
+    x, (cos, sin) = torch.randn(2, 5, 4, 16), angles(3, 8)
+    for name in ("rotate", "rotate_"):
+        with pytest.raises(ValueError, match=f"{name}: expected cos"):
+            getattr(torch.ops.fused_rope, name)(x, cos, sin)
+
+
+def test_an_error_in_a_thread_is_an_error():
+    """Rows are checked before any thread writes."""
+    x, (cos, sin) = torch.randn(8, 512, 4, 64), angles(600, 32)
+    positions = torch.arange(512).repeat(8, 1)
+    positions[7, 511] = 600
+    before = x.clone()
+    with pytest.raises(IndexError, match="600"):
+        fused_rope.rotate_(x, cos, sin, positions=positions)
+    same(x, before)

@@ -1,0 +1,210 @@
+"""In place: only rotated lanes are written, versions bumped, and what autograd forbids refused."""
+
+import fused_rope
+import pytest
+import torch
+from oracle import DTYPES, LAYOUTS, OVERLAPPING, VIEWS, angles, bits, same, same_bits, tensor, view
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
+def test_values(layout, dtype, interleaved, device):
+    q, k = (tensor(layout, 1, 5, H, 40, dtype, device) for H in (4, 1))
+    cos, sin = angles(5, 12, device)
+    kw = dict(layout=layout, interleaved=interleaved, rotary_offset=8)
+    want = bits(q, cos, sin, **kw), bits(k, cos, sin, **kw)
+    got = fused_rope.rotate_qk_(q, k, cos, sin, **kw)
+    assert got[0] is q and got[1] is k
+    same(q, want[0])
+    same(k, want[1])
+    assert fused_rope.rotate_(q, cos, sin, inverse=True, **kw) is q
+    same(q, bits(want[0], cos, sin, inverse=True, **kw))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_other_lanes_keep_their_bits(dtype, device):
+    """Any bits, NaNs too."""
+    size = torch.empty(0, dtype=dtype).element_size()
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
+    low, high = torch.iinfo(integer).min, torch.iinfo(integer).max
+    base = torch.randint(low, high, (2, 5, 4, 48), dtype=integer).view(dtype).to(device)
+    base[..., 32:] = torch.randn(2, 5, 4, 16).to(dtype).to(device)
+    before = base.clone()
+    cos, sin = angles(5, 8, device)
+    fused_rope.rotate_qk_(base[:, :, :3], base[:, :, 3:], cos, sin, rotary_offset=32)
+    same_bits(base[..., :32], before[..., :32])
+    same(base[..., 32:], bits(before[..., 32:], cos, sin))
+
+
+@pytest.mark.parametrize("name", [n for n in VIEWS if n not in OVERLAPPING])
+def test_memory_around_a_view_is_left_alone(name, device):
+    x = view(name, torch.bfloat16, device)
+    whole = x.as_strided((x.untyped_storage().nbytes() // 2,), (1,), 0)
+    before = whole.clone()
+    cos, sin = angles(5, 8, device)
+    want = bits(x, cos, sin)
+    fused_rope.rotate_(x, cos, sin)
+    before.as_strided(x.size(), x.stride(), x.storage_offset()).copy_(want)
+    same_bits(whole, before)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("form", ["rotate_", "rotate_qk_"])
+def test_versions(form, grad, device):
+    q, k = (torch.randn(2, 5, H, 16, device=device, requires_grad=grad) * 1 for H in (4, 2))
+    tensors = (q,) if form == "rotate_" else (q, k)
+    before = [t._version for t in tensors]
+    getattr(fused_rope, form)(*tensors, *angles(5, 8, device))
+    assert all(t._version > v for t, v in zip(tensors, before, strict=True))
+
+
+def test_a_view_bumps_its_base(device):
+    base = torch.randn(2, 5, 8, 16, device=device)
+    fused_rope.rotate_(base[:, :, :4], *angles(5, 8, device))
+    assert base._version == 1
+
+
+def test_inference_tensors(device):
+    cos, sin = angles(5, 8, device)
+    with torch.inference_mode():
+        x = torch.randn(2, 5, 4, 16, device=device)
+        want = bits(x, cos, sin)
+        same(fused_rope.rotate_(x, cos, sin), want)
+    with pytest.raises(RuntimeError):  # PyTorch's rule: no in-place update outside inference mode
+        x.mul_(2)
+
+
+# --- autograd ----------------------------------------------------------------------------------
+
+
+def test_gradient(device):
+    cos, sin = angles(5, 8, device)
+    leaf = torch.randn(2, 5, 4, 16, device=device, requires_grad=True)
+    x = leaf * 1.0
+    fused_rope.rotate_(x, cos, sin)
+    g = torch.randn_like(x)
+    x.backward(g)
+    same(leaf.grad, bits(g, cos, sin, inverse=True))
+
+
+@pytest.mark.parametrize("form", ["rotate_", "rotate_qk_"])
+def test_gradient_of_slices_of_one_packed_tensor(form, device):
+    cos, sin = angles(5, 8, device)
+    leaf = torch.randn(2, 5, 8, 16, device=device, requires_grad=True)
+    qkv = leaf * 1.0
+    if form == "rotate_":
+        fused_rope.rotate_(qkv[:, :, :6], cos, sin)
+    else:
+        fused_rope.rotate_qk_(qkv[:, :, :4], qkv[:, :, 4:6], cos, sin)
+    same(qkv[:, :, :6], bits(leaf[:, :, :6], cos, sin))
+    same(qkv[:, :, 6:], leaf[:, :, 6:])
+    g = torch.randn_like(qkv)
+    qkv.backward(g)
+    want = torch.cat([bits(g[:, :, :6], cos, sin, inverse=True), g[:, :, 6:]], 2)
+    same(leaf.grad, want)
+
+
+def test_gradient_where_only_one_needs_it(device):
+    cos, sin = angles(5, 8, device)
+    for which in (0, 1):
+        leaves = [torch.randn(2, 5, H, 16, device=device) for H in (4, 2)]
+        leaves[which].requires_grad_()
+        q, k = (t * 1.0 for t in leaves)
+        fused_rope.rotate_qk_(q, k, cos, sin)
+        x = (q, k)[which]
+        assert x.requires_grad and not (k, q)[which].requires_grad
+        x.sum().backward()
+        same(leaves[which].grad, bits(torch.ones_like(x), cos, sin, inverse=True))
+
+
+def test_twice_in_a_row(device):
+    cos, sin = angles(5, 8, device)
+    leaf = torch.randn(2, 5, 4, 16, device=device, requires_grad=True)
+    x = leaf * 1.0
+    fused_rope.rotate_(x, cos, sin)
+    fused_rope.rotate_(x, cos, sin, interleaved=True)
+    want = bits(bits(leaf, cos, sin), cos, sin, interleaved=True)
+    same(x, want)
+    g = torch.randn_like(x)
+    x.backward(g)
+    back = bits(g, cos, sin, interleaved=True, inverse=True)
+    same(leaf.grad, bits(back, cos, sin, inverse=True))
+
+
+def test_a_result_saved_for_backward_is_missed(device):
+    """exp keeps its result: rotating that in place makes its backward fail, not lie."""
+    leaf = torch.randn(2, 5, 4, 16, device=device, requires_grad=True)
+    saved = leaf.exp()
+    fused_rope.rotate_(saved, *angles(5, 8, device))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        saved.sum().backward()
+
+
+def refused():
+    leaf = lambda *sizes: torch.randn(sizes, requires_grad=True)  # noqa: E731
+    yield "leaf", lambda: leaf(2, 5, 4, 16)
+    yield "view of a leaf", lambda: leaf(2, 5, 4, 16)[:, :, :2]
+    yield "one of a split", lambda: (leaf(2, 5, 4, 16) * 1).split(2, 2)[0]
+    yield "one of an unbind", lambda: (leaf(2, 2, 5, 4, 16) * 1).unbind(0)[1]
+    yield "one of a chunk", lambda: (leaf(2, 5, 4, 16) * 1).chunk(2, 2)[1]
+    yield "expanded", lambda: torch.randn(2, 5, 1, 16).expand(2, 5, 4, 16)
+    yield "expanded with history", lambda: (leaf(2, 5, 1, 16) * 1).expand(2, 5, 4, 16)
+
+
+@pytest.mark.parametrize("make", list(refused()), ids=lambda c: c[0])
+@pytest.mark.parametrize("form", ["rotate_", "q of rotate_qk_", "k of rotate_qk_"])
+def test_refused_before_anything_is_touched(make, form, device):
+    cos, sin = angles(5, 8, device)
+    with torch.device(device):
+        x, other = make[1](), torch.randn(2, 5, 3, 16)
+    before, other_before, version = x.detach().clone(), other.clone(), x._version
+    with pytest.raises(RuntimeError):
+        if form == "rotate_":
+            fused_rope.rotate_(x, cos, sin)
+        elif form == "q of rotate_qk_":
+            fused_rope.rotate_qk_(x, other, cos, sin)
+        else:
+            fused_rope.rotate_qk_(other, x, cos, sin)
+    same(x, before)
+    same(other, other_before)
+    assert x._version == version and other._version == 0
+
+
+def test_a_leaf_may_be_rotated_without_gradients(device):
+    leaf = torch.randn(2, 5, 4, 16, device=device, requires_grad=True)
+    cos, sin = angles(5, 8, device)
+    want = bits(leaf, cos, sin)
+    with torch.no_grad():
+        fused_rope.rotate_(leaf, cos, sin)
+    same(leaf, want)
+    assert leaf.is_leaf and leaf.requires_grad
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_overlapping_q_and_k_are_refused(grad, device):
+    base = torch.randn(2, 5, 8, 16, device=device, requires_grad=grad) * 1
+    cos, sin = angles(5, 8, device)
+    before = base.detach().clone()
+    flat = base.flatten()
+    shifted = flat[:640].view(2, 5, 4, 16), flat[16:656].view(2, 5, 4, 16)
+    for q, k in [(base, base), (base[..., :16], base), shifted]:
+        with pytest.raises((RuntimeError, ValueError), match="rotate_qk_"):
+            fused_rope.rotate_qk_(q, k, cos, sin)
+        same(base, before)
+
+
+def test_gradient_of_the_table_in_place(device):
+    """x is overwritten, so its rotated lanes are kept; the others are not."""
+    cos, sin = (t.requires_grad_() for t in angles(5, 4, device, torch.float64))
+    leaf = torch.randn(2, 5, 4, 16, dtype=torch.float64, device=device, requires_grad=True)
+
+    def in_place(x, c, s):
+        return fused_rope.rotate_(x * 1.0, c, s, rotary_offset=3)
+
+    assert torch.autograd.gradcheck(in_place, (leaf, cos, sin))
+    kept = []
+    x = leaf * 1.0
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        fused_rope.rotate_(x, cos, sin, rotary_offset=3)
+    assert sum(t.numel() for t in kept) == 2 * cos.numel() + x.numel() // 2

@@ -1,0 +1,185 @@
+"""The reference: the operator's bits, PyTorch's gradients, and the registered fallback."""
+
+import itertools
+
+import fused_rope
+import pytest
+import torch
+from fused_rope import reference
+from oracle import DTYPES, LAYOUTS, angles, bits, same
+
+B, S, H, P, M = 2, 6, 3, 6, 30
+
+
+def tensor(layout, D, dtype, device):
+    sizes = {"b": B, "s": S, "h": H, "d": D, "t": S}
+    shape = [sizes[letter] for letter in layout]
+    return torch.randn(shape, dtype=torch.float64).to(dtype).to(device)
+
+
+def row_choices(layout, device):
+    """Name and keywords of every way to say which rows the tokens read."""
+    batch = 1 if layout == "thd" else B
+    each = torch.randint(-1, 20, (batch, S), device=device)
+    axes = [0, 2, 1, 0, 2, 2]
+    three = torch.randint(-1, 20, (3, batch, S), dtype=torch.int32, device=device)
+    yield "none", {}
+    yield "offset", {"offset": 5}
+    yield "positions", {"positions": each, "offset": 3}
+    yield "one for all", {"positions": each[0].int(), "offset": 0}
+    yield "axes", {"positions": three, "axes": axes, "offset": 1}
+    yield "axes of one sequence", {"positions": three[:, 0], "axes": axes}
+    if layout == "thd":
+        cu = torch.tensor([0, 2, 2, 5], dtype=torch.int32, device=device)
+        past = torch.tensor([4, 0, 9], device=device)
+        yield "packed", {"cu_seqlens": cu}
+        yield "packed, lengths", {"cu_seqlens": cu, "offset": past}
+        yield "packed, positions", {"cu_seqlens": cu, "offset": past, "positions": each[0]}
+    else:
+        lengths = torch.tensor([7, 0], dtype=torch.int32, device=device)
+        yield "lengths", {"offset": lengths}
+        yield "lengths, axes", {"positions": three, "axes": axes, "offset": lengths}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("precision", ["fp32", "model"])
+def test_rows(layout, dtype, precision, device):
+    x = tensor(layout, 2 * P + 5, dtype, device)
+    cos, sin = angles(M, P, device)
+    for (name, rows), inverse in itertools.product(row_choices(layout, device), [False, True]):
+        options = {"layout": layout, "rotary_offset": 3, "precision": precision, **rows}
+        y = x.clone().requires_grad_()
+        got = reference.rotate(y, cos, sin, inverse=inverse, **options)
+        want = bits(x, cos, sin, inverse=inverse, **options)
+        assert torch.equal(got.detach(), want), name
+        g = torch.randn_like(x)
+        got.backward(g)
+        assert torch.equal(y.grad, bits(g, cos, sin, inverse=not inverse, **options)), name
+        assert torch.equal(fused_rope.rotate(x, cos, sin, inverse=inverse, **options), want), name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "lane_map", [{}, {"interleaved": True}, {"blocks": 2}, {"blocks": 3}, {"blocks": 6}], ids=str
+)
+def test_lane_maps_and_table_forms(layout, lane_map, device):
+    x = tensor(layout, 2 * P, torch.bfloat16, device)
+    batch = 1 if layout == "thd" else B
+    for shape in [(M, P), (1, S, P), (batch, S, P), (1, S, H, P), (batch, S, H, P)]:
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+            rows = torch.Size(shape[:-1]).numel()
+            cos, sin = (t.view(shape) for t in angles(rows, P, device, dtype))
+            got = reference.rotate(x, cos, sin, layout=layout, **lane_map)
+            same(got, bits(x, cos, sin, layout=layout, **lane_map))
+
+
+def test_all_forms(device):
+    cos, sin = angles(M, P, device)
+    q, k = (tensor("bhsd", 2 * P + 2, torch.float16, device) for _ in range(2))
+    options = {"layout": "bhsd", "rotary_offset": 1, "offset": 4}
+    want = bits(q, cos, sin, **options), bits(k, cos, sin, **options)
+    for got, expected in zip(reference.rotate_qk(q, k, cos, sin, **options), want, strict=True):
+        same(got, expected)
+    out = torch.empty_like(q), torch.empty_like(k)
+    assert reference.rotate_qk(q, k, cos, sin, out=out, **options) == out
+    for got, expected in zip(out, want, strict=True):
+        same(got, expected)
+    q_ = q.clone()
+    assert reference.rotate_(q_, cos, sin, **options) is q_
+    assert reference.rotate_qk_(q, k, cos, sin, **options)[1] is k
+    for got, expected in zip((q_, q, k), (want[0], *want), strict=True):
+        same(got, expected)
+
+
+@pytest.mark.parametrize("slots", [[3, 8, -1, 0, 5, -1], [-1] * 6, [0, 1, 2, 3, 4, 5]])
+def test_out_rows(slots, device):
+    cos, sin = angles(M, P, device)
+    x = tensor("thd", 2 * P, torch.bfloat16, device)
+    want = bits(x, cos, sin, layout="thd")
+    cache = torch.full((9, H, 2 * P), 7.0, dtype=x.dtype, device=device)
+    expected = cache.clone()
+    rows = torch.tensor(slots, dtype=torch.int32, device=device)
+    expected[rows[rows >= 0].long()] = want[rows >= 0]
+    got = reference.rotate(x, cos, sin, layout="thd", out=cache, out_rows=rows)
+    assert got is cache
+    same(cache, expected)
+
+
+@pytest.mark.parametrize("bad", [-2, M])
+def test_rows_never_wrap(bad):
+    cos, sin = angles(M, P)
+    x = tensor("bshd", 2 * P, torch.float32, "cpu")
+    positions = torch.full((S,), bad)
+    with pytest.raises((IndexError, RuntimeError), match="out of"):
+        reference.rotate(x, cos, sin, positions=positions)
+    with pytest.raises((IndexError, RuntimeError), match="out of"):
+        reference.rotate(x, cos, sin, positions=positions.expand(2, S), axes=[0, 1] * (P // 2))
+    with pytest.raises((IndexError, RuntimeError), match="out of"):
+        rows = torch.full((B, S), bad)
+        reference.rotate(x, cos, sin, out=torch.zeros(M, H, 2 * P), out_rows=rows)
+    with pytest.raises(ValueError, match="rows"):
+        reference.rotate(x, cos, sin, offset=M - S + 1)
+
+
+@pytest.mark.parametrize("sizes", [(0, 4, 2, 8), (2, 0, 2, 8), (2, 4, 0, 8)])
+def test_empty(sizes, device):
+    cos, sin = angles(8, 4, device)
+    x = torch.randn(sizes, device=device)
+    assert reference.rotate(x, cos, sin).shape == x.shape
+    nothing = torch.empty(8, 0, device=device)
+    same(reference.rotate(x, nothing, nothing), x)
+
+
+def test_out_refuses_gradients(device):
+    cos, sin = angles(M, P, device)
+    x = tensor("bshd", 2 * P, torch.float32, device)
+    with pytest.raises(RuntimeError, match="autograd"):
+        reference.rotate(x.clone().requires_grad_(), cos, sin, out=torch.empty_like(x))
+
+
+@pytest.mark.parametrize("key", ["XPU", "MPS", "HPU", "CUDA", "PrivateUse1"])
+@pytest.mark.parametrize(
+    "name", ["rotate", "rotate_", "rotate_qk", "rotate_qk_", "rotate_out", "rotate_qk_out"]
+)
+def test_other_devices_have_a_kernel(name, key):
+    assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"fused_rope::{name}", key)
+
+
+def fallback(name, *args):
+    """The operator as a device without a kernel of ours meets it, here with CPU tensors."""
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.XPU)
+    return getattr(torch.ops.fused_rope, name).default.redispatch(keys, *args)
+
+
+def test_fallback_through_the_dispatcher():
+    cos, sin = angles(M, P)
+    q, k = (tensor("bhsd", 2 * P, torch.bfloat16, "cpu").transpose(1, 2) for _ in range(2))
+    positions, lengths = torch.randint(0, 9, (B, S)), torch.tensor([3, 1])
+    rows = {"positions": positions, "offset": lengths}
+    lane_map = {"interleaved": True, "inverse": True, "precision": "model"}
+    want = [bits(x, cos, sin, **rows, **lane_map) for x in (q, k)]
+    tail = (0, "bshd", None, 0, True, 1, True, "model")
+
+    got = fallback("rotate", q, cos, sin, positions, lengths, None, *tail)
+    same(got, want[0])
+    assert got.stride() == q.stride()
+    got = fallback("rotate_qk", q, k, cos, sin, positions, lengths, None, *tail)
+    out = torch.empty_like(q), torch.empty_like(k)
+    fallback("rotate_qk_out", q, k, cos, sin, *out, positions, lengths, None, None, *tail)
+    fallback("rotate_qk_", q, k, cos, sin, positions, lengths, None, *tail)
+    for results in (got, out, (q, k)):
+        for y, expected in zip(results, want, strict=True):
+            same(y, expected)
+    same(fallback("rotate", q, cos, sin), bits(q, cos, sin))  # every option at its default
+
+
+def test_fallback_refuses_what_the_operator_refuses():
+    cos, sin = angles(M, P)
+    q = tensor("bshd", 2 * P, torch.float32, "cpu")
+    with pytest.raises(ValueError, match="cos"):
+        fallback("rotate", q, cos[: S - 1], sin[: S - 1])
+    with pytest.raises(TypeError, match="sin"):
+        fallback("rotate", q, cos, sin.double())
+    with pytest.raises(ValueError, match="layout"):
+        fallback("rotate", q, cos, sin, None, None, None, 0, "shbd")

@@ -1,0 +1,217 @@
+"""What the dispatcher knows: schemas, kernels, Meta, and PyTorch's own checks of an operator."""
+
+import inspect
+
+import fused_rope
+import pytest
+import torch
+from oracle import angles, same, tensor, views
+from torch.library import opcheck
+
+ROWS = "Tensor? positions=None, Tensor? offsets=None, Tensor? cu_seqlens=None"
+OPTIONS = (
+    'SymInt offset=0, str layout="bshd", int[]? axes=None, int rotary_offset=0, '
+    'bool interleaved=False, int blocks=1, bool inverse=False, str precision="fp32"'
+)
+OUT = f"{ROWS}, Tensor? out_rows=None, {OPTIONS}"
+SCHEMAS = {
+    "rotate": f"(Tensor x, Tensor cos, Tensor sin, {ROWS}, {OPTIONS}) -> Tensor",
+    "rotate_": f"(Tensor(a!) x, Tensor cos, Tensor sin, {ROWS}, {OPTIONS}) -> ()",
+    "rotate_qk": f"(Tensor q, Tensor k, Tensor cos, Tensor sin, {ROWS}, {OPTIONS})"
+    " -> (Tensor, Tensor)",
+    "rotate_qk_": f"(Tensor(a!) q, Tensor(b!) k, Tensor cos, Tensor sin, {ROWS}, {OPTIONS}) -> ()",
+    "rotate_out": f"(Tensor x, Tensor cos, Tensor sin, Tensor(a!) out, {OUT}) -> ()",
+    "rotate_qk_out": "(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor(a!) q_out, "
+    f"Tensor(b!) k_out, {OUT}) -> ()",
+}
+
+
+def arguments(name, device, grad=False):
+    q, k = (tensor("bshd", 2, 5, H, 16, torch.float32, device) for H in (4, 2))
+    if grad:
+        q.requires_grad_(), k.requires_grad_()
+    inputs = (q, k) if "qk" in name else (q,)
+    outputs = tuple(torch.empty_like(t) for t in inputs) if name.endswith("out") else ()
+    return (*inputs, *angles(9, 8, device), *outputs)
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_schema(name):
+    schema = getattr(torch.ops.fused_rope, name).default._schema
+    assert schema == torch._C.parse_schema(f"fused_rope::{name}{SCHEMAS[name]}")
+    assert schema.is_mutable == (name not in ("rotate", "rotate_qk"))
+
+
+def test_schema_of_the_table():
+    want = (
+        "fused_rope::cos_sin_table(Tensor inv_freq, SymInt rows, SymInt first=0, float scale=1., "
+        "ScalarType dtype=6, Device? device=None) -> (Tensor, Tensor)"
+    )
+    assert torch.ops.fused_rope.cos_sin_table.default._schema == torch._C.parse_schema(want)
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_kernels(name):
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    keys = ["CPU", "Meta", "Autograd"]
+    if torch.cuda.is_available():
+        keys.append("CUDA")
+    if name not in ("rotate", "rotate_qk"):
+        keys.append("ADInplaceOrView")
+    for key in keys:
+        assert has(f"fused_rope::{name}", key), key
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_tag(name):
+    assert torch.Tag.pt2_compliant_tag in getattr(torch.ops.fused_rope, name).default.tags
+
+
+# With gradients opcheck takes leaves, which in-place operators refuse, as out refuses gradients.
+CHECKED = [(name, False) for name in SCHEMAS] + [("rotate", True), ("rotate_qk", True)]
+
+
+@pytest.mark.parametrize("name,grad", CHECKED)
+@pytest.mark.parametrize("rows", ["none", "positions", "offset", "lengths"])
+def test_opcheck(name, grad, rows, device):
+    kw = {
+        "none": dict(),
+        "positions": dict(positions=torch.tensor([[0, -1, 3, 2, 8], [1, 1, 1, 0, 4]])),
+        "offset": dict(offset=3, interleaved=True),
+        "lengths": dict(offsets=torch.tensor([0, 4], dtype=torch.int32), precision="model"),
+    }[rows]
+    kw = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in kw.items()}
+    opcheck(getattr(torch.ops.fused_rope, name).default, arguments(name, device, grad), kw)
+
+
+@pytest.mark.parametrize("name", ["rotate", "rotate_qk"])
+def test_opcheck_of_trained_tables(name, device):
+    *inputs, cos, sin = arguments(name, device, grad=True)
+    op = getattr(torch.ops.fused_rope, name).default
+    opcheck(op, (*inputs, cos.requires_grad_(), sin.requires_grad_()))
+
+
+def test_opcheck_of_out_rows(device):
+    x, cache = torch.randn(7, 2, 16, device=device), torch.zeros(64, 2, 16, device=device)
+    slots = torch.tensor([3, 2, -1, 60, 9, 0, 1], device=device)
+    op = torch.ops.fused_rope.rotate_out.default
+    opcheck(op, (x, *angles(7, 8, device), cache), dict(out_rows=slots, layout="thd"))
+
+
+def test_opcheck_of_the_table(device):
+    inv_freq = torch.rand(8, dtype=torch.float64, device=device)
+    opcheck(torch.ops.fused_rope.cos_sin_table.default, (inv_freq, 10), dict(first=3))
+
+
+# --- Meta --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["rotate", "rotate_qk"])
+def test_meta_strides_are_the_real_ones(form):
+    cos, sin = angles(5, 8)
+    for name, x in views(torch.bfloat16):
+        tensors = (x,) if form == "rotate" else (x, x)
+        real = getattr(fused_rope, form)(*tensors, cos, sin)
+        # `.to("meta")` would keep the strides of dense tensors only.
+        strided = tuple(
+            torch.empty(10_000, dtype=t.dtype, device="meta").as_strided(t.shape, t.stride())
+            for t in tensors
+        )
+        meta = getattr(fused_rope, form)(*strided, *meta_table(5, 8))
+        for m, r in zip(pair(meta), pair(real), strict=True):
+            assert m.device.type == "meta" and m.dtype == r.dtype, name
+            assert m.shape == r.shape and m.stride() == r.stride(), name
+
+
+def pair(result):
+    return (result,) if isinstance(result, torch.Tensor) else result
+
+
+def meta_table(rows, P):
+    return torch.empty(rows, P, device="meta"), torch.empty(rows, P, device="meta")
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_meta_runs(name):
+    inputs = [t.to("meta") for t in arguments(name, "cpu")]
+    getattr(torch.ops.fused_rope, name)(*inputs)
+
+
+def test_meta_checks_dtypes():
+    x = torch.empty(2, 5, 4, 16, device="meta")
+    with pytest.raises(TypeError, match="rotate: expected x"):
+        fused_rope.rotate(x.int(), *meta_table(5, 8))
+
+
+def test_fake_tensors_propagate(device):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        x = torch.randn(2, 4, 7, 16, device=device).transpose(1, 2)
+        cos = torch.randn(9, 8, device=device)
+        y = fused_rope.rotate(x, cos, cos)
+    assert y.shape == x.shape and y.stride() == x.stride() and y.device == x.device
+
+
+# --- the functions -----------------------------------------------------------------------------
+
+
+FUNCTIONS = ["rotate", "rotate_", "rotate_qk", "rotate_qk_"]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_function_and_operator_take_the_same_keywords(name):
+    """The functions fold offsets into offset and the out forms into out=."""
+    keywords = set(inspect.signature(getattr(fused_rope, name)).parameters)
+    schema = getattr(torch.ops.fused_rope, name).default._schema
+    operator = {a.name for a in schema.arguments} - {"offsets"}
+    assert keywords - {"out", "out_rows"} == operator
+    assert ("out" in keywords) == (not name.endswith("_"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_autocast_leaves_dtypes_alone(dtype, device):
+    q, k, cos, sin = arguments("rotate_qk", device, grad=True)
+    want = fused_rope.rotate_qk(q, k, cos, sin)
+    with torch.autocast(device, dtype):
+        got = fused_rope.rotate_qk(q, k, cos, sin)
+    for g, w in zip(got, want, strict=True):
+        same(g, w)
+    (got[0].sum() + got[1].sum()).backward()
+    assert q.grad.dtype == q.dtype
+
+
+def test_operators_return_what_functions_return(device):
+    q, k, cos, sin = arguments("rotate_qk", device)
+    for got, want in zip(
+        torch.ops.fused_rope.rotate_qk(q, k, cos, sin),
+        fused_rope.rotate_qk(q, k, cos, sin),
+        strict=True,
+    ):
+        same(got, want)
+
+
+def test_documentation():
+    for name in (
+        "rotate",
+        "rotate_",
+        "rotate_qk",
+        "rotate_qk_",
+        "cos_sin_table",
+        "RotaryEmbedding",
+    ):
+        doc = inspect.getdoc(getattr(fused_rope, name))
+        assert doc and len(doc) > 200 and ">>>" in doc, name
+    assert set(fused_rope.__all__) <= set(dir(fused_rope))
+
+
+def test_examples_of_the_documentation():
+    """The docstrings' examples run."""
+    import doctest
+
+    import fused_rope.functional
+
+    result = doctest.testmod(
+        fused_rope.functional, extraglobs={"torch": torch, "fused_rope": fused_rope}
+    )
+    assert result.attempted > 10 and result.failed == 0
