@@ -1,0 +1,126 @@
+"""Tensors of a piece of work: random q and k in the memory it names, tables, positions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from cases import Work
+from torch import Tensor
+
+OFFSET_STEP = 7
+
+
+@dataclass(frozen=True)
+class InputSet:
+    """What one call reads. Shared tables and options are the same objects in every set."""
+
+    q: Tensor
+    k: Tensor
+    cos: Tensor
+    sin: Tensor
+    angles: Tensor  # [M, P] float64, what cos and sin were made from
+    options: dict[str, Any] = field(
+        default_factory=dict
+    )  # keywords of fused_rope and of the oracle
+    out_rows: Tensor | None = None  # [B, S]
+
+
+def make_sets(work: Work, count: int, device: torch.device) -> list[InputSet]:
+    """`count` sets in memory of their own, filled with normally distributed numbers."""
+    q, k = _heads(work, count, device)
+    angles = _angles(work, device)
+    options = _options(work, device)
+    cos, sin = _tables(work, count, angles)
+    rows = torch.randperm(work.tokens, device=device).view(work.case.B, work.case.S)
+    out_rows = rows if work.has("out_rows") else None
+    return [InputSet(q[i], k[i], cos[i], sin[i], angles, options, out_rows) for i in range(count)]
+
+
+def _heads(work: Work, count: int, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
+    """q and k of every set, cut from one allocation."""
+    (B, S, D), (Hq, Hk) = (work.case.B, work.case.S, work.case.D), work.heads
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(count, *shape, dtype=work.dtype, device=device)
+
+    if work.has("packed"):
+        qkv = draw(B, S, Hq + 2 * Hk, D)
+        return list(qkv[..., :Hq, :]), list(qkv[..., Hq : Hq + Hk, :])
+    if work.has("bhsd_view"):
+        return list(draw(B, S, Hq, D).transpose(2, 3)), list(draw(B, S, Hk, D).transpose(2, 3))
+    sizes = {"b": B, "s": S, "d": D, "t": B * S}
+    q, k = (draw(*({**sizes, "h": H}[letter] for letter in work.layout)) for H in (Hq, Hk))
+    return list(q), list(k)
+
+
+def longest(work: Work) -> int:
+    """Length of the longest sequence."""
+    B, S = work.case.B, work.case.S
+    return S + S // 2 if work.has("cu_seqlens") and B > 1 else work.tokens if work.has("thd") else S
+
+
+def _angles(work: Work, device: torch.device) -> Tensor:
+    """[M, P] float64: row times 10000^(-2j/R)."""
+    rows = longest(work) + (OFFSET_STEP * work.case.B if work.has("offsets") else 0)
+    pairs = torch.arange(work.P, dtype=torch.float64, device=device)
+    row = torch.arange(rows, dtype=torch.float64, device=device)
+    return torch.outer(row, 10000.0 ** (-pairs / work.P))
+
+
+def _tables(work: Work, count: int, angles: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """float32 cos and sin of every set: one shared pair; gathered ones are memory of their own."""
+    if not work.has("per_token", "per_head"):
+        return [angles.cos().float()] * count, [angles.sin().float()] * count
+    if work.has("per_head"):  # every head turns a little faster than the one before it
+        speed = 1 + torch.arange(work.heads[0], device=angles.device) / work.heads[0]
+        angles = angles[:, None, :] * speed[:, None]
+    shape = (count, 1 if work.layout == "thd" else work.case.B, *angles.shape)
+    cos, sin = (t.float().expand(shape).contiguous() for t in (angles.cos(), angles.sin()))
+    return list(cos), list(sin)
+
+
+def _options(work: Work, device: torch.device) -> dict[str, Any]:
+    """The keywords that differ from the defaults."""
+    B, S, P = work.case.B, work.case.S, work.P
+    options: dict[str, Any] = {}
+    if work.layout != "bshd":
+        options["layout"] = work.layout
+    if work.has("interleaved"):
+        options["interleaved"] = True
+    if work.rotary_offset:
+        options["rotary_offset"] = work.rotary_offset
+    if work.has("positions32", "positions64"):
+        positions = _rolled(B, S, 1, device)
+        options["positions"] = positions.int() if work.has("positions32") else positions
+    if work.has("mrope"):
+        options["positions"] = torch.stack([_rolled(B, S, step, device) for step in (1, 3, 5)])
+        options["axes"] = (0,) * (P // 4) + (1,) * (P * 3 // 8) + (2,) * (P - P // 4 - P * 3 // 8)
+    if work.has("offsets"):
+        options["offset"] = OFFSET_STEP * torch.arange(B, device=device)
+    if work.has("cu_seqlens"):  # all but the first and the last sequence are S long
+        ends = [0, *(i * S - S // 2 for i in range(1, B)), B * S]
+        options["cu_seqlens"] = torch.tensor(ends, dtype=torch.int32, device=device)
+    return options
+
+
+def _rolled(B: int, S: int, step: int, device: torch.device) -> Tensor:
+    """[B, S] int64: runs of consecutive rows that begin elsewhere in each batch."""
+    start = step * (torch.arange(B, device=device) + 1) * max(S // 16, 1)
+    return (torch.arange(S, device=device) + start[:, None]) % S
+
+
+def token_rows(work: Work, inputs: InputSet) -> Tensor:
+    """[B or 1, S] int64: the table row that each token reads."""
+    positions: Tensor | None = inputs.options.get("positions")
+    if positions is not None:
+        return positions.long()
+    return torch.arange(work.case.S, device=inputs.angles.device)[None]
+
+
+def relayout(x: Tensor, source: str, target: str) -> Tensor:
+    """A view of x [source's letters] in the order of target's."""
+    if source == target:
+        return x
+    return x.permute([source.index(letter) for letter in target])

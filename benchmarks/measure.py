@@ -1,0 +1,205 @@
+"""Clocks: GPU time of graphs, host time of a call, CPU time, peak memory, and their yardsticks."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+AnyCall = Callable[[], Any]
+
+GRAPH_BYTES = 8e9  # a graph moves this much, some 2 ms, so that its own launch does not count
+GRAPH_CALLS = 512  # or holds this many calls, whichever is less
+L2_MULTIPLE = 3
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long one figure may take."""
+
+    seconds: float = 0.4
+    least: int = 7
+    most: int = 30
+    host_calls: int = 300
+    host_blocks: int = 21
+    most_sets: int | None = None
+
+    def repeats(self, one: float) -> int:
+        """How often something that takes `one` second is repeated."""
+        return max(self.least, min(self.most, int(self.seconds / max(one, 1e-9))))
+
+
+FULL = Effort()
+QUICK = Effort(seconds=0.02, least=3, most=5, host_calls=50, host_blocks=5, most_sets=4)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Median and quartiles of repeated measurements, in one unit."""
+
+    median: float
+    low: float
+    high: float
+
+
+def figure_of(samples: Sequence[float]) -> Figure:
+    low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
+    return Figure(median, low, high)
+
+
+def cache_bytes(device: torch.device) -> int:
+    """The GPU's L2 cache; for a CPU a last-level cache that few exceed."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).L2_cache_size)
+    return 32 << 20
+
+
+def set_count(bytes_of_one: int, cache: int, effort: Effort) -> int:
+    """So many input sets that together they exceed three times the cache; two at least."""
+    sets = max(2, L2_MULTIPLE * cache // bytes_of_one + 1)
+    return min(sets, effort.most_sets or sets)
+
+
+def rounds(sets: int, bytes_of_a_call: int) -> int:
+    """How often a graph goes through all sets."""
+    calls = min(GRAPH_CALLS, GRAPH_BYTES / bytes_of_a_call)
+    return max(1, round(calls / sets))
+
+
+class Graph:
+    """Calls captured in a CUDA graph with a pool of its own; their results live as long."""
+
+    def __init__(self, calls: Sequence[AnyCall]) -> None:
+        self.calls = len(calls)
+        self._inputs = list(calls)  # every replay reads their memory
+        self.outputs: list[Any] = []
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, stream=torch.cuda.current_stream()):
+            for call in calls:
+                self.outputs.append(call())
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+    def time(self, effort: Effort) -> Figure:
+        """GPU microseconds of one call. Replays queue up, so no host time is in it."""
+        for _ in range(2):
+            self.replay()
+        one = self._seconds(1)[0]
+        samples = self._seconds(effort.repeats(one) + 1)[1:]
+        return figure_of([sample * 1e6 / self.calls for sample in samples])
+
+    def _seconds(self, replays: int) -> list[float]:
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
+        torch.cuda.synchronize()
+        events[0].record()
+        for event in events[1:]:
+            self.replay()
+            event.record()
+        torch.cuda.synchronize()
+        return [a.elapsed_time(b) * 1e-3 for a, b in itertools.pairwise(events)]
+
+
+class CloneGraph(Graph):
+    """The GPU's yardstick: a flat clone that reads and writes `bytes_of_a_call` in all."""
+
+    def __init__(
+        self, bytes_of_a_call: int, cache: int, device: torch.device, effort: Effort
+    ) -> None:
+        elements = max(bytes_of_a_call // 4, 1)  # of two bytes, each read and written
+        sets = set_count(2 * elements, cache, effort)
+        source = torch.randn(sets, elements, dtype=torch.bfloat16, device=device)
+        source[0].clone()
+        super().__init__([x.clone for x in source] * rounds(sets, bytes_of_a_call))
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Keeps Python's garbage collector out of host times."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def host_time(call: AnyCall, device: torch.device, effort: Effort) -> Figure:
+    """Host microseconds of one call: median of blocks, no synchronisation inside a block."""
+
+    def block(calls: int) -> float:
+        synchronize(device)
+        start = time.perf_counter()
+        for _ in itertools.repeat(None, calls):
+            call()
+        return (time.perf_counter() - start) * 1e6 / calls
+
+    with no_collection():
+        block(effort.host_calls)
+        samples = [block(effort.host_calls) for _ in range(effort.host_blocks)]
+    synchronize(device)
+    return figure_of(samples)
+
+
+def add_time(device: torch.device, effort: Effort) -> float:
+    """The yardstick of host times: torch.add on one element."""
+    x, add = torch.ones(1, device=device), torch.add
+    with torch.no_grad():
+        return host_time(lambda: add(x, x), device, effort).median
+
+
+def cpu_time(calls: Sequence[AnyCall], effort: Effort) -> Figure:
+    """Microseconds of one call on the CPU; a sample is one pass over all calls."""
+
+    def one_pass() -> float:
+        start = time.perf_counter()
+        for call in calls:
+            call()
+        return time.perf_counter() - start
+
+    with no_collection():
+        one_pass()
+        repeats = effort.repeats(one_pass())
+        return figure_of([one_pass() * 1e6 / len(calls) for _ in range(repeats)])
+
+
+class Memcpy:
+    """The CPU's yardstick: copying into memory that is there already, on the same threads."""
+
+    def __init__(self, bytes_of_a_call: int, cache: int, effort: Effort) -> None:
+        elements = max(bytes_of_a_call // 4, 1)
+        sets = set_count(4 * elements, cache, effort)
+        source = torch.randn(elements).bfloat16().expand(sets, elements).contiguous()
+        target = source.clone()
+        self._calls = [
+            functools.partial(to.copy_, of) for to, of in zip(target, source, strict=True)
+        ]
+
+    def time(self, effort: Effort) -> Figure:
+        return cpu_time(self._calls, effort)
+
+
+def peak_bytes(call: AnyCall, device: torch.device) -> int:
+    """Bytes that one call allocates at most, its results included."""
+    synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    held = call()
+    synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device) - before
+    del held
+    return peak

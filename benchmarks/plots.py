@@ -1,0 +1,110 @@
+"""Pictures of a file of figures: python benchmarks/plots.py results/h100.json
+
+<name>_bandwidth.png   GB/s against the bytes that a call moves, with the yardstick's line
+<name>_call.png        host time of a call, a bar for each provider
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+Row = dict[str, Any]
+COPY = "copy"
+OURS = "fused_rope"
+
+
+def draw(path: Path) -> list[Path]:
+    """Draws what the file has figures for, beside it."""
+    content = json.loads(path.read_text())
+    device, rows = content["meta"]["device"], content["rows"]
+    pictures = []
+    timed = [row for row in rows if row["metric"] in ("gpu_us", "cpu_us") and _in_curves(row)]
+    if timed:
+        pictures.append(_bandwidth(path.with_name(f"{path.stem}_bandwidth.png"), device, timed))
+    calls = [row for row in rows if row["metric"] == "host_us"]
+    if calls:
+        pictures.append(_calls(path.with_name(f"{path.stem}_call.png"), device, calls))
+    return pictures
+
+
+def _in_curves(row: Row) -> bool:
+    """The plain variant; our drop-ins run the same kernel as we do."""
+    return not row["variant"] and not row["provider"].startswith(f"{OURS}_")
+
+
+def _bandwidth(path: Path, device: str, rows: list[Row]) -> Path:
+    directions = [
+        d for d in ("forward", "backward", "in_place") if any(r["direction"] == d for r in rows)
+    ]
+    figure, axes = plt.subplots(
+        1, len(directions), figsize=(5.5 * len(directions), 4.5), sharey=True, squeeze=False
+    )
+    providers = dict.fromkeys(row["provider"] for row in rows)
+    colors = {provider: f"C{i}" for i, provider in enumerate(providers)}
+    for axis, direction in zip(axes[0], directions, strict=True):
+        _curves(axis, [row for row in rows if row["direction"] == direction], colors)
+        axis.set(title=direction, xlabel="MB read and written", xscale="log")
+    axes[0][0].set_ylabel("GB/s")
+    figure.suptitle(f"Rotary embedding of q and k, {device}")
+    return _save(figure, path)
+
+
+def _curves(axis: Axes, rows: list[Row], colors: dict[str, str]) -> None:
+    copy = sorted({row["bytes"]: row["yardstick"] for row in rows}.items())
+    sizes = [moved / 1e6 for moved, _ in copy]
+    axis.plot(sizes, [b / us / 1e3 for b, us in copy], "k--", linewidth=1, label=COPY)
+    for provider in dict.fromkeys(row["provider"] for row in rows):
+        points = sorted((r["bytes"], r["median"]) for r in rows if r["provider"] == provider)
+        sizes, rates = [b / 1e6 for b, _ in points], [b / us / 1e3 for b, us in points]
+        width, order = (2.2, 3) if provider == OURS else (1, 2)
+        (line,) = axis.plot(sizes, rates, "o-", markersize=3, label=provider)
+        line.set(color=colors[provider], linewidth=width, zorder=order)
+    axis.grid(alpha=0.3)
+    axis.set_ylim(bottom=0)
+    axis.legend(fontsize=8)
+
+
+def _calls(path: Path, device: str, rows: list[Row]) -> Path:
+    rows = sorted(rows, key=lambda row: row["median"])
+    names = [f"{row['provider']} ({row['direction']})" for row in rows]
+    figure, axis = plt.subplots(figsize=(8, 1 + 0.3 * len(rows)))
+    colors = ["tab:blue" if row["provider"].startswith(OURS) else "tab:gray" for row in rows]
+    bars = axis.barh(names, [row["median"] for row in rows], color=colors)
+    axis.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
+    add = sum(row["yardstick"] for row in rows) / len(rows)
+    axis.axvline(add, color="black", linestyle="--", linewidth=1, label=f"torch.add ({add:.1f})")
+    axis.margins(x=0.1)
+    axis.invert_yaxis()
+    axis.set(xlabel="host microseconds per call", title=f"One decode-sized call, {device}")
+    axis.legend(fontsize=8)
+    return _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("file", type=Path)
+    for picture in draw(parser.parse_args().file):
+        print(picture)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,473 @@
+"""One small adapter for each implementation: how its own public Python call is made.
+
+An adapter names the work that its call can do, prepares views and tables in the convention of that
+call (outside what is timed), and says in which layout the results come back. What cannot be
+imported is skipped and named.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from cases import Work
+from inputs import InputSet, relayout, token_rows
+from torch import Tensor
+
+Pair = tuple[Tensor, Tensor]
+Call = Callable[[], Pair]
+
+OUT_OF_PLACE = ("forward", "backward", "both", "forward_grad")
+EVERY_WAY = (*OUT_OF_PLACE, "in_place")
+
+
+class Provider:
+    """Base of the adapters: `bind` makes the call, `restore` views results in the work's layout."""
+
+    name = ""
+    directions: tuple[str, ...] = EVERY_WAY
+    words: tuple[str, ...] = ()
+    partial = False  # whether R < D is possible
+    cases: tuple[str, ...] = ()  # the only cases it is measured on, all when empty
+    exact = False  # whether results are rounded once, from float32
+    needs_cuda = True
+
+    def __init__(self) -> None:
+        self._tables: tuple[Tensor, Any] | None = None
+        self.load()
+
+    def load(self) -> None:
+        """Imports what the call needs; raises ImportError where it is not installed."""
+
+    def supports(self, work: Work, direction: str) -> bool:
+        span = work.R == work.case.D or (self.partial and not work.rotary_offset)
+        asked = not self.cases or work.case.name in self.cases
+        return span and asked and work.only(*self.words) and direction in self.ways(work)
+
+    def ways(self, work: Work) -> tuple[str, ...]:
+        """The directions under which its calls on this memory are recorded."""
+        return self.directions
+
+    def layout(self, work: Work) -> str:
+        """The layout that the call takes and returns."""
+        return work.layout
+
+    def view(self, work: Work, x: Tensor) -> Tensor:
+        """q, k or one of their gradients as the call takes it, without a copy."""
+        return relayout(x, work.layout, self.layout(work))
+
+    def make_tables(self, work: Work, inputs: InputSet) -> Any:
+        return inputs.cos, inputs.sin
+
+    def tables(self, work: Work, inputs: InputSet) -> Any:
+        """make_tables, once for all sets that share a table."""
+        if self._tables is None or self._tables[0] is not inputs.cos:
+            self._tables = inputs.cos, self.make_tables(work, inputs)
+        return self._tables[1]
+
+    def bind(self, work: Work, inputs: InputSet, in_place: bool) -> Call:
+        raise NotImplementedError
+
+    def restore(self, work: Work, inputs: InputSet, out: Pair) -> Pair:
+        q, k = (relayout(x, self.layout(work), work.layout) for x in out)
+        return q, k
+
+
+def full_width(work: Work, inputs: InputSet, dtype: torch.dtype) -> Pair:
+    """cos and sin [B or 1, S, R] as Hugging Face makes them: gathered, tiled, in dtype."""
+    cos, sin = inputs.cos, inputs.sin
+    if cos.dim() == 2:
+        rows = token_rows(work, inputs)
+        cos, sin = cos[rows], sin[rows]
+    return torch.cat((cos, cos), -1).to(dtype), torch.cat((sin, sin), -1).to(dtype)
+
+
+class FusedRope(Provider):
+    name = "fused_rope"
+    partial = True
+    exact = True
+    needs_cuda = False
+
+    def load(self) -> None:
+        self.module = importlib.import_module("fused_rope")
+
+    def supports(self, work: Work, direction: str) -> bool:
+        return direction == "forward" or not work.has("out_rows")
+
+    def bind(self, work: Work, inputs: InputSet, in_place: bool) -> Call:
+        q, k, cos, sin, options = inputs.q, inputs.k, inputs.cos, inputs.sin, inputs.options
+        rotate = self.module.rotate_qk_ if in_place else self.module.rotate_qk
+        if inputs.out_rows is not None:
+            out, rows = (torch.empty_like(q), torch.empty_like(k).flatten(0, 1)), inputs.out_rows
+            return lambda: rotate(q, k, cos, sin, out=out, out_rows=rows, **options)
+        if options:
+            return lambda: rotate(q, k, cos, sin, **options)
+        return lambda: rotate(q, k, cos, sin)
+
+    def restore(self, work: Work, inputs: InputSet, out: Pair) -> Pair:
+        q, k = out
+        return (q, k) if inputs.out_rows is None else (q, k[inputs.out_rows])
+
+
+class Reference(Provider):
+    """The pure-PyTorch version that comes with fused_rope."""
+
+    name = "reference"
+    cases = ("call", "cpu", "tiny", "train", "mid512")
+    directions = OUT_OF_PLACE
+    needs_cuda = False
+    partial = True
+
+    def load(self) -> None:
+        self.module = importlib.import_module("fused_rope.reference")
+
+    def bind(self, work: Work, inputs: InputSet, in_place: bool) -> Call:
+        q, k, cos, sin, options = inputs.q, inputs.k, inputs.cos, inputs.sin, inputs.options
+        rotate = self.module.rotate_qk
+        return lambda: rotate(q, k, cos, sin, **options)
+
+
+class EagerHF(Provider):
+    """apply_rotary_pos_emb of Hugging Face's Llama: [B, H, S, D] views, tables in x's dtype."""
+
+    name = "eager_hf"
+    directions = OUT_OF_PLACE
+    words: tuple[str, ...] = (
+        "bhsd",
+        "bhsd_view",
+        "packed",
+        "positions32",
+        "positions64",
+        "float16",
+        "float32",
+    )
+    module_name = "transformers.models.llama.modeling_llama"
+    function_name = "apply_rotary_pos_emb"
+    needs_cuda = False
+
+    def load(self) -> None:
+        self.function = getattr(importlib.import_module(self.module_name), self.function_name)
+
+    def layout(self, work: Work) -> str:
+        return "bhsd"
+
+    def make_tables(self, work: Work, inputs: InputSet) -> Any:
+        return full_width(work, inputs, work.dtype)
+
+    def bind(self, work: Work, inputs: InputSet, in_place: bool) -> Call:
+        q, k = self.view(work, inputs.q), self.view(work, inputs.k)
+        cos, sin = self.tables(work, inputs)
+        function = self.function
+        return lambda: function(q, k, cos, sin)
+
+
+class FusedRopeHF(EagerHF):
+    """The drop-in for that function: the same kernel, another way to it."""
+
+    name = "fused_rope_hf"
+    cases = ("call", "cpu", "tiny", "train", "decode256")
+    module_name = "fused_rope.compat.transformers"
+
+
+class Liger(EagerHF):
+    """Rotates the memory of [B, S, H, D] in place, and copies [B, H, S, D] to it first."""
+
+    name = "liger"
+    words = ("bhsd", "bhsd_view", "float16", "float32", "partial2", "partial4")
+    partial = True
+    module_name = "liger_kernel.transformers.rope"
+    function_name = "liger_rotary_pos_emb"
+    needs_cuda = True
+
+    def ways(self, work: Work) -> tuple[str, ...]:
+        copies = work.has("bhsd") and work.case.S > 1
+        return ("forward",) if copies else ("in_place", "forward_grad")
+
+
+class Unsloth(Provider):
+    """fast_rope_embedding on [B, H, S, D]: in place where its own transposition needs no copy."""
+
+    name = "unsloth"
+    words = ("bhsd", "bhsd_view", "positions32", "float16", "float32")
+    module_name = "unsloth.kernels.rope_embedding"
+
+    def load(self) -> None:
+        self.function = importlib.import_module(self.module_name).fast_rope_embedding
+
+    def layout(self, work: Work) -> str:
+        return "bhsd"
+
+    def ways(self, work: Work) -> tuple[str, ...]:
+        dense = work.has("bhsd") or work.case.S == 1
+        copies = not dense if work.has("positions32") else dense and work.case.S > 1
+        return ("forward",) if copies else ("in_place", "forward_grad")
+
+    def make_tables(self, work: Work, inputs: InputSet) -> Any:
+        """cos and sin [M, R] in x's dtype, as its rotary modules cache them."""
+        return tuple(torch.cat((t, t), -1).to(work.dtype) for t in (inputs.cos, inputs.sin))
+
+    def bind(self, work: Work, inputs: InputSet, in_place: bool) -> Call:
+        q, k = self.view(work, inputs.q), self.view(work, inputs.k)
+        cos, sin = self.tables(work, inputs)
+        function, rows = self.function, inputs.options.get("positions")
+        if rows is None:
+            return lambda: function(q, k, cos, sin)
+        return lambda: function(q, k, cos, sin, rows)
+
+
+class FusedRopeUnsloth(Unsloth):
+    """The drop-in for that function, which leaves its inputs untouched."""
+
+    name = "fused_rope_unsloth"
+    cases = FusedRopeHF.cases
+    module_name = "fused_rope.compat.unsloth"
+    needs_cuda = False
+
+    def ways(self, work: Work) -> tuple[str, ...]:
+        return OUT_OF_PLACE
+
+
+def eager_formula(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool
+) -> tuple[Tensor, Tensor]:
+    """x cos + rotate(x) sin over the last dimension, as eager code writes it."""
+
+    def rotate(x: Tensor) -> Tensor:
+        if interleaved:
+            return torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
+        low, high = x.chunk(2, -1)
+        return torch.cat((-high, low), -1)
+
+    return q * cos + rotate(q) * sin, k * cos + rotate(k) * sin
+
+
+class Inductor(Provider):
+    """torch.compile of the eager formula, compiled for the sizes of each work."""
+
+    name = "inductor"
+    directions = OUT_OF_PLACE
+    words = ("bhsd", "interleaved")
+
+    def load(self) -> None:
+        self._compiled: tuple[Work, Any] | None = None
+        import torch._functorch.config as functorch_config
+
+        functorch_config.donated_buffer = False  # retain_graph=True is refused otherwise
+
+    def compiled(self, work: Work) -> Any:
+        if self._compiled is None or self._compiled[0] is not work:
+            torch._dynamo.reset()  # the limit on recompilations is for each function, not each work
+            self._compiled = work, torch.compile(eager_formula, dynamic=False, fullgraph=True)
+        return self._compiled[1]
+
+    def make_tables(self, work: Work, inputs: InputSet) -> Any:
+        cos, sin = full_width(work, inputs, work.dtype)
+        if work.has("interleaved"):
+            cos, sin = (t[..., : work.P].repeat_interleave(2, -1) for t in (cos, sin))
+        head_axis = work.layout.index("h")
+        return cos.unsqueeze(head_axis), sin.unsqueeze(head_axis)
+
+    def bind(self, work: Work, inputs: InputSet, in_place: bool) -> Call:
+        q, k, interleaved = inputs.q, inputs.k, work.has("interleaved")
+        cos, sin = self.tables(work, inputs)
+        function = self.compiled(work)
+        return lambda: function(q, k, cos, sin, interleaved)
+
+
+class FlashAttn(Provider):
+    """flash-attn's Triton apply_rotary_emb, once for q and once for k."""
+
+    name = "flash_attn"
+    words = (
+        *("bhsd", "bhsd_view", "sbhd", "thd", "packed", "interleaved", "partial2", "partial4"),
+        *("offsets", "cu_seqlens", "float16", "float32"),
+    )
+    partial = True
+    module_name = "flash_attn.layers.rotary"
+    widest = 256
+
+    def load(self) -> None:
+        self.function = importlib.import_module(self.module_name).apply_rotary_emb
+
+    def supports(self, work: Work, direction: str) -> bool:
+        return self.widest >= work.case.D and super().supports(work, direction)
+
+    def layout(self, work: Work) -> str:
+        return "thd" if work.layout == "thd" else "bshd"
+
+    def bind(self, work: Work, inputs: InputSet, in_place: bool) -> Call:
+        q, k = self.view(work, inputs.q), self.view(work, inputs.k)
+        cos, sin = self.tables(work, inputs)
+        function, keywords = self.function, self.keywords(work, inputs, in_place)
+        return lambda: (function(q, cos, sin, **keywords), function(k, cos, sin, **keywords))
+
+    def keywords(self, work: Work, inputs: InputSet, in_place: bool) -> dict[str, Any]:
+        keywords: dict[str, Any] = {"interleaved": work.has("interleaved"), "inplace": in_place}
+        if "offset" in inputs.options:
+            keywords["seqlen_offsets"] = inputs.options["offset"]
+        if "cu_seqlens" in inputs.options:
+            keywords["cu_seqlens"] = inputs.options["cu_seqlens"]
+            keywords["max_seqlen"] = inputs.angles.shape[0]
+        return keywords
+
+
+class Quack(FlashAttn):
+    name = "quack"
+    module_name = "quack.rotary"
+    widest = 512
+
+
+class FlashInfer(Provider):
+    """apply_rope_with_cos_sin_cache on [T, H*D], positions [T] and a float32 cos||sin cache."""
+
+    name = "flashinfer"
+    directions: tuple[str, ...] = ("forward", "in_place")
+    words = (
+        "packed",
+        "interleaved",
+        "partial2",
+        "partial4",
+        "positions32",
+        "positions64",
+        "float16",
+    )
+    partial = True
+
+    def load(self) -> None:
+        module = importlib.import_module("flashinfer")
+        self.forward = module.apply_rope_with_cos_sin_cache
+        self.in_place = module.apply_rope_with_cos_sin_cache_inplace
+
+    def view(self, work: Work, x: Tensor) -> Tensor:
+        return x.flatten(2).flatten(0, 1)
+
+    def make_tables(self, work: Work, inputs: InputSet) -> Any:
+        rows = token_rows(work, inputs).expand(work.case.B, work.case.S).flatten().contiguous()
+        if work.has("positions32"):
+            rows = rows.int()
+        return rows, torch.cat((inputs.cos, inputs.sin), -1)
+
+    def bind(self, work: Work, inputs: InputSet, in_place: bool) -> Call:
+        q, k = self.view(work, inputs.q), self.view(work, inputs.k)
+        (rows, cache), D, neox = self.tables(work, inputs), work.case.D, not work.has("interleaved")
+        if not in_place:
+            forward = self.forward
+            return lambda: forward(rows, q, k, D, cache, neox)
+        return _returning(self.in_place, (q, k), rows, q, k, D, cache, neox)
+
+    def restore(self, work: Work, inputs: InputSet, out: Pair) -> Pair:
+        q, k = (x.view(work.case.B, work.case.S, -1, work.case.D) for x in out)
+        return q, k
+
+
+def _returning(function: Callable[..., Any], out: Pair, *arguments: Any) -> Call:
+    """A call of an in-place function that returns nothing."""
+
+    def call() -> Pair:
+        function(*arguments)
+        return out
+
+    return call
+
+
+class VLLM(FlashInfer):
+    """vllm._custom_ops.rotary_embedding, in place, with a cos||sin cache in x's dtype."""
+
+    name = "vllm"
+    directions = ("in_place",)
+
+    def load(self) -> None:
+        self.in_place = importlib.import_module("vllm._custom_ops").rotary_embedding
+
+    def make_tables(self, work: Work, inputs: InputSet) -> Any:
+        rows, cache = super().make_tables(work, inputs)
+        return rows.long(), cache.to(work.dtype)
+
+
+class TransformerEngine(Provider):
+    """apply_rotary_pos_emb(fused=True) with angles [M, 1, 1, R], once for q and once for k."""
+
+    name = "transformer_engine"
+    directions = OUT_OF_PLACE
+    words = (
+        *("bhsd", "bhsd_view", "sbhd", "thd", "packed", "interleaved", "partial2", "partial4"),
+        *("cu_seqlens", "float16", "float32"),
+    )
+    partial = True
+
+    def load(self) -> None:
+        try:
+            module = importlib.import_module("transformer_engine.pytorch.attention.rope")
+        except ModuleNotFoundError:  # its place until version 2.2
+            module = importlib.import_module("transformer_engine.pytorch.attention")
+        self.function = module.apply_rotary_pos_emb
+
+    def layout(self, work: Work) -> str:
+        return "bshd" if work.layout == "bhsd" else work.layout
+
+    def make_tables(self, work: Work, inputs: InputSet) -> Any:
+        angles = inputs.angles.float()
+        if work.has("interleaved"):
+            return angles.repeat_interleave(2, -1)[:, None, None]
+        return torch.cat((angles, angles), -1)[:, None, None]
+
+    def bind(self, work: Work, inputs: InputSet, in_place: bool) -> Call:
+        q, k = self.view(work, inputs.q), self.view(work, inputs.k)
+        freqs, function = self.tables(work, inputs), self.function
+        keywords = {
+            "tensor_format": self.layout(work),
+            "interleaved": work.has("interleaved"),
+            "fused": True,
+            "cu_seqlens": inputs.options.get("cu_seqlens"),
+        }
+        return lambda: (function(q, freqs, **keywords), function(k, freqs, **keywords))
+
+
+class RotaryEmbeddingTorch(Provider):
+    """apply_rotary_emb(freqs, t): interleaved; angles in, their cos and sin made at each call."""
+
+    name = "rotary_embedding_torch"
+    directions = OUT_OF_PLACE
+    words = ("interleaved", "float16", "float32")
+    partial = True
+    needs_cuda = False
+
+    def load(self) -> None:
+        self.function = importlib.import_module("rotary_embedding_torch").apply_rotary_emb
+
+    def supports(self, work: Work, direction: str) -> bool:
+        return work.has("interleaved") and super().supports(work, direction)
+
+    def make_tables(self, work: Work, inputs: InputSet) -> Any:
+        return inputs.angles.float().repeat_interleave(2, -1)[:, None]
+
+    def bind(self, work: Work, inputs: InputSet, in_place: bool) -> Call:
+        q, k, freqs, function = inputs.q, inputs.k, self.tables(work, inputs), self.function
+        return lambda: (function(freqs, q, seq_dim=-3), function(freqs, k, seq_dim=-3))
+
+
+PROVIDERS: dict[str, type[Provider]] = {
+    provider.name: provider
+    for provider in (
+        *(FusedRope, FusedRopeHF, FusedRopeUnsloth, EagerHF, Inductor, Reference, Liger, Unsloth),
+        *(FlashAttn, FlashInfer, TransformerEngine, VLLM, RotaryEmbeddingTorch, Quack),
+    )
+}
+
+
+def load_providers(
+    names: list[str] | None, device: torch.device
+) -> tuple[list[Provider], dict[str, str]]:
+    """The adapters whose libraries are there, and why each of the others is skipped."""
+    loaded, skipped = [], {}
+    for name in names or list(PROVIDERS):
+        if PROVIDERS[name].needs_cuda and device.type != "cuda":
+            skipped[name] = "needs CUDA"
+            continue
+        try:
+            loaded.append(PROVIDERS[name]())
+        except Exception as error:  # a broken installation raises whatever it likes
+            skipped[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+    return loaded, skipped

@@ -1,0 +1,272 @@
+"""The benchmark suite: every case, variant and direction for every provider that is installed.
+
+    python benchmarks/run.py                           a full run, to results/<device>.json
+    python benchmarks/run.py --cases train mid512 --providers fused_rope eager_hf --out a.json
+    python benchmarks/run.py --cases train --variants "" bhsd "thd cu_seqlens" --directions forward
+    python benchmarks/run.py --device cpu              the CPU kernel against memcpy
+
+NOTES.md says how each figure is taken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import re
+import subprocess
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import measure
+import torch
+from cases import (
+    CASES,
+    DIRECTIONS,
+    Work,
+    bytes_moved,
+    default_directions,
+    input_bytes,
+    select,
+    yardstick_bytes,
+)
+from providers import PROVIDERS, Provider, load_providers
+from table import markdown
+from tqdm import tqdm
+from trial import Bench, Trial
+
+HERE = Path(__file__).resolve().parent
+Row = dict[str, Any]
+PEAK_WORKS = (Work(CASES["train"]),)
+PATIENCE = 3  # a provider that failed this often without one figure is left out of the rest
+
+
+@dataclass(frozen=True)
+class Step:
+    """A piece of work with the directions and providers that are measured of it."""
+
+    work: Work
+    pairs: tuple[tuple[str, tuple[Provider, ...]], ...]
+
+    def __len__(self) -> int:
+        return sum(len(providers) for _, providers in self.pairs)
+
+
+class Runner:
+    """Takes the figures of one run on one device."""
+
+    def __init__(self, device: torch.device, effort: measure.Effort) -> None:
+        self.device = device
+        self.effort = effort
+        self.cache = measure.cache_bytes(device)
+        self.rows: list[Row] = []
+        self.refused: list[str] = []
+        self.failures: Counter[str] = Counter()
+        self.on_gpu = device.type == "cuda"
+
+    def run(self, step: Step, progress: tqdm) -> None:
+        """Measures one step; its memory is given back at the end."""
+        by_host = step.work.case.name == "call"
+        count = 1 if by_host else measure.set_count(input_bytes(step.work), self.cache, self.effort)
+        bench = Bench(step.work, count, self.device)
+        for direction, providers in step.pairs:
+            progress.set_postfix_str(f"{step.work.name} {direction}")
+            clock = self._host if by_host else self._device
+            for row in clock(bench, direction, providers, progress):
+                self.rows.append(row)
+
+    def _trials(
+        self, bench: Bench, direction: str, providers: Sequence[Provider], progress: tqdm
+    ) -> Iterator[Trial]:
+        """The trials that give the right answer; the others are named and left out."""
+        for provider in providers:
+            progress.update()
+            if self.failures[provider.name] >= PATIENCE:
+                continue
+            try:
+                trial = Trial(bench, provider, direction)
+                trial.verify()
+            except Exception as error:  # whatever a peer raises, the run goes on
+                self._refuse(bench.work, direction, provider, error)
+                continue
+            yield trial
+
+    def _refuse(self, work: Work, direction: str, provider: Provider, error: Exception) -> None:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        if all(row["provider"] != provider.name for row in self.rows):
+            self.failures[provider.name] += 1
+        self.refused.append(f"{work.name} {direction} {provider.name}: {reason}")
+        tqdm.write(f"not timed: {self.refused[-1]}")
+
+    def _host(
+        self, bench: Bench, direction: str, providers: Sequence[Provider], progress: tqdm
+    ) -> Iterator[Row]:
+        for trial in self._trials(bench, direction, providers, progress):
+            before = measure.add_time(self.device, self.effort)
+            with trial.grad_mode():
+                figure = measure.host_time(trial.calls[0], self.device, self.effort)
+            after = measure.add_time(self.device, self.effort)
+            yield row_of(trial, "host_us", figure, (before, after))
+
+    def _device(
+        self, bench: Bench, direction: str, providers: Sequence[Provider], progress: tqdm
+    ) -> Iterator[Row]:
+        yardstick = self._yardstick(yardstick_bytes(bench.work, direction))
+        before = yardstick.time(self.effort).median
+        for trial in self._trials(bench, direction, providers, progress):
+            try:
+                figure = self._replayed(trial) if self.on_gpu else self._passed(trial)
+            except Exception as error:
+                self._refuse(bench.work, direction, trial.provider, error)
+                continue
+            after = yardstick.time(self.effort).median
+            yield row_of(trial, "gpu_us" if self.on_gpu else "cpu_us", figure, (before, after))
+            before = after
+            if self.on_gpu and bench.work in PEAK_WORKS:
+                yield self._peak(trial)
+
+    def _yardstick(self, moved: int) -> measure.CloneGraph | measure.Memcpy:
+        if self.on_gpu:
+            return measure.CloneGraph(moved, self.cache, self.device, self.effort)
+        return measure.Memcpy(moved, self.cache, self.effort)
+
+    def _passed(self, trial: Trial) -> measure.Figure:
+        with trial.grad_mode():
+            return measure.cpu_time(trial.calls, self.effort)
+
+    def _replayed(self, trial: Trial) -> measure.Figure:
+        graph = trial.capture()
+        try:
+            trial.verify_graph(graph)
+            return graph.time(self.effort)
+        finally:
+            del graph
+            torch.cuda.empty_cache()
+
+    def _peak(self, trial: Trial) -> Row:
+        """Peak memory of a call; its yardstick is what a plain copy of q and k takes."""
+        with trial.grad_mode():
+            peak = float(measure.peak_bytes(trial.calls[0], self.device))
+        copy = float(input_bytes(trial.bench.work))
+        return row_of(trial, "peak_bytes", measure.Figure(peak, peak, peak), (copy, copy))
+
+
+def row_of(
+    trial: Trial, metric: str, figure: measure.Figure, yardsticks: tuple[float, float]
+) -> Row:
+    """One figure. The yardstick is the mean of the one taken before and the one taken after."""
+    work = trial.bench.work
+    return {
+        "case": work.case.name,
+        "variant": work.variant,
+        "direction": trial.direction,
+        "provider": trial.provider.name,
+        "metric": metric,
+        "median": figure.median,
+        "yardstick": sum(yardsticks) / 2,
+        "bytes": bytes_moved(work, trial.direction),
+        "quartiles": [figure.low, figure.high],
+        "yardsticks": list(yardsticks),
+    }
+
+
+def plan(
+    works: Sequence[Work], directions: Sequence[str] | None, providers: Sequence[Provider]
+) -> list[Step]:
+    """What is measured, in order; steps that no provider supports are left out."""
+    steps = []
+    for work in works:
+        wanted = directions or default_directions(work)
+        pairs = ((d, tuple(p for p in providers if p.supports(work, d))) for d in wanted)
+        step = Step(work, tuple((d, able) for d, able in pairs if able))
+        if step.pairs:
+            steps.append(step)
+    return steps
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def slug(device: torch.device) -> str:
+    """A file name: "NVIDIA H100 80GB HBM3" gives h100."""
+    model = re.search(r"\b[A-Z]*\d+[A-Z]*", device_name(device))
+    return model.group().lower() if model else "cpu"
+
+
+def meta_of(device: torch.device, commit: str | None) -> dict[str, Any]:
+    """Where and when the figures were taken."""
+    return {
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "commit": commit or current_commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def current_commit() -> str:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(
+            command, cwd=HERE, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def write(path: Path, meta: dict[str, Any], rows: Sequence[Row]) -> None:
+    """One line a row, so that two runs can be compared as text."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
+    path.write_text(f'{{"meta": {json.dumps(meta)},\n "rows": [\n{lines}\n]}}\n')
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), metavar="CASE")
+    parser.add_argument("--variants", nargs="+", metavar="WORDS", help='"" is the plain one')
+    parser.add_argument("--directions", nargs="+", choices=DIRECTIONS, metavar="DIRECTION")
+    parser.add_argument("--providers", nargs="+", choices=list(PROVIDERS), metavar="PROVIDER")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, help="default: results/<device>.json beside this file")
+    parser.add_argument("--quick", action="store_true", help="few repetitions: a trial run")
+    parser.add_argument("--plots", action="store_true", help="also draw PNG files beside --out")
+    parser.add_argument("--commit", help="what the figures are of, where git cannot tell")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = arguments(argv)
+    device = torch.device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_stream(
+            torch.cuda.Stream(device)
+        )  # graphs cannot be captured on the default one
+    providers, skipped = load_providers(args.providers, device)
+    for name, reason in skipped.items():
+        print(f"skipped: {name} ({reason})")
+    steps = plan(select(device.type, args.cases, args.variants), args.directions, providers)
+    out = args.out or HERE / "results" / f"{slug(device)}.json"
+    meta = meta_of(device, args.commit) | {"skipped": skipped}
+    runner = Runner(device, measure.QUICK if args.quick else measure.FULL)
+    with tqdm(total=sum(map(len, steps)), unit="figure", mininterval=1) as progress:
+        for step in steps:
+            runner.run(step, progress)
+            write(out, meta | {"refused": runner.refused}, runner.rows)
+    print(markdown(runner.rows))
+    print(f"{len(runner.rows)} figures in {out}")
+    if args.plots:
+        from plots import draw
+
+        print("drawn:", *draw(out))
+    return 0 if runner.rows else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
