@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 CASES ?= 10000
 export PYTHON TORCH
 
-.PHONY: build demo test bench fuzz format lint sanitize cuda-build clean
+.PHONY: build demo test bench bench-compare fuzz format lint sanitize sanitize-gpu cuda-build clean
 
 build:  # .venv, and the library in python/ ready to import
 	scripts/build.sh
@@ -13,7 +13,9 @@ demo: build  # train a small Llama stock and patched, and compare
 test:  # ctest, pytest, and the transformers tests once more with the older transformers
 	scripts/test.sh
 bench: build  # time every case on the device that is there
-	.venv/bin/python benchmarks/run.py
+	.venv/bin/python benchmarks/run.py --plots
+bench-compare: build  # what changed between two results: A=before.json B=after.json
+	.venv/bin/python benchmarks/compare.py $(A) $(B)
 fuzz: build  # random calls against the float64 oracle
 	.venv/bin/python tests/python/fuzz.py --cases $(CASES)
 format: build  # rewrite the sources in the project's style
@@ -22,6 +24,8 @@ lint: build  # formatting, ruff, mypy
 	scripts/lint.sh
 sanitize: build  # the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	scripts/sanitize.sh
+sanitize-gpu: build  # compute-sanitizer's four tools over every kind of kernel; needs a GPU
+	scripts/sanitize_gpu.sh
 cuda-build:  # everything with a CUDA torch and nvcc; needs no GPU
 	scripts/cuda_build.sh
 clean:  # all that was built; the virtual environments stay

@@ -364,3 +364,22 @@ def test_tangent_of_everything_at_once(device):
         got = forward_ad.unpack_dual(fused_rope.rotate(*duals)).tangent
     want = bits(tangents[0], cos, sin) + bits(x, tangents[1], tangents[2])
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+def test_tangent_of_a_table_without_pairs(device):
+    x, empty = torch.randn(2, 3, 2, 4, device=device), torch.empty(5, 0, device=device)
+    positions = torch.zeros(2, 2, 3, dtype=torch.int64, device=device)
+    with forward_ad.dual_level():
+        cos = forward_ad.make_dual(empty, torch.empty(5, 0, device=device))
+        got = fused_rope.rotate(x, cos, empty, positions=positions, axes=[])
+        assert not forward_ad.unpack_dual(got).tangent.any()
+
+
+def test_gradient_of_a_table_that_no_sequence_reads(device):
+    """No sequence, so no offset: every token is padding."""
+    x = torch.randn(4, 2, 8, device=device)
+    cos, sin = (t.requires_grad_() for t in angles(5, 4, device))
+    none = torch.zeros(1, dtype=torch.int64, device=device)
+    y = fused_rope.rotate(x, cos, sin, layout="thd", cu_seqlens=none, offset=none[:0])
+    same(y.detach(), x)
+    assert not any(g.any() for g in torch.autograd.grad(y.sum(), (cos, sin)))

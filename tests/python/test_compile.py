@@ -1,9 +1,5 @@
 """torch.compile, export and AOTInductor: one graph, few compilations, the eager bits."""
 
-import subprocess
-import sys
-import textwrap
-
 import fused_rope
 import pytest
 import torch
@@ -247,42 +243,14 @@ def test_a_saved_program(tmp_path, device):
     torch.testing.assert_close(program(q, k, *table), Attention()(q, k, *table))
 
 
-PACKAGE = """
-    import sys
-    import torch
-    {more}
-    package = torch._inductor.aoti_load_package(sys.argv[1])
-    inputs = torch.load(sys.argv[2])
-    torch.save(package(*inputs), sys.argv[3])
-"""
+def test_make_fx_keeps_a_symbolic_offset(device):
+    """The eager entry must not turn a symbol into the number it has while tracing."""
+    from torch.fx.experimental.proxy_tensor import make_fx
 
+    def f(x, cos, sin):
+        return fused_rope.rotate(x, cos, sin, offset=x.shape[1])
 
-def load_and_run(package, inputs, folder, more):
-    """Runs a package in a process of its own, because loading one may end it. None where it did."""
-    paths = [str(package), str(folder / "inputs.pt"), str(folder / "outputs.pt")]
-    torch.save(inputs, paths[1])
-    code = textwrap.dedent(PACKAGE.format(more=more))
-    run = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True)
-    if run.returncode < 0:
-        return None
-    assert run.returncode == 0, run.stderr
-    return torch.load(paths[2])
-
-
-def packaged(program, path):
-    return torch._inductor.aoti_compile_and_package(program, package_path=str(path))
-
-
-def test_aot_inductor(tmp_path):
-    """Packaged, loaded and run from Python, at another length than it was made for."""
-    package = packaged(exported("cpu"), tmp_path / "attention.pt2")
-    q, k = (tensor("bhsd", 2, 33, 4, 32, torch.float32) for _ in range(2))
-    inputs = (q, k, *angles(64, 16))
-    got = load_and_run(package, inputs, tmp_path, "import fused_rope")
-    if got is None:
-        plain = torch.export.export(torch.nn.Linear(4, 4), (torch.randn(2, 4),))
-        package = packaged(plain, tmp_path / "plain.pt2")
-        if load_and_run(package, (torch.randn(2, 4),), tmp_path, "") is None:
-            pytest.skip("this PyTorch crashes loading any package, that of a plain Linear too")
-    assert got is not None, "loading or running the package crashed"
-    torch.testing.assert_close(got, Attention()(*inputs))
+    table = angles(64, 8, device)
+    traced = make_fx(f, tracing_mode="symbolic")(torch.randn(2, 3, 4, 16, device=device), *table)
+    x = torch.randn(2, 7, 4, 16, device=device)
+    same(traced(x, *table), f(x, *table))

@@ -208,3 +208,29 @@ def test_gradient_of_the_table_in_place(device):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         fused_rope.rotate_(x, cos, sin, rotary_offset=3)
     assert sum(t.numel() for t in kept) == 2 * cos.numel() + x.numel() // 2
+
+
+@pytest.mark.parametrize("form", ["rotate_", "rotate_qk_"])
+def test_second_order_with_a_trained_table(form, device):
+    """The table's gradient depends on x as it was, and can be differentiated by it."""
+    q, k = (tensor("bshd", 1, 3, H, 8, torch.float64, device).requires_grad_() for H in (2, 1))
+    cos, sin = (t.requires_grad_() for t in angles(3, 3, device, torch.float64))
+
+    def f(q, k, cos, sin):
+        tensors = (q * 1.0, k * 1.0) if form == "rotate_qk_" else (q * 1.0,)
+        getattr(fused_rope, form)(*tensors, cos, sin, rotary_offset=1)
+        return tensors
+
+    assert torch.autograd.gradcheck(f, (q, k, cos, sin))
+    assert torch.autograd.gradgradcheck(f, (q, k, cos, sin))
+
+
+@pytest.mark.parametrize("which", ["cos", "sin"])
+def test_memory_of_its_own_table_is_refused(which, device):
+    x = torch.randn(1, 3, 2, 8, device=device)
+    table = dict(zip(("cos", "sin"), angles(3, 4, device), strict=True))
+    table[which] = x.view(-1)[:12].view(3, 4)
+    before = x.clone()
+    with pytest.raises(RuntimeError, match=f"rotate_.*apart from {which}"):
+        fused_rope.rotate_(x, **table)
+    same(x, before)
