@@ -1,0 +1,25 @@
+"""Views of the tables that other libraries keep, as the half-width tables of the operators."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def half_width(table: Tensor, interleaved: bool = False) -> Tensor:
+    """The view [..., P] of a table [..., 2P] that says every number twice.
+
+    The second half repeats the first, or, where pairs are interleaved, each number its neighbour.
+    """
+    return table[..., ::2] if interleaved else table[..., : table.shape[-1] // 2]
+
+
+def real_and_imaginary(operator: str, name: str, table: Tensor) -> tuple[Tensor, Tensor]:
+    """Views of cosine and sine in a complex table.
+
+    Raises:
+        TypeError: the table is not complex: `.to(torch.bfloat16)` on a module that holds one drops
+            the sine, and what is left is no rotation.
+    """
+    if not table.is_complex():
+        raise TypeError(f"{operator}: expected a complex {name}, got {table.dtype}")
+    return table.real, table.imag

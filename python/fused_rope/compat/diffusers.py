@@ -1,0 +1,75 @@
+"""Drop-in for diffusers' rotary function (diffusers/models/embeddings.py).
+
+    from fused_rope.compat.diffusers import apply_rotary_emb
+
+The arguments and numbers are the same. What differs: x has any strides, tables are read as they
+are, and `out=` rotates the streams of a dual-stream block into one joint tensor.
+
+Letters: B batch, S sequence length, H heads, D head_dim, P = D/2 pairs.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .. import functional
+from ._tables import half_width, real_and_imaginary
+
+__all__ = ["apply_rotary_emb"]
+
+_LAYOUTS = {1: "bshd", 2: "bhsd"}
+
+
+def apply_rotary_emb(
+    x: Tensor,
+    freqs_cis: Tensor | tuple[Tensor, Tensor],
+    use_real: bool = True,
+    use_real_unbind_dim: int = -1,
+    sequence_dim: int = 2,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Rotates x by cosines and sines, or by complex numbers.
+
+    Args:
+        x: [B, H, S, D], or [B, S, H, D] with sequence_dim=1 and where freqs_cis is complex.
+        freqs_cis: (cos, sin), each [S, D] and every number twice: beside its copy where neighbours
+            are paired, else half a row before it. With use_real=False complex [B or 1, S, P].
+        use_real: whether freqs_cis is (cos, sin).
+        use_real_unbind_dim: -1 pairs neighbours (Flux, CogVideoX, Hunyuan-DiT), -2 pairs lane j
+            with lane j + P (Stable Audio, OmniGen, CogView4, Cosmos).
+        sequence_dim: where S is, 1 or 2; has no effect on the complex form.
+        out: memory for the result, of x's shape and dtype, such as one stream's part of a joint
+            tensor. Takes no part in autograd.
+
+    Returns:
+        A tensor of x's shape and dtype, or `out`.
+
+    Raises:
+        ValueError: shapes that do not fit; another use_real_unbind_dim or sequence_dim.
+        TypeError: use_real=False, and freqs_cis is not complex.
+        RuntimeError: `out` beside tensors that require grad.
+
+    Example:
+        >>> text, image = torch.randn(2, 4, 7, 64), torch.randn(2, 4, 9, 64)
+        >>> angle = torch.rand(16, 32).repeat_interleave(2, -1)
+        >>> cos, sin = angle.cos(), angle.sin()
+        >>> joint = torch.empty(2, 4, 16, 64)
+        >>> _ = apply_rotary_emb(text, (cos[:7], sin[:7]), out=joint[:, :, :7])
+        >>> _ = apply_rotary_emb(image, (cos[7:], sin[7:]), out=joint[:, :, 7:])
+    """
+    if not use_real:
+        if not isinstance(freqs_cis, Tensor):
+            raise TypeError("apply_rotary_emb: expected a complex tensor freqs_cis, got a tuple")
+        cos, sin = real_and_imaginary("apply_rotary_emb", "freqs_cis", freqs_cis)
+        return functional.rotate(x, cos, sin, interleaved=True, out=out)
+    if use_real_unbind_dim not in (-1, -2) or sequence_dim not in _LAYOUTS:
+        raise ValueError(
+            "apply_rotary_emb: expected use_real_unbind_dim -1 or -2 and sequence_dim 1 or 2, got "
+            f"{use_real_unbind_dim} and {sequence_dim}"
+        )
+    interleaved = use_real_unbind_dim == -1
+    cos, sin = (half_width(table.to(x.device), interleaved) for table in freqs_cis)
+    return functional.rotate(
+        x, cos, sin, layout=_LAYOUTS[sequence_dim], interleaved=interleaved, out=out
+    )

@@ -1,0 +1,256 @@
+"""Drop-ins for flash-attn's rotary functions and module (flash_attn/layers/rotary.py).
+
+    from fused_rope.compat.flash_attn import RotaryEmbedding, apply_rotary_emb
+
+The arguments and numbers are the same. What differs: operations in place are seen by autograd (so a
+leaf that requires grad is refused, not overwritten), gradients stay as they were, a row outside the
+table is an error, tokens past cu_seqlens[-1] are copied, and headdim may exceed 256.
+
+Letters: B batch, S sequence length, T packed tokens, N packed sequences, H (Hq, Hk) heads,
+D head_dim, R rotary_dim, P = R/2 pairs, M table rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import functional
+from ..frequencies import frequencies
+
+__all__ = [
+    "RotaryEmbedding",
+    "apply_rotary_emb",
+    "apply_rotary_emb_func",
+    "apply_rotary_emb_kv_",
+    "apply_rotary_emb_qkv_",
+]
+
+
+def apply_rotary_emb(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool = False,
+    inplace: bool = False,
+    seqlen_offsets: int | Tensor = 0,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+) -> Tensor:
+    """Rotates the first R lanes of x.
+
+    Args:
+        x: [B, S, H, D], or [T, H, D] beside cu_seqlens.
+        cos, sin: [M, P].
+        interleaved: pair neighbours instead of halves.
+        inplace: write the result into x.
+        seqlen_offsets: added to the positions of each sequence: an int, or int32 or int64 [B], [N]
+            beside cu_seqlens.
+        cu_seqlens: int32 or int64 [N + 1], where the packed sequences begin.
+        max_seqlen: has no effect: the operator does not need it.
+
+    Returns:
+        A tensor of x's shape and dtype, or x.
+
+    Raises:
+        ValueError: shapes that do not fit; too few rows.
+        IndexError: an offset that leads past the table (on CUDA a device-side assertion).
+        RuntimeError: inplace on what autograd forbids.
+
+    Example:
+        >>> angle = torch.arange(20.0)[:, None] / 10000 ** (torch.arange(0, 64, 2) / 64)
+        >>> x = apply_rotary_emb(torch.randn(2, 16, 4, 64), angle.cos(), angle.sin())
+    """
+    rotate = functional.rotate_ if inplace else functional.rotate
+    return rotate(
+        x,
+        cos,
+        sin,
+        layout="bshd" if cu_seqlens is None else "thd",
+        offset=seqlen_offsets,
+        cu_seqlens=cu_seqlens,
+        interleaved=interleaved,
+    )
+
+
+apply_rotary_emb_func = apply_rotary_emb
+
+
+def apply_rotary_emb_qkv_(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    cos_k: Tensor | None = None,
+    sin_k: Tensor | None = None,
+    interleaved: bool = False,
+    seqlen_offsets: int | Tensor = 0,
+    num_heads_q: int | None = None,
+) -> Tensor:
+    """Rotates the queries and keys of a packed tensor in place.
+
+    Args:
+        qkv: [B, S, 3, H, D], or [B, S, Hq + 2*Hk, D] beside num_heads_q.
+        cos, sin: [M, P].
+        cos_k, sin_k: [M, P], tables of the keys where they have their own.
+        interleaved, seqlen_offsets: as in `apply_rotary_emb`.
+        num_heads_q: Hq.
+
+    Returns:
+        qkv.
+
+    Raises:
+        ValueError, IndexError, RuntimeError: as `apply_rotary_emb`.
+
+    Example:
+        >>> angle = torch.arange(20.0)[:, None] / 10000 ** (torch.arange(0, 64, 2) / 64)
+        >>> qkv = torch.randn(2, 16, 4 + 2 * 2, 64)
+        >>> qkv = apply_rotary_emb_qkv_(qkv, angle.cos(), angle.sin(), num_heads_q=4)
+    """
+    q, k = _queries_and_keys(qkv, num_heads_q)
+    options: dict[str, Any] = {"offset": seqlen_offsets, "interleaved": interleaved}
+    if cos_k is None and sin_k is None:
+        functional.rotate_qk_(q, k, cos, sin, **options)
+    else:
+        functional.rotate_(q, cos, sin, **options)
+        cos_k, sin_k = cos if cos_k is None else cos_k, sin if sin_k is None else sin_k
+        functional.rotate_(k, cos_k, sin_k, **options)
+    return qkv
+
+
+def apply_rotary_emb_kv_(
+    kv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool = False,
+    seqlen_offsets: int | Tensor = 0,
+) -> Tensor:
+    """Rotates the keys of kv [B, S, 2, H, D] in place and returns it; see `apply_rotary_emb`.
+
+    Example:
+        >>> angle = torch.arange(20.0)[:, None] / 10000 ** (torch.arange(0, 64, 2) / 64)
+        >>> kv = apply_rotary_emb_kv_(torch.randn(2, 16, 2, 4, 64), angle.cos(), angle.sin())
+    """
+    if kv.dim() != 5 or kv.shape[2] != 2:
+        raise ValueError(
+            f"apply_rotary_emb_kv_: expected kv of [B, S, 2, H, D], got {list(kv.shape)}"
+        )
+    functional.rotate_(kv[:, :, 0], cos, sin, offset=seqlen_offsets, interleaved=interleaved)
+    return kv
+
+
+class RotaryEmbedding(torch.nn.Module):
+    """A module that keeps tables in the inputs' dtype and rotates queries and keys in place.
+
+    With scale_base, XPos (Sun et al., arXiv:2212.10554): the tables of queries grow with the
+    position, and those of keys shrink.
+
+    Args:
+        dim: R.
+        base: base of the frequencies.
+        interleaved: pair neighbours instead of halves.
+        scale_base: tokens after which XPos scales once more, such as 512; None for no scaling.
+        device: has no effect: the tables follow the inputs.
+
+    Example:
+        >>> rotary = RotaryEmbedding(64)
+        >>> qkv = rotary(torch.randn(2, 16, 3, 4, 64))
+        >>> q, kv = rotary(torch.randn(2, 1, 4, 64), torch.randn(2, 1, 2, 4, 64), seqlen_offset=16)
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        base: float = 10000.0,
+        interleaved: bool = False,
+        scale_base: float | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.dim = dim
+        self.base = float(base)
+        self.interleaved = interleaved
+        self.scale_base = scale_base
+        self.inv_freq, _ = frequencies(dim, base)
+        # cos, sin, and those of the keys where they differ: [M, P] each.
+        self._tables: tuple[Tensor, ...] = ()
+
+    def forward(
+        self,
+        qkv: Tensor,
+        kv: Tensor | None = None,
+        seqlen_offset: int | Tensor = 0,
+        max_seqlen: int | None = None,
+        num_heads_q: int | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """qkv, or q and kv, with queries and keys rotated in place.
+
+        Args:
+            qkv: [B, S, 3, H, D], or [B, S, Hq + 2*Hk, D] beside num_heads_q; beside kv the
+                queries, [B, S, H, D].
+            kv: [B, S, 2, H, D].
+            seqlen_offset: tokens before these, an int, or int32 or int64 [B].
+            max_seqlen: rows that the tables must have; needed beside a tensor seqlen_offset.
+            num_heads_q: Hq.
+
+        Raises:
+            ValueError, IndexError, RuntimeError: as `apply_rotary_emb`.
+        """
+        rows = max_seqlen
+        if rows is None and not isinstance(seqlen_offset, Tensor):
+            rows = qkv.shape[1] + seqlen_offset
+        cos, sin, cos_k, sin_k = self._tables_for(rows, qkv)
+        options: dict[str, Any] = {
+            "interleaved": self.interleaved,
+            "seqlen_offsets": seqlen_offset,
+        }
+        if kv is not None:
+            q = apply_rotary_emb(qkv, cos, sin, inplace=True, **options)
+            return q, apply_rotary_emb_kv_(kv, cos_k, sin_k, **options)
+        if self.scale_base is not None:
+            options.update(cos_k=cos_k, sin_k=sin_k)
+        return apply_rotary_emb_qkv_(qkv, cos, sin, num_heads_q=num_heads_q, **options)
+
+    def _tables_for(self, rows: int | None, x: Tensor) -> tuple[Tensor, ...]:
+        """Tables of x's dtype and device with `rows` rows; None for as many as there are."""
+        here = self._tables[0].shape[0] if self._tables else 0
+        if rows is None and not self._tables:
+            raise ValueError("RotaryEmbedding: expected max_seqlen beside a tensor seqlen_offset")
+        rows = here if rows is None else rows
+        stale = not self._tables or (x.dtype, x.device) != (
+            self._tables[0].dtype,
+            self._tables[0].device,
+        )
+        if self.scale_base is not None and (stale or rows > here):
+            self._tables = self._xpos_tables(rows, self.scale_base, x)
+        elif stale or rows > here:
+            rows = max(rows, 2 * here) if rows > here else here
+            table = functional.cos_sin_table(self.inv_freq, rows, dtype=x.dtype, device=x.device)
+            self._tables = (*table, *table)
+        return self._tables
+
+    def _xpos_tables(self, rows: int, scale_base: float, x: Tensor) -> tuple[Tensor, ...]:
+        """The scale is 1 in the middle row, so that more rows need other tables."""
+        cos, sin = functional.cos_sin_table(self.inv_freq, rows, dtype=torch.float64)
+        lane = torch.arange(0, self.dim, 2, dtype=torch.float64, device="cpu")
+        row = torch.arange(rows, dtype=torch.float64, device="cpu")
+        scale = (lane + 0.4 * self.dim) / (1.4 * self.dim)
+        scale = scale ** ((row - rows // 2) / scale_base)[:, None]
+        tables = (cos * scale, sin * scale, cos / scale, sin / scale)
+        return tuple(table.to(x.device, x.dtype) for table in tables)
+
+
+def _queries_and_keys(qkv: Tensor, num_heads_q: int | None) -> tuple[Tensor, Tensor]:
+    """The views [B, S, H, D] of queries and keys in a packed tensor."""
+    if qkv.dim() == 5 and qkv.shape[2] == 3:
+        return qkv[:, :, 0], qkv[:, :, 1]
+    if qkv.dim() == 4 and num_heads_q is not None:
+        keys_and_values = qkv.shape[2] - num_heads_q
+        if keys_and_values >= 0 and keys_and_values % 2 == 0:
+            end = num_heads_q + keys_and_values // 2
+            return qkv[:, :, :num_heads_q], qkv[:, :, num_heads_q:end]
+    raise ValueError(
+        "apply_rotary_emb_qkv_: expected qkv of [B, S, 3, H, D], or of [B, S, Hq + 2*Hk, D] with "
+        f"num_heads_q=Hq, got {list(qkv.shape)} and num_heads_q={num_heads_q}"
+    )

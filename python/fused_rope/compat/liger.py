@@ -1,0 +1,210 @@
+"""Drop-ins for Liger Kernel's rotary functions (liger_kernel/transformers).
+
+    from fused_rope.compat.liger import (
+        liger_llama4_text_rotary_pos_emb,
+        liger_llama4_vision_rotary_pos_emb,
+        liger_multimodal_rotary_pos_emb,
+        liger_rotary_pos_emb,
+        liger_rotary_pos_emb_vision,
+    )
+
+The arguments are the same; results are rounded once, to q's dtype. What differs: q, k and gradients
+stay as they were, `unsqueeze_dim` is heeded, fewer rotated lanes than D work, and so do tables that
+differ between sequences.
+
+Letters: B batch, S sequence length, Hq, Hk query and key heads, D head_dim, R rotary_dim,
+P = R/2 pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import functional
+from ..frequencies import mrope_axes
+from ._tables import half_width, real_and_imaginary
+
+__all__ = [
+    "liger_llama4_text_rotary_pos_emb",
+    "liger_llama4_vision_rotary_pos_emb",
+    "liger_multimodal_rotary_pos_emb",
+    "liger_rotary_pos_emb",
+    "liger_rotary_pos_emb_vision",
+]
+
+_LAYOUTS = {1: "bhsd", -3: "bhsd", 2: "bshd", -2: "bshd"}
+
+
+def liger_rotary_pos_emb(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None = None,
+    unsqueeze_dim: int = 1,
+    *,
+    rotary_dim: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Rotates q and k, half layout, by tables gathered for their tokens.
+
+    Args:
+        q, k: [B, Hq, S, D] and [B, Hk, S, D]; with unsqueeze_dim=2 [B, S, Hq, D] and [B, S, Hk, D].
+        cos, sin: [B or 1, S, R] or [S, R], the second half a copy of the first; where R < D, the
+            first R lanes are rotated. With rotary_dim=R they may be of half that width too.
+        position_ids: has no effect, as in the original: the tables are gathered already.
+        unsqueeze_dim: where the heads are, 1 or 2.
+        rotary_dim: R. Needed only for tables of D/2 columns, which say full width for half of the
+            lanes as well as half width for all (gpt-oss).
+
+    Raises:
+        ValueError: shapes that do not fit each other; another unsqueeze_dim; tables of D/2 columns
+            without rotary_dim.
+
+    Example:
+        >>> q, k = torch.randn(2, 4, 9, 64), torch.randn(2, 2, 9, 64)
+        >>> angle = torch.arange(9.0)[:, None] / 10000 ** (torch.arange(0, 64, 2) / 64)
+        >>> angle = torch.cat([angle, angle], -1)[None]
+        >>> q, k = liger_rotary_pos_emb(q, k, angle.cos(), angle.sin())
+    """
+    layout = _layout("liger_rotary_pos_emb", unsqueeze_dim)
+    D = q.shape[-1]
+    cos, sin = _pairs("cos", cos, D, rotary_dim), _pairs("sin", sin, D, rotary_dim)
+    return functional.rotate_qk(q, k, cos, sin, layout=layout)
+
+
+def liger_rotary_pos_emb_vision(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Rotates q and k [S, H, D] of a vision tower by cos and sin [S, D], half layout.
+
+    Raises:
+        ValueError: shapes that do not fit each other.
+
+    Example:
+        >>> q, k, angle = torch.randn(9, 4, 64), torch.randn(9, 4, 64), torch.rand(9, 32)
+        >>> angle = torch.cat([angle, angle], -1)
+        >>> q, k = liger_rotary_pos_emb_vision(q, k, angle.cos(), angle.sin())
+    """
+    return functional.rotate_qk(q, k, half_width(cos), half_width(sin), layout="thd")
+
+
+def liger_multimodal_rotary_pos_emb(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    mrope_section: Sequence[int],
+    unsqueeze_dim: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """Rotates q and k by M-RoPE in Qwen2-VL's order: each pair reads the table of its own axis.
+
+    Args:
+        q, k: [B, Hq, S, D] and [B, Hk, S, D]; with unsqueeze_dim=2 [B, S, Hq, D] and [B, S, Hk, D].
+        cos, sin: [A, B, S, D], for each axis (time, height, width) full-width tables.
+        mrope_section: pairs of each axis, D/2 in all.
+        unsqueeze_dim: where the heads are, 1 or 2.
+
+    Raises:
+        ValueError: shapes or sections that do not fit each other, another unsqueeze_dim.
+
+    Example:
+        >>> q, k = torch.randn(2, 4, 9, 32), torch.randn(2, 2, 9, 32)
+        >>> angle = torch.rand(3, 2, 9, 16).repeat(1, 1, 1, 2)
+        >>> q, k = liger_multimodal_rotary_pos_emb(q, k, angle.cos(), angle.sin(), [8, 4, 4])
+    """
+    name = "liger_multimodal_rotary_pos_emb"
+    layout = _layout(name, unsqueeze_dim)
+    if cos.dim() != 4 or cos.shape[0] != len(mrope_section):
+        raise ValueError(
+            f"{name}: expected cos of [A, B, S, D] with a table for each of the "
+            f"A={len(mrope_section)} sections, got {list(cos.shape)}"
+        )
+    # One shared table whose rows are those of every axis, sequence and token.
+    rows = cos.shape[:-1]
+    positions = torch.arange(rows.numel(), device=cos.device).view(rows)
+    return functional.rotate_qk(
+        q,
+        k,
+        half_width(cos.flatten(0, 2)),
+        half_width(sin.flatten(0, 2)),
+        layout=layout,
+        positions=positions,
+        axes=mrope_axes(mrope_section),
+    )
+
+
+def liger_llama4_text_rotary_pos_emb(
+    xq: Tensor, xk: Tensor, freqs_cis: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Rotates neighbouring lanes of xq and xk by complex numbers.
+
+    Args:
+        xq, xk: [B, S, Hq, D] and [B, S, Hk, D].
+        freqs_cis: complex, [B or 1, S, D/2] or [S or more, D/2].
+
+    Raises:
+        ValueError: shapes that do not fit each other.
+        TypeError: freqs_cis is not complex.
+
+    Example:
+        >>> xq, xk = torch.randn(2, 9, 4, 64), torch.randn(2, 9, 2, 64)
+        >>> freqs_cis = torch.polar(torch.ones(2, 9, 32), torch.rand(2, 9, 32))
+        >>> xq, xk = liger_llama4_text_rotary_pos_emb(xq, xk, freqs_cis)
+    """
+    cos, sin = real_and_imaginary("liger_llama4_text_rotary_pos_emb", "freqs_cis", freqs_cis)
+    return functional.rotate_qk(xq, xk, cos, sin, interleaved=True)
+
+
+def liger_llama4_vision_rotary_pos_emb(
+    query: Tensor, key: Tensor, freqs_ci: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Rotates neighbouring lanes of query and key by complex numbers shared by the batch.
+
+    Args:
+        query, key: [B, S, H, D].
+        freqs_ci: complex, [S, D/2], [S, 1, D/2] or [1, S, 1, D/2].
+
+    Raises:
+        ValueError: shapes that do not fit each other.
+        TypeError: freqs_ci is not complex: the original multiplies by what a cast to a real dtype
+            left of it.
+
+    Example:
+        >>> query, key = torch.randn(2, 9, 4, 64), torch.randn(2, 9, 4, 64)
+        >>> freqs_ci = torch.polar(torch.ones(9, 1, 32), torch.rand(9, 1, 32))
+        >>> query, key = liger_llama4_vision_rotary_pos_emb(query, key, freqs_ci)
+    """
+    name = "liger_llama4_vision_rotary_pos_emb"
+    S, P = query.shape[1], query.shape[-1] // 2
+    if freqs_ci.numel() != S * P or freqs_ci.shape[-1] != P:
+        raise ValueError(
+            f"{name}: expected freqs_ci of [S, D/2], [S, 1, D/2] or [1, S, 1, D/2] with S={S} and "
+            f"D/2={P}, got {list(freqs_ci.shape)}"
+        )
+    cos, sin = real_and_imaginary(name, "freqs_ci", freqs_ci.reshape(S, P))
+    return functional.rotate_qk(query, key, cos, sin, interleaved=True)
+
+
+def _layout(operator: str, unsqueeze_dim: int) -> str:
+    if unsqueeze_dim not in _LAYOUTS:
+        raise ValueError(f"{operator}: expected unsqueeze_dim 1 or 2, got {unsqueeze_dim}")
+    return _LAYOUTS[unsqueeze_dim]
+
+
+def _pairs(name: str, table: Tensor, D: int, rotary_dim: int | None) -> Tensor:
+    """The half-width view of a table of full width, or of half width where rotary_dim says so."""
+    width = table.shape[-1]
+    if rotary_dim is None and 2 * width == D:
+        raise ValueError(
+            f"liger_rotary_pos_emb: expected {name} of full width, or rotary_dim beside D/2={width}"
+            f" columns, which may mean {width} rotated lanes or {D}, got {list(table.shape)}"
+        )
+    if rotary_dim is not None and width not in (rotary_dim, rotary_dim // 2):
+        raise ValueError(
+            f"liger_rotary_pos_emb: expected {name} of R={rotary_dim} or R/2 columns, got "
+            f"{list(table.shape)}"
+        )
+    return table if rotary_dim is not None and 2 * width == rotary_dim else half_width(table)

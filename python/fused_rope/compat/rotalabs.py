@@ -1,0 +1,181 @@
+"""Drop-ins for rotalabs-accel's rotary embedding (rotalabs_accel/kernels/rope.py).
+
+    from fused_rope.compat.rotalabs import RotaryEmbedding, apply_rope, build_rope_cache
+
+The arguments and results are those of its PyTorch path; what differs: `seq_len=`, `offset=` and
+grouped-query attention work as its documentation promises, gradients flow on every device, position
+ids may differ between sequences, and `interleaved=False` pairs sequential halves instead.
+
+Letters: B batch, S sequence length, Hq, Hk query and key heads, D head_dim, P = D/2 pairs, M rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import embedding, functional, reference
+from ..frequencies import frequencies
+
+__all__ = ["RotaryEmbedding", "apply_rope", "build_rope_cache", "rope_torch"]
+
+
+def apply_rope(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    use_triton: bool | None = None,
+    *,
+    interleaved: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Rotates q and k, pairs of neighbouring lanes.
+
+    Args:
+        q, k: [B, S, Hq, D] and [B, S, Hk, D].
+        cos, sin: [S or more, P] in the order of the tokens, or for each sequence [B or 1, S, P] or
+            [B or 1, S, 1, P].
+        use_triton: False for the PyTorch reference; True, or None to choose, for the fused kernel.
+        interleaved: False to pair lane j with lane j + P instead.
+
+    Returns:
+        q and k rotated, of their shapes and dtypes.
+
+    Raises:
+        ValueError: shapes that do not fit; fewer than S rows.
+
+    Example:
+        >>> q, k = torch.randn(2, 16, 4, 32), torch.randn(2, 16, 1, 32)
+        >>> q, k = apply_rope(q, k, *build_rope_cache(16, 32))
+    """
+    rotate_qk = reference.rotate_qk if use_triton is False else functional.rotate_qk
+    return rotate_qk(q, k, _table("cos", cos), _table("sin", sin), interleaved=interleaved)
+
+
+def rope_torch(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = True
+) -> tuple[Tensor, Tensor]:
+    """`apply_rope` by the PyTorch reference, on any device."""
+    return apply_rope(q, k, cos, sin, use_triton=False, interleaved=interleaved)
+
+
+def build_rope_cache(
+    seq_len: int,
+    head_dim: int | None = None,
+    base: float = 10000.0,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+    *,
+    dim: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """cos and sin [seq_len, head_dim/2]; angles in float64, whatever the dtype.
+
+    Args:
+        seq_len: rows.
+        head_dim: D, even; `dim`, as the original's README calls it, is the same.
+        base: base of the frequencies.
+        device: where the table lies; None for the default device.
+        dtype: of the table.
+
+    Raises:
+        ValueError: an odd head_dim; none, or both names for it.
+
+    Example:
+        >>> cos, sin = build_rope_cache(2048, 128)
+    """
+    D = dim if head_dim is None else head_dim
+    if D is None or (head_dim is not None and dim is not None):
+        raise ValueError(
+            f"build_rope_cache: expected head_dim or dim, got head_dim={head_dim} and dim={dim}"
+        )
+    inv_freq, _ = frequencies(D, base)
+    where = torch.get_default_device() if device is None else device
+    return functional.cos_sin_table(inv_freq, seq_len, dtype=dtype, device=where)
+
+
+class RotaryEmbedding(torch.nn.Module):
+    """A module that keeps the table, grows it where the host knows the rows, and rotates q and k.
+
+    Args:
+        dim: D.
+        max_seq_len: rows to begin with.
+        base: base of the frequencies.
+        interleaved: False to pair lane j with lane j + P instead of neighbours.
+
+    Example:
+        >>> rope = RotaryEmbedding(dim=32, max_seq_len=128)
+        >>> q, k = torch.randn(2, 16, 4, 32), torch.randn(2, 16, 1, 32)
+        >>> q_rotated, k_rotated = rope(q, k)
+        >>> q_next, k_next = rope(q[:, :1], k[:, :1], seq_len=1, offset=16)
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        max_seq_len: int = 2048,
+        base: float = 10000.0,
+        *,
+        interleaved: bool = True,
+    ) -> None:
+        super().__init__()
+        self.dim = dim
+        self.max_seq_len = max_seq_len
+        self.base = base
+        self.rope = embedding.RotaryEmbedding(
+            dim, max_seq_len=max_seq_len, base=base, interleaved=interleaved
+        )
+
+    @property
+    def cos_cache(self) -> Tensor:
+        """float32 [M, P]."""
+        return self.rope.cos
+
+    @property
+    def sin_cache(self) -> Tensor:
+        """float32 [M, P]."""
+        return self.rope.sin
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        position_ids: Tensor | None = None,
+        *,
+        seq_len: int | None = None,
+        offset: int | Tensor = 0,
+    ) -> tuple[Tensor, Tensor]:
+        """q and k rotated.
+
+        Args:
+            q, k: [B, S, Hq, D] and [B, S, Hk, D].
+            position_ids: the row of each token, int32 or int64, [S] or [B, S]; the table must have
+                it (`module.rope.reserve(rows)`), for only the device knows its largest.
+            seq_len: S, for callers who say it.
+            offset: tokens before these, an int, or an int tensor [B].
+
+        Raises:
+            ValueError: shapes that do not fit; a seq_len that is not S.
+            IndexError: a position that is no row (on CUDA a device-side assertion).
+        """
+        if seq_len is not None and seq_len != q.shape[1]:
+            raise ValueError(
+                f"RotaryEmbedding: expected q with S=seq_len={seq_len}, got {list(q.shape)}"
+            )
+        rotated: tuple[Tensor, Tensor]
+        rotated = self.rope(q, k, positions=position_ids, offset=offset)
+        return rotated
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, max_seq_len={self.max_seq_len}, base={self.base}"
+
+
+def _table(name: str, table: Tensor) -> Tensor:
+    """A table without the dimension of size 1 that broadcasts over heads."""
+    if table.dim() != 4:
+        return table
+    if table.shape[2] != 1:
+        raise ValueError(
+            f"apply_rope: expected {name} of [S, P], [B or 1, S, P] or [B or 1, S, 1, P], got "
+            f"{list(table.shape)}"
+        )
+    return table.squeeze(2)

@@ -1,0 +1,345 @@
+"""Drop-ins for rotary-embedding-torch (rotary_embedding_torch/rotary_embedding_torch.py).
+
+    from fused_rope.compat.rotary_embedding_torch import RotaryEmbedding, apply_rotary_emb
+
+The arguments and numbers are the same, and so is the state dict. What differs: positions are
+counted in float32 whatever t's dtype (bfloat16 has no 257), `RotaryEmbedding.apply_rotary_emb` is
+always there, and any `seq_dim` may be counted from the front.
+
+Letters: S sequence length, D lanes of t, R rotary_dim.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .. import functional
+from ..frequencies import frequencies
+from ._tables import half_width
+
+__all__ = ["RotaryEmbedding", "apply_learned_rotations", "apply_rotary_emb"]
+
+
+def apply_rotary_emb(
+    freqs: Tensor,
+    t: Tensor,
+    start_index: int = 0,
+    scale: float | Tensor = 1.0,
+    seq_dim: int = -2,
+    freqs_seq_dim: int | None = None,
+) -> Tensor:
+    """Rotates R neighbouring lanes of t by angles that broadcast over it.
+
+    Args:
+        freqs: angles [..., R], every angle beside its copy, that broadcast against t.
+        t: [..., D], any number of dimensions.
+        start_index: the first rotated lane.
+        scale: factor of cosines and sines, a number or a tensor that broadcasts as freqs does.
+        seq_dim: where t's S is.
+        freqs_seq_dim: where that of freqs is; of its positions the last S are taken. None means the
+            first dimension where freqs has two or t three, and else that all are taken.
+
+    Returns:
+        A tensor of t's shape and dtype; differentiable in t, freqs and scale.
+
+    Raises:
+        ValueError: shapes that do not fit.
+
+    Example:
+        >>> freqs = RotaryEmbedding(16, freqs_for="pixel").get_axial_freqs(8, 9)
+        >>> t = apply_rotary_emb(freqs, torch.randn(2, 4, 8, 9, 64))
+    """
+    if freqs_seq_dim is None and (freqs.dim() == 2 or t.dim() == 3):
+        freqs_seq_dim = 0
+    if freqs_seq_dim is not None:
+        first = max(freqs.shape[freqs_seq_dim] - t.shape[seq_dim], 0)
+        freqs = freqs.narrow(freqs_seq_dim, first, freqs.shape[freqs_seq_dim] - first)
+    angle = half_width(freqs, interleaved=True)
+    cos, sin = angle.cos(), angle.sin()
+    if isinstance(scale, Tensor) and scale.dim():
+        scale = half_width(scale, interleaved=True)
+    if isinstance(scale, Tensor) or scale != 1.0:
+        cos, sin = cos * scale, sin * scale
+    return _rotate_broadcast(t, cos, sin, start_index)
+
+
+def apply_learned_rotations(
+    rotations: Tensor, t: Tensor, start_index: int = 0, freq_ranges: Tensor | None = None
+) -> Tensor:
+    """`apply_rotary_emb` by one angle [..., R/2] for each pair.
+
+    Args:
+        rotations: angles [..., R/2]; beside freq_ranges [..., r], each times all of these.
+        t, start_index: as there.
+        freq_ranges: [f], with r*f = R/2.
+
+    Example:
+        >>> rotations = torch.randn(9, 8, requires_grad=True)
+        >>> t = apply_learned_rotations(rotations, torch.randn(2, 4, 9, 64))
+    """
+    if freq_ranges is not None:
+        rotations = (rotations[..., None] * freq_ranges).flatten(-2)
+    return apply_rotary_emb(rotations.repeat_interleave(2, -1), t, start_index=start_index)
+
+
+class RotaryEmbedding(torch.nn.Module):
+    """Makes angles and rotates tensors of any number of dimensions, neighbouring lanes paired.
+
+    Args:
+        dim: R.
+        custom_freqs: frequencies [R/2] instead of those of freqs_for.
+        freqs_for: "lang" for the geometric series, "pixel" for pi times a linear one up to
+            max_freq / 2, "constant" for num_freqs ones.
+        theta, max_freq, num_freqs: of these.
+        learned_freq: whether the frequencies are trained.
+        use_xpos: scale queries up and keys down with the position (arXiv:2212.10554).
+        xpos_scale_base: tokens after which XPos scales once more.
+        interpolate_factor: positions are divided by it.
+        theta_rescale_factor: NTK-aware rescaling of theta.
+        seq_before_head_dim: tensors are [B, S, H, D], not [B, H, S, D].
+        cache_if_possible, cache_max_seq_len: have no effect: nothing is cached.
+
+    Attributes:
+        freqs: the frequencies, a parameter.
+
+    Raises:
+        ValueError: an interpolate_factor below 1, an unknown freqs_for.
+
+    Example:
+        >>> rotary = RotaryEmbedding(32)
+        >>> q = rotary.rotate_queries_or_keys(torch.randn(2, 4, 9, 64))
+    """
+
+    apply_rotary_emb = staticmethod(apply_rotary_emb)
+    scale: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        custom_freqs: Tensor | None = None,
+        freqs_for: Literal["lang", "pixel", "constant"] = "lang",
+        theta: float = 10000,
+        max_freq: float = 10,
+        num_freqs: int = 1,
+        learned_freq: bool = False,
+        use_xpos: bool = False,
+        xpos_scale_base: float = 512,
+        interpolate_factor: float = 1.0,
+        theta_rescale_factor: float = 1.0,
+        seq_before_head_dim: bool = False,
+        cache_if_possible: bool = True,
+        cache_max_seq_len: int = 8192,
+    ) -> None:
+        super().__init__()
+        if interpolate_factor < 1.0:
+            raise ValueError(
+                f"RotaryEmbedding: expected interpolate_factor >= 1, got {interpolate_factor}"
+            )
+        if custom_freqs is not None:
+            freqs = custom_freqs
+        elif freqs_for == "lang":
+            if theta_rescale_factor != 1.0:
+                theta = theta * theta_rescale_factor ** (dim / (dim - 2))
+            freqs = frequencies(dim, theta)[0].to(torch.get_default_device(), torch.float32)
+        elif freqs_for == "pixel":
+            freqs = torch.linspace(1.0, max_freq / 2, dim // 2) * math.pi
+        elif freqs_for == "constant":
+            freqs = torch.ones(num_freqs)
+        else:
+            raise ValueError(
+                f"RotaryEmbedding: expected freqs_for lang, pixel or constant, got {freqs_for!r}"
+            )
+        self.freqs = torch.nn.Parameter(freqs, requires_grad=learned_freq)
+        self.freqs_for = freqs_for
+        self.learned_freq = learned_freq
+        self.interpolate_factor = interpolate_factor
+        self.seq_before_head_dim = seq_before_head_dim
+        self.default_seq_dim = -3 if seq_before_head_dim else -2
+        self.use_xpos = use_xpos
+        if use_xpos:
+            self.scale_base = xpos_scale_base
+            scale = (torch.arange(0, dim, 2) + 0.4 * dim) / (1.4 * dim)
+            self.register_buffer("scale", scale, persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the frequencies are."""
+        return self.freqs.device
+
+    def forward(self, t: Tensor, seq_len: int | None = None, offset: int = 0) -> Tensor:
+        """The angles [..., R] of positions t [...], every angle beside its copy.
+
+        seq_len and offset, which say where the original's cache has them, have no effect.
+        """
+        # Angles of far positions need float32, also where the model was cast to less.
+        freqs = self.freqs.to(torch.promote_types(self.freqs.dtype, torch.float32))
+        return (t.to(freqs.dtype)[..., None] * freqs).repeat_interleave(2, -1)
+
+    def get_seq_pos(
+        self,
+        seq_len: int,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        offset: int = 0,
+    ) -> Tensor:
+        """The positions [seq_len], interpolated; float32 where no dtype is given."""
+        device = self.device if device is None else device
+        dtype = torch.float32 if dtype is None else dtype
+        return (
+            torch.arange(seq_len, device=device, dtype=dtype) + offset
+        ) / self.interpolate_factor
+
+    def get_scale(self, t: Tensor, seq_len: int | None = None, offset: int = 0) -> Tensor:
+        """XPos' factors [S, R] of positions t [S], each beside its copy; 1 in the middle."""
+        if not self.use_xpos:
+            raise ValueError("RotaryEmbedding.get_scale: expected use_xpos=True, got False")
+        power = (t - len(t) // 2) / self.scale_base
+        return (self.scale ** power[:, None]).repeat_interleave(2, -1)
+
+    def get_axial_freqs(
+        self, *dims: int, offsets: tuple[float, ...] | Tensor | None = None
+    ) -> Tensor:
+        """The angles [*dims, len(dims)*R] of a grid, those of each axis side by side.
+
+        Args:
+            dims: the grid's sizes.
+            offsets: added to the positions of each axis.
+
+        Raises:
+            ValueError: not one offset for each axis.
+        """
+        if offsets is not None and len(offsets) != len(dims):
+            raise ValueError(
+                f"get_axial_freqs: expected an offset for each of the {len(dims)} axes, got "
+                f"{len(offsets)}"
+            )
+        angles = []
+        for axis, size in enumerate(dims):
+            if self.freqs_for == "pixel":
+                position = torch.linspace(-1, 1, steps=size, device=self.device)
+            else:
+                position = torch.arange(size, device=self.device)
+            if offsets is not None:
+                position = position + offsets[axis]
+            angle = self.forward(position)
+            angles.append(
+                angle.view(*(-1 if i == axis else 1 for i in range(len(dims))), angle.shape[-1])
+            )
+        return torch.cat([a.expand(*dims, -1) for a in angles], -1)
+
+    def rotate_queries_or_keys(
+        self,
+        t: Tensor,
+        seq_dim: int | None = None,
+        offset: int = 0,
+        scale: float | Tensor | None = None,
+    ) -> Tensor:
+        """t [..., S, D] (or as seq_dim says) rotated.
+
+        Args:
+            t: queries or keys.
+            seq_dim: where S is; None for the module's.
+            offset: tokens before these.
+            scale: factor of the result, a number or [S, R]; XPos needs it.
+
+        Raises:
+            ValueError: shapes that do not fit; use_xpos without scale.
+        """
+        if self.use_xpos and scale is None:
+            raise ValueError(
+                "rotate_queries_or_keys: expected scale beside use_xpos=True, or a call of "
+                "rotate_queries_and_keys"
+            )
+        dim = self._seq_dim(t, seq_dim)
+        angle = self.forward(self.get_seq_pos(t.shape[dim], device=t.device, offset=offset))
+        scale = 1.0 if scale is None else scale
+        if isinstance(scale, Tensor) and scale.dim() == 2:
+            scale = _align(scale, dim)
+        return apply_rotary_emb(_align(angle, dim), t, scale=scale, seq_dim=dim)
+
+    def rotate_queries_and_keys(
+        self, q: Tensor, k: Tensor, seq_dim: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """q and k [..., S, D] rotated, and scaled by XPos.
+
+        Raises:
+            ValueError: use_xpos is False.
+        """
+        position = self.get_seq_pos(q.shape[self._seq_dim(q, seq_dim)], device=q.device)
+        scale = self.get_scale(position)
+        return (
+            self.rotate_queries_or_keys(q, seq_dim, scale=scale),
+            self.rotate_queries_or_keys(k, seq_dim, scale=scale**-1),
+        )
+
+    def rotate_queries_with_cached_keys(
+        self, q: Tensor, k: Tensor, seq_dim: int | None = None, offset: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """q rotated as the last of the tokens of k, and k.
+
+        Args:
+            q: [..., Sq, D].
+            k: [..., Sk, D], with Sq <= Sk.
+            seq_dim: where both are; None for the module's.
+            offset: of the queries alone, as in the original.
+
+        Raises:
+            ValueError: more queries than keys.
+        """
+        q_len, k_len = (x.shape[self._seq_dim(x, seq_dim)] for x in (q, k))
+        if q_len > k_len:
+            raise ValueError(
+                f"rotate_queries_with_cached_keys: expected Sq <= Sk, got {q_len} and {k_len}"
+            )
+        q_scale: float | Tensor = 1.0
+        k_scale: float | Tensor = 1.0
+        if self.use_xpos:
+            position = self.get_seq_pos(k_len, device=q.device)
+            q_scale = self.get_scale(position[k_len - q_len :])
+            k_scale = self.get_scale(position) ** -1
+        return (
+            self.rotate_queries_or_keys(q, seq_dim, k_len - q_len + offset, q_scale),
+            self.rotate_queries_or_keys(k, seq_dim, scale=k_scale),
+        )
+
+    def _seq_dim(self, t: Tensor, seq_dim: int | None) -> int:
+        """The sequence dimension, counted from the back."""
+        dim = self.default_seq_dim if seq_dim is None else seq_dim
+        return dim - t.dim() if dim >= 0 else dim
+
+
+def _align(rows: Tensor, seq_dim: int) -> Tensor:
+    """The view of rows [S, R] that broadcasts where the sequence is dimension seq_dim < 0."""
+    return rows[(slice(None), *(None,) * (-seq_dim - 2))]
+
+
+def _rotate_broadcast(t: Tensor, cos: Tensor, sin: Tensor, rotary_offset: int) -> Tensor:
+    """Rotates t [..., D] by tables [..., P] that broadcast against it."""
+    if cos.dim() > t.dim():
+        raise ValueError(
+            f"apply_rotary_emb: expected freqs of at most {t.dim()} dimensions, as t has, got "
+            f"{cos.dim()}"
+        )
+    shape = t.shape
+    if (
+        t.dim() > 4
+    ):  # the dimensions that the tables tell apart are one sequence, the others a batch
+        rows = shape[-cos.dim() : -1]
+        cos, sin = (table.expand(*rows, -1).flatten(0, -2) for table in (cos, sin))
+        t = t.reshape(math.prod(shape[: -len(rows) - 1]), 1, math.prod(rows), shape[-1])
+    cos, sin = (table[(None,) * (4 - table.dim())] for table in (cos, sin))
+    x = t[(None,) * (4 - t.dim())]
+    layout = "bhsd"
+    if cos.shape[1] == 1:
+        cos, sin = (table[:, 0].expand(-1, x.shape[2], -1) for table in (cos, sin))
+    elif cos.shape[2] == 1:
+        layout = "bshd"
+        cos, sin = cos[:, :, 0], sin[:, :, 0]
+    else:
+        cos, sin = (table.transpose(1, 2) for table in (cos, sin))
+    y = functional.rotate(x, cos, sin, layout=layout, rotary_offset=rotary_offset, interleaved=True)
+    return y.view(shape)

@@ -1,0 +1,134 @@
+"""Drop-in for TransformerEngine's rotary function (transformer_engine/pytorch/attention/rope.py).
+
+    from fused_rope.compat.transformer_engine import apply_rotary_pos_emb
+
+The arguments are the same, and so are the numbers: those of its unfused path, bit for bit where the
+angles are, or those of its kernel with `fused=True`. What differs: one launch in either case, start
+positions always reach backward, tokens past cu_seqlens[-1] are copied, int64 indices are read as
+such, and a position without angles is an error.
+
+Letters: B batch, S sequence length, T packed tokens, N packed sequences, H heads, D head_dim,
+R rotary_dim, M rows of angles.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import functional
+from ._tables import half_width
+
+__all__ = ["apply_rotary_pos_emb"]
+
+
+def apply_rotary_pos_emb(
+    t: Tensor,
+    freqs: Tensor,
+    tensor_format: str = "sbhd",
+    start_positions: Tensor | None = None,
+    interleaved: bool = False,
+    fused: bool = False,
+    cu_seqlens: Tensor | None = None,
+    cp_size: int = 1,
+    cp_rank: int = 0,
+) -> Tensor:
+    """Rotates the first R lanes of t by the angles of its tokens.
+
+    Args:
+        t: [S, B, H, D], [B, S, H, D] or [T, H, D], as tensor_format says.
+        freqs: angles [M, 1, 1, R], every angle twice: half a row further on, or, where neighbours
+            are paired, beside it; for sequences of their own angles [M, B, 1, R], without
+            start_positions and not "thd".
+        tensor_format: "sbhd", "bshd" or "thd".
+        start_positions: int32 or int64, [B] or [N]: added to the positions of each sequence.
+        interleaved: pair neighbours instead of halves.
+        fused: compute in float32 and round once; otherwise cosine, sine, products and sum are
+            rounded to t's dtype, as the original's unfused path does.
+        cu_seqlens: int32 or int64 [N + 1], "thd" only: where the packed sequences begin, before
+            they were shared out among cp_size ranks.
+        cp_size, cp_rank: this rank holds the chunks cp_rank and 2*cp_size - 1 - cp_rank of the
+            2*cp_size chunks of each sequence.
+
+    Returns:
+        A tensor of t's shape and dtype; differentiable in t.
+
+    Raises:
+        ValueError: shapes that do not fit; fewer rows than the host knows to be needed; "thd"
+            without cu_seqlens; an odd S beside cp_size > 1.
+        TypeError: indices that are not int32 or int64.
+        IndexError: a position without angles, or a packed sequence whose share is odd (on CUDA a
+            device-side assertion).
+
+    Example:
+        >>> angle = torch.arange(40.0)[:, None] / 10000 ** (torch.arange(0, 32, 2) / 32)
+        >>> freqs = torch.cat([angle, angle], -1)[:, None, None]
+        >>> t = apply_rotary_pos_emb(torch.randn(9, 2, 4, 64), freqs)
+    """
+    if tensor_format not in ("sbhd", "bshd", "thd"):
+        raise ValueError(
+            f"apply_rotary_pos_emb: expected tensor_format sbhd, bshd or thd, got {tensor_format!r}"
+        )
+    shared = freqs.dim() == 4 and freqs.shape[1] == 1
+    own = not shared and tensor_format != "thd" and start_positions is None
+    if freqs.dim() != 4 or freqs.shape[2] != 1 or not (shared or own):
+        raise ValueError(
+            "apply_rotary_pos_emb: expected freqs of [M, 1, 1, R], or [M, B, 1, R] beside neither "
+            f"start_positions nor 'thd', got {list(freqs.shape)}"
+        )
+    angle = half_width(freqs[:, :, 0], interleaved)
+    positions = None
+    if tensor_format == "thd":
+        if cu_seqlens is None:
+            raise ValueError("apply_rotary_pos_emb: expected cu_seqlens beside tensor_format 'thd'")
+        if cp_size > 1:
+            cu_seqlens = cu_seqlens // cp_size
+            positions = _packed_positions(t.shape[0], cu_seqlens, cp_size, cp_rank)
+    else:
+        cu_seqlens = None
+        S = t.shape[tensor_format.index("s")]
+        if cp_size > 1:
+            positions = _positions(S, angle, cp_size, cp_rank)
+        if start_positions is None:  # only the rows that are read need cosine and sine
+            angle, positions = angle[:S] if positions is None else angle[positions], None
+    angle = angle[:, 0] if shared else angle.transpose(0, 1)
+    return functional.rotate(
+        t,
+        angle.cos(),
+        angle.sin(),
+        layout=tensor_format,
+        positions=positions,
+        offset=0 if start_positions is None else start_positions,
+        cu_seqlens=cu_seqlens,
+        interleaved=interleaved,
+        precision="fp32" if fused else "model",
+    )
+
+
+def _positions(S: int, angle: Tensor, cp_size: int, cp_rank: int) -> Tensor:
+    """The positions [S] of this rank's two chunks, one from the front and one from the back."""
+    whole, chunk = cp_size * S, S // 2
+    if S % 2 or whole > angle.shape[0]:
+        raise ValueError(
+            f"apply_rotary_pos_emb: expected an even S and at least cp_size*S={whole} rows of "
+            f"freqs, got S={S} and {angle.shape[0]} rows"
+        )
+    front = torch.arange(cp_rank * chunk, (cp_rank + 1) * chunk, device=angle.device)
+    back = torch.arange(whole - (cp_rank + 1) * chunk, whole - cp_rank * chunk, device=angle.device)
+    return torch.cat([front, back])
+
+
+def _packed_positions(T: int, starts: Tensor, cp_size: int, cp_rank: int) -> Tensor:
+    """The positions [T] of this rank's two chunks of each packed sequence; its own begin at starts.
+
+    Where the chunks would not be equally long (only the device knows) a position that is no row.
+    """
+    token = torch.arange(T, device=starts.device, dtype=starts.dtype)
+    sequence = torch.searchsorted(starts, token, right=True).sub(1).clamp(0, len(starts) - 2)
+    index = token - starts[sequence]
+    length = starts[sequence + 1] - starts[sequence]
+    chunk = length // 2
+    front = cp_rank * chunk + index
+    back = cp_size * length - (cp_rank + 1) * chunk + index - chunk
+    no_row = torch.iinfo(starts.dtype).min // 2
+    return torch.where(index < chunk, front, back).masked_fill(length % 2 != 0, no_row)

@@ -1,0 +1,86 @@
+"""Drop-in for vLLM's rotary operator (vllm/_custom_ops.py), in place as there.
+
+    from fused_rope.compat.vllm import rotary_embedding
+
+The arguments and numbers are the same. What differs: any strides, rotary dimensions and head
+counts, int32 positions too, offsets beyond 2^31 elements, and a position that the cache does not
+have is an error.
+
+Letters: B batch, S sequence length, T tokens, Hq, Hk query and key heads, R rotary_dim, M rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from .. import functional
+
+__all__ = ["rotary_embedding"]
+
+
+def rotary_embedding(
+    positions: Tensor,
+    query: Tensor,
+    key: Tensor | None,
+    head_size: int,
+    cos_sin_cache: Tensor,
+    is_neox: bool,
+    rope_dim_offset: int = 0,
+    inverse: bool = False,
+) -> None:
+    """Rotates query and key in place.
+
+    Args:
+        positions: int32 or int64, [T] or [B, S].
+        query: [T, Hq*head_size] or [T, Hq, head_size]; beside positions [B, S]
+            [B, S, Hq*head_size] or [B, S, Hq, head_size].
+        key: likewise with Hk heads, or None.
+        head_size: lanes of a head.
+        cos_sin_cache: [M, R], the cosines of R/2 pairs and then their sines, in any float dtype.
+        is_neox: pair lane j with lane j + R/2; neighbours if False.
+        rope_dim_offset: the first rotated lane.
+        inverse: rotate backward.
+
+    Raises:
+        ValueError: shapes that do not fit.
+        IndexError: a position that is no row (on CUDA a device-side assertion).
+
+    Example:
+        >>> angle = torch.arange(40.0)[:, None] / 10000 ** (torch.arange(0, 64, 2) / 64)
+        >>> cache = torch.cat([angle.cos(), angle.sin()], -1)
+        >>> query, key = torch.randn(11, 8 * 64), torch.randn(11, 2 * 64)
+        >>> rotary_embedding(torch.arange(11), query, key, 64, cache, is_neox=True)
+    """
+    if positions.dim() not in (1, 2):
+        raise ValueError(
+            f"rotary_embedding: expected positions of [T] or [B, S], got {list(positions.shape)}"
+        )
+    cos, sin = cos_sin_cache.chunk(2, -1)
+    options: dict[str, Any] = {
+        "layout": "thd" if positions.dim() == 1 else "bshd",
+        "positions": positions,
+        "rotary_offset": rope_dim_offset,
+        "interleaved": not is_neox,
+        "inverse": inverse,
+    }
+    q = _heads("query", query, positions, head_size)
+    if key is None:
+        functional.rotate_(q, cos, sin, **options)
+    else:
+        k = _heads("key", key, positions, head_size)
+        functional.rotate_qk_(q, k, cos, sin, **options)
+
+
+def _heads(name: str, x: Tensor, positions: Tensor, head_size: int) -> Tensor:
+    """The view of x that tells its heads apart."""
+    tokens = positions.dim()
+    if x.dim() == tokens + 1 and x.shape[-1] % head_size == 0:
+        return x.view(*x.shape[:-1], x.shape[-1] // head_size, head_size)
+    if x.dim() == tokens + 2 and x.shape[-1] == head_size:
+        return x
+    raise ValueError(
+        f"rotary_embedding: expected {name} of {list(positions.shape)} tokens, each of "
+        f"H*{head_size} or [H, {head_size}], got {list(x.shape)}"
+    )

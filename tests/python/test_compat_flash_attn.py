@@ -1,0 +1,312 @@
+"""flash-attn's entry points: out of place and in place, packed, with offsets, and XPos."""
+
+import pytest
+import torch
+from formula import close, compiles, gradients, series, turned
+from fused_rope.compat.flash_attn import (
+    RotaryEmbedding,
+    apply_rotary_emb,
+    apply_rotary_emb_func,
+    apply_rotary_emb_kv_,
+    apply_rotary_emb_qkv_,
+)
+from oracle import DTYPES, angles, bits, same, same_bits
+
+B, S, HQ, HK, D, R, M = 2, 7, 4, 2, 32, 24, 30
+
+
+def offsets(device):
+    return 0, 3, torch.tensor([1, 20], dtype=torch.int32, device=device)
+
+
+def rows(offset, length=S):
+    """The rows [B or 1, length] that the tokens read."""
+    start = offset.cpu().long()[:, None] if isinstance(offset, torch.Tensor) else offset
+    return start + torch.arange(length)[None]
+
+
+def written_out(x, cos, sin, offset, interleaved, sign=1):
+    row = rows(offset, x.shape[1]).to(cos.device)
+    return turned(x, cos[row][:, :, None], sign * sin[row][:, :, None], interleaved=interleaved)
+
+
+# --- one tensor ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_values(inplace, interleaved, dtype, device):
+    """R < D; tables in x's dtype, as flash-attn has them, and in float32 (which fla refuses)."""
+    assert apply_rotary_emb_func is apply_rotary_emb
+    for offset in offsets(device):
+        for table_dtype in (dtype, torch.float32):
+            cos, sin = angles(M, R // 2, device, table_dtype)
+            x = torch.randn(B, S, HQ, D, device=device).to(dtype)
+            before = x.clone()
+            y = apply_rotary_emb(x, cos, sin, interleaved, inplace, offset)
+            close(y, written_out(before, cos, sin, offset, interleaved))
+            same_bits(y[..., R:], before[..., R:])
+            assert (y is x) == inplace
+            same(x, y if inplace else before)
+
+
+@pytest.mark.parametrize("itype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_packed(inplace, itype, device):
+    """Empty sequences, offsets of each, and padding, which is copied in results and gradients."""
+    cos, sin = angles(M, R // 2, device)
+    cu = torch.tensor([0, 5, 5, 12], dtype=itype, device=device)
+    offset = torch.tensor([3, 9, 17], dtype=itype, device=device)
+    x = torch.randn(15, HQ, D, device=device)
+    row = torch.cat([3 + torch.arange(5), 17 + torch.arange(7)]).to(device)
+
+    def want(x, sign):
+        head = turned(x[:12], cos[row][:, None], sign * sin[row][:, None])
+        return torch.cat([head, x[12:].double()])
+
+    def rotated(x):
+        x = x.clone() if inplace else x
+        return apply_rotary_emb(
+            x, cos, sin, inplace=inplace, seqlen_offsets=offset, cu_seqlens=cu, max_seqlen=7
+        )
+
+    close(rotated(x), want(x, 1))
+    (given,), (got,) = gradients(rotated, x)
+    close(got, want(given, -1))
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_gradients(inplace, interleaved, device):
+    """Backward has the offsets, and leaves the gradient it is given (the original turns it)."""
+    cos, sin = angles(M, R // 2, device)
+    for offset in offsets(device):
+        (given,), (got,) = gradients(
+            lambda x, o=offset: apply_rotary_emb(
+                x.clone() if inplace else x, cos, sin, interleaved, inplace, o
+            ),
+            torch.randn(B, S, HQ, D, device=device),
+        )
+        close(got, written_out(given, cos, sin, offset, interleaved, -1))
+
+
+def test_in_place_is_seen_by_autograd(device):
+    """The version is counted, and a leaf is refused (both go unnoticed in the original)."""
+    cos, sin = angles(M, D // 2, device)
+    x = torch.randn(B, S, HQ, D, device=device, requires_grad=True)
+    with pytest.raises(RuntimeError, match="leaf"):
+        apply_rotary_emb(x, cos, sin, inplace=True)
+    y = x * 1
+    squared = y**2
+    apply_rotary_emb(y, cos, sin, inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        squared.sum().backward()
+
+
+def test_large_heads(device):
+    """The original stops at 256 lanes."""
+    cos, sin = angles(M, 160, device)
+    x = torch.randn(B, S, 1, 320, device=device)
+    close(apply_rotary_emb(x, cos, sin), written_out(x, cos, sin, 0, False))
+
+
+def test_rows_outside_the_table_are_errors():
+    """The original leaves such tokens as they are where offsets are a tensor."""
+    cos, sin = angles(M, D // 2)
+    x = torch.randn(B, S, HQ, D)
+    with pytest.raises(IndexError, match=str(M)):
+        apply_rotary_emb(x, cos, sin, seqlen_offsets=torch.tensor([0, M - S + 1]))
+    with pytest.raises(ValueError, match="rows"):
+        apply_rotary_emb(x, cos, sin, seqlen_offsets=M - S + 1)
+    with pytest.raises(TypeError, match="offset"):
+        apply_rotary_emb(x, cos, sin, seqlen_offsets=torch.zeros(B))
+
+
+def test_compiles():
+    cos, sin = angles(M, D // 2)
+    compiles(apply_rotary_emb, torch.randn(B, S, HQ, D), cos, sin, seqlen_offsets=3)
+
+
+# --- packed QKV and KV --------------------------------------------------------------------------
+
+
+def packed(form, device, dtype=torch.float32):
+    """A packed tensor, num_heads_q, and how many of its flat heads are queries and keys."""
+    if form == "three":
+        return torch.randn(B, S, 3, HQ, D, device=device).to(dtype), None, (HQ, HQ)
+    if form == "three, strided":  # as from [3, B, S, H, D]
+        return torch.randn(3, B, S, HQ, D, device=device).to(dtype).movedim(0, 2), None, (HQ, HQ)
+    return torch.randn(B, S, HQ + 2 * HK, D, device=device).to(dtype), HQ, (HQ, HK)
+
+
+FORMS = ["three", "three, strided", "grouped"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("own_k", [False, True])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_qkv(form, own_k, interleaved, device):
+    tables = angles(M, R // 2, device)
+    k_tables = angles(M, R // 2, device) if own_k else tables
+    for offset in offsets(device):
+        qkv, num_heads_q, (hq, hk) = packed(form, device, torch.bfloat16)
+        before = qkv.clone().reshape(B, S, -1, D)
+        own = k_tables if own_k else (None, None)
+        y = apply_rotary_emb_qkv_(qkv, *tables, *own, interleaved, offset, num_heads_q)
+        assert y is qkv
+        y = y.reshape(B, S, -1, D)
+        close(y[:, :, :hq], written_out(before[:, :, :hq], *tables, offset, interleaved))
+        keys = slice(hq, hq + hk)
+        close(y[:, :, keys], written_out(before[:, :, keys], *k_tables, offset, interleaved))
+        same_bits(y[:, :, hq + hk :], before[:, :, hq + hk :])
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("own_k", [False, True])
+def test_qkv_gradients(form, own_k, device):
+    """Also of a scaled key table, whose gradient is not the inverse but the transpose."""
+    cos, sin = angles(M, R // 2, device)
+    k_tables = (cos * 1.5, sin * 1.5) if own_k else (cos, sin)
+    own = k_tables if own_k else (None, None)
+    qkv, num_heads_q, (hq, hk) = packed(form, device)
+    offset = offsets(device)[2]
+
+    def rotated(qkv):
+        return apply_rotary_emb_qkv_(qkv * 1, cos, sin, *own, False, offset, num_heads_q)
+
+    (given,), (got,) = gradients(rotated, qkv)
+    given, got = given.reshape(B, S, -1, D), got.reshape(B, S, -1, D)
+    close(got[:, :, :hq], written_out(given[:, :, :hq], cos, sin, offset, False, -1))
+    keys = slice(hq, hq + hk)
+    close(got[:, :, keys], written_out(given[:, :, keys], *k_tables, offset, False, -1))
+    same(got[:, :, hq + hk :], given[:, :, hq + hk :])
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_kv(interleaved, device):
+    cos, sin = angles(M, R // 2, device)
+    for offset in offsets(device):
+        kv = torch.randn(B, S, 2, HK, D, device=device)
+        before = kv.clone()
+        assert apply_rotary_emb_kv_(kv, cos, sin, interleaved, offset) is kv
+        close(kv[:, :, 0], written_out(before[:, :, 0], cos, sin, offset, interleaved))
+        same_bits(kv[:, :, 1], before[:, :, 1])
+        (given,), (got,) = gradients(
+            lambda kv, o=offset: apply_rotary_emb_kv_(kv * 1, cos, sin, interleaved, o), before
+        )
+        close(got[:, :, 0], written_out(given[:, :, 0], cos, sin, offset, interleaved, -1))
+        same(got[:, :, 1], given[:, :, 1])
+
+
+def test_packed_errors():
+    cos, sin = angles(M, R // 2)
+    with pytest.raises(ValueError, match="num_heads_q"):
+        apply_rotary_emb_qkv_(torch.randn(B, S, 8, D), cos, sin)
+    with pytest.raises(ValueError, match="num_heads_q"):
+        apply_rotary_emb_qkv_(torch.randn(B, S, 8, D), cos, sin, num_heads_q=3)
+    with pytest.raises(ValueError, match="kv"):
+        apply_rotary_emb_kv_(torch.randn(B, S, 3, HK, D), cos, sin)
+
+
+# --- the module ---------------------------------------------------------------------------------
+
+
+def expected_tables(row, dtype, scale_base=None, length=0):
+    """cos, sin of queries and of keys, as the module rounds them."""
+    row = row.double()
+    angle = row[..., None] * series(R)
+    scale = torch.ones(())
+    if scale_base is not None:
+        lane = (torch.arange(0, R, 2).double() + 0.4 * R) / (1.4 * R)
+        scale = lane ** ((row - length // 2) / scale_base)[..., None]
+    cos, sin = angle.cos(), angle.sin()
+    return [t.to(dtype) for t in (cos * scale, sin * scale, cos / scale, sin / scale)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale_base", [None, 512])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_module(interleaved, scale_base, dtype, device):
+    rotary = RotaryEmbedding(R, interleaved=interleaved, scale_base=scale_base).to(device)
+    assert not rotary.state_dict()
+    for form in FORMS:
+        for offset in (0, 3, 11):
+            qkv, num_heads_q, (hq, hk) = packed(form, device, dtype)
+            before = qkv.clone().reshape(B, S, -1, D)
+            y = rotary(qkv, seqlen_offset=offset, num_heads_q=num_heads_q).reshape(B, S, -1, D)
+            # XPos centres on the longest sequence so far, and three loops end with 11 + S.
+            length = 11 + S if form != FORMS[0] else offset + S
+            tables = expected_tables(rows(offset), dtype, scale_base, length)
+            c, s, c_k, s_k = (t[:, :, None].to(device) for t in tables)
+            want = turned(before[:, :, :hq], c, s, interleaved=interleaved)
+            close(y[:, :, :hq], want, ulps=8)
+            want = turned(before[:, :, hq : hq + hk], c_k, s_k, interleaved=interleaved)
+            close(y[:, :, hq : hq + hk], want, ulps=8)
+            same_bits(y[:, :, hq + hk :], before[:, :, hq + hk :])
+
+
+@pytest.mark.parametrize("scale_base", [None, 512])
+def test_module_with_kv(scale_base, device):
+    rotary = RotaryEmbedding(R, scale_base=scale_base)
+    offset = torch.tensor([1, 20], device=device)
+    q = torch.randn(B, S, HQ, D, device=device)
+    kv = torch.randn(B, S, 2, HK, D, device=device)
+    with pytest.raises(ValueError, match="max_seqlen"):
+        rotary(q, kv, seqlen_offset=offset)
+    before = q.clone(), kv.clone()
+    got = rotary(q, kv, seqlen_offset=offset, max_seqlen=M)
+    assert got[0] is q and got[1] is kv
+    tables = expected_tables(rows(offset), torch.float32, scale_base, M)
+    c, s, c_k, s_k = (t[:, :, None].to(device) for t in tables)
+    close(q, turned(before[0], c, s), ulps=8)
+    close(kv[:, :, 0], turned(before[1][:, :, 0], c_k, s_k), ulps=8)
+    same_bits(kv[:, :, 1], before[1][:, :, 1])
+    same(bits(before[0], *rotary._tables[:2], offset=offset), q)
+
+
+@pytest.mark.parametrize("scale_base", [None, 512])
+def test_module_compiles(scale_base):
+    rotary = RotaryEmbedding(R, scale_base=scale_base)
+
+    def rotated(qkv):
+        return rotary(qkv.clone(), seqlen_offset=3)
+
+    compiles(rotated, torch.randn(B, S, 3, HQ, D))
+
+
+def test_module_trains(device):
+    rotary = RotaryEmbedding(D)
+    weight = torch.randn(D, 3 * D, device=device, requires_grad=True)
+    qkv = (torch.randn(B, S, D, device=device) @ weight).view(B, S, 3, 1, D)
+    rotary(qkv).square().sum().backward()
+    assert weight.grad is not None and weight.grad.isfinite().all()
+
+
+# --- the original -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_original(dtype, interleaved, device):
+    original = pytest.importorskip("flash_attn.layers.rotary", exc_type=ImportError)
+    if device == "cpu":
+        pytest.skip("its kernel is Triton's")
+    cos, sin = angles(M, R // 2, device, dtype)
+    x = torch.randn(B, S, HQ, D, device=device).to(dtype)
+    cu = torch.tensor([0, 5, 5, 12], dtype=torch.int32, device=device)
+    for offset in offsets(device):
+        got = apply_rotary_emb(x, cos, sin, interleaved, seqlen_offsets=offset)
+        want = original.apply_rotary_emb(x, cos, sin, interleaved, seqlen_offsets=offset)
+        close(got, want.double(), ulps=1)
+    options = dict(interleaved=interleaved, cu_seqlens=cu, max_seqlen=7)
+    flat = x.flatten(0, 1)[:12]
+    want = original.apply_rotary_emb(flat, cos, sin, **options)
+    close(apply_rotary_emb(flat, cos, sin, **options), want.double(), ulps=1)
+    for scale_base in (None, 512):
+        qkv = torch.randn(B, S, 3, HQ, D, device=device).to(dtype)
+        got, want = (
+            module(R, interleaved=interleaved, scale_base=scale_base).to(device)(qkv.clone())
+            for module in (RotaryEmbedding, original.RotaryEmbedding)
+        )
+        close(got, want.double(), ulps=4)

@@ -1,0 +1,128 @@
+"""vLLM's operator: every shape that it takes, in place, and the traps of kernels like it."""
+
+import pytest
+import torch
+from formula import close, compiles, turned
+from fused_rope.compat.vllm import rotary_embedding
+from oracle import DTYPES, same
+
+B, S, HQ, HK, D, M = 2, 5, 8, 2, 48, 40
+SHAPES = {
+    "[T, H*D]": lambda H: (B * S, H * D),
+    "[T, H, D]": lambda H: (B * S, H, D),
+    "[B, S, H*D]": lambda H: (B, S, H * D),
+    "[B, S, H, D]": lambda H: (B, S, H, D),
+}
+
+
+def written_out(x, cache, positions, is_neox, start=0, inverse=False):
+    cos, sin = cache[positions.long().flatten()][:, None].chunk(2, -1)
+    sin = -sin if inverse else sin
+    heads = x.reshape(B * S, -1, D)
+    return turned(heads, cos, sin, interleaved=not is_neox, start=start).view(x.shape)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("is_neox", [True, False])
+@pytest.mark.parametrize("itype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values(shape, is_neox, itype, dtype, device):
+    """R of 32 and of 24, which is no power of two; cache in its own dtype and in float32."""
+    for R in (32, 24):
+        cache = torch.randn(M, R, device=device).to(dtype)
+        cache = cache.float() if R == 24 else cache
+        positions = torch.randint(0, M, (B, S) if "B" in shape else (B * S,), device=device)
+        q, k = (torch.randn(SHAPES[shape](H), device=device).to(dtype) for H in (HQ, HK))
+        want = [written_out(x, cache, positions, is_neox) for x in (q, k)]
+        assert rotary_embedding(positions.to(itype), q, k, D, cache, is_neox) is None
+        close(q, want[0])
+        close(k, want[1])
+
+
+@pytest.mark.parametrize("is_neox", [True, False])
+@pytest.mark.parametrize("inverse", [False, True])
+def test_offset_inverse_and_no_key(is_neox, inverse, device):
+    cache = torch.randn(M, 32, device=device)
+    positions = torch.randint(0, M, (B * S,), device=device)
+    q = torch.randn(B * S, HQ * D, device=device)
+    want = written_out(q, cache, positions, is_neox, 16, inverse)
+    rotary_embedding(positions, q, None, D, cache, is_neox, 16, inverse)
+    close(q, want)
+
+
+def test_slices_of_packed_qkv(device):
+    """query and key are strided views with strides of their own; what lies between is untouched."""
+    cache = torch.randn(M, D, device=device)
+    positions = torch.randint(0, M, (B * S,), device=device)
+    qkv = torch.randn(B * S, (HQ + 2 * HK) * D, device=device)
+    before = qkv.clone()
+    q, k, v = qkv.split([HQ * D, HK * D, HK * D], -1)
+    want = [written_out(x, cache, positions, True) for x in (q, k)]
+    rotary_embedding(positions, q, k, D, cache, True)
+    close(q, want[0])
+    close(k, want[1])
+    same(v, before[:, -HK * D :])
+    # Heads whose stride is not head_size, query's unlike key's.
+    q = torch.randn(HQ, B * S, D, device=device).transpose(0, 1)
+    k = torch.randn(B * S, HK, 2 * D, device=device)[..., :D]
+    want = [written_out(x, cache, positions, True) for x in (q, k)]
+    rotary_embedding(positions, q, k, D, cache, True)
+    close(q, want[0])
+    close(k, want[1])
+
+
+def test_more_key_heads_and_no_tokens(device):
+    cache = torch.randn(M, D, device=device)
+    positions = torch.randint(0, M, (B * S,), device=device)
+    q, k = (torch.randn(B * S, H * D, device=device) for H in (HK, HQ))
+    want = written_out(k, cache, positions, True)
+    rotary_embedding(positions, q, k, D, cache, True)
+    close(k, want)
+    rotary_embedding(positions[:0], q[:0], k[:0], D, cache, True)
+
+
+def test_errors():
+    cache, positions = torch.randn(M, D), torch.arange(B * S)
+    q, k = torch.randn(B * S, HQ * D), torch.randn(B * S, HK * D)
+    before = q.clone()
+    with pytest.raises(IndexError, match=str(M)):
+        rotary_embedding(torch.full((B * S,), M), q, k, D, cache, True)
+    with pytest.raises(ValueError, match="query"):
+        rotary_embedding(positions, q[:, :-1], k, D, cache, True)
+    with pytest.raises(ValueError, match="key"):
+        rotary_embedding(positions, q, k.view(1, B * S, -1, D), D, cache, True)
+    with pytest.raises(ValueError, match="positions"):
+        rotary_embedding(positions[None, None], q, k, D, cache, True)
+    with pytest.raises(ValueError):
+        rotary_embedding(positions[1:], q, k, D, cache, True)
+    with pytest.raises(ValueError):  # R + offset > head_size
+        rotary_embedding(positions, q, k, D, cache, True, 2)
+    with pytest.raises(TypeError, match="positions"):
+        rotary_embedding(positions.float(), q, k, D, cache, True)
+    same(q, before)
+
+
+def test_compiles():
+    cache, positions = torch.randn(M, D), torch.arange(B * S)
+
+    def rotated(q, k):
+        q, k = q.clone(), k.clone()
+        rotary_embedding(positions, q, k, D, cache, True)
+        return q, k
+
+    compiles(rotated, torch.randn(B * S, HQ * D), torch.randn(B * S, HK * D))
+
+
+@pytest.mark.parametrize("is_neox", [True, False])
+def test_original(is_neox, device):
+    original = pytest.importorskip("vllm._custom_ops")
+    if device == "cpu":
+        pytest.skip("the operator is CUDA's")
+    cache = torch.randn(M, 32, device=device, dtype=torch.bfloat16)
+    positions = torch.randint(0, M, (B * S,), device=device)
+    ours = [torch.randn(B * S, H * D, device=device).bfloat16() for H in (HQ, HK)]
+    theirs = [x.clone() for x in ours]
+    rotary_embedding(positions, *ours, D, cache, is_neox)
+    original.rotary_embedding(positions, *theirs, D, cache, is_neox)
+    for x, y in zip(ours, theirs, strict=True):
+        close(x, y.double(), ulps=1)
