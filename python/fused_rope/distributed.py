@@ -9,8 +9,8 @@ Importing this module teaches DTensor to rotate shards where they are, forward a
 * shards of head_dim are gathered first, as pairs span them.
 
 Tables and row tensors may be DTensors, replicated or sharded along the same dimension; plain ones
-beside a DTensor count as replicated. In place, no placement may have to change. `out=` is not
-supported.
+beside a DTensor count as replicated, and their gradients are not supported. In place, no placement
+may have to change. `out=` is not supported.
 
 Letters: B batch, S sequence length, T packed tokens, H heads, P pairs, M table rows.
 
@@ -25,8 +25,8 @@ Example:
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,6 +38,7 @@ from . import functional
 __all__ = ["contiguous_positions", "zigzag_positions"]
 
 _Shardings = list[tuple[list[Placement], list[Placement]]]
+_WHOLE = Replicate()
 
 
 def contiguous_positions(
@@ -107,86 +108,103 @@ def _span(name: str, length: int, rank: int, size: int, spans: int) -> int:
     return length // spans
 
 
-def _shardings(
-    in_place: bool,
-    inputs: Sequence[Any],
-    cos: Any,
-    positions: Any = None,
-    offsets: Any = None,
-    cu_seqlens: Any = None,
-    offset: int = 0,
-    layout: str = "bshd",
-    axes: Sequence[int] | None = None,
-    *_: Any,
-) -> _Shardings:
-    """How a mesh dimension may shard outputs and inputs: the operator is right on each shard alone.
+class _Call(NamedTuple):
+    """An operator's arguments, as far as rules need them. Tensors come as DTensorSpec."""
 
-    Tensors come as DTensorSpec.
-    """
-    whole = Replicate()
+    inputs: tuple[Any, ...]
+    cos: Any
+    sin: Any
+    positions: Any = None
+    offsets: Any = None
+    cu_seqlens: Any = None
+    offset: int = 0
+    layout: str = "bshd"
+    axes: Sequence[int] | None = None
+
+
+class _Cut(NamedTuple):
+    """How one mesh dimension cuts the tensors of a call so that each part can be rotated alone."""
+
+    inputs: Sequence[Placement]
+    table: Placement = _WHOLE
+    positions: Placement = _WHOLE
+    offsets: Placement = _WHOLE
+
+
+def _by_heads(call: _Call) -> Iterator[_Cut]:
+    """Heads know nothing of each other, and neither do q and k; a rotated sum is a sum."""
+    heads = Shard(call.layout.index("h"))
+    for inputs in itertools.product((_WHOLE, heads, Partial()), repeat=len(call.inputs)):
+        if call.cos.ndim < 4 or heads not in inputs:
+            yield _Cut(inputs)
+        elif set(inputs) == {heads}:
+            yield _Cut(inputs, table=Shard(2))
+
+
+def _by_batch(call: _Call) -> Iterator[_Cut]:
+    if call.layout == "thd":
+        return
+    inputs = [Shard(call.layout.index("b"))] * len(call.inputs)
+    table = Shard(0) if call.cos.ndim > 2 and call.cos.shape[0] > 1 else _WHOLE
+    dim = 0 if call.axes is None else 1
+    shared = call.positions is None or call.positions.ndim < dim + 2
+    positions = _WHOLE if shared or call.positions.shape[dim] == 1 else Shard(dim)
+    yield _Cut(inputs, table, positions, offsets=Shard(0))
+
+
+def _by_sequence(call: _Call) -> Iterator[_Cut]:
+    dim = _sequence_dim(call.layout)
+    inputs = [Shard(dim)] * len(call.inputs)
+    one_row_each = call.offset == 0 and call.cos.shape[0] == call.inputs[0].shape[dim]
+    if call.cos.ndim > 2:
+        yield _Cut(inputs, table=Shard(1))
+    elif call.cu_seqlens is not None:
+        return
+    elif call.positions is not None:
+        yield _Cut(inputs, positions=Shard(call.positions.ndim - 1))
+    elif call.offsets is None and one_row_each:
+        yield _Cut(inputs, table=Shard(0))
+
+
+def _shardings(call: _Call, in_place: bool) -> _Shardings:
+    """All cuts, as placements of outputs and of tensors among the arguments."""
+    if in_place and len({x.placements for x in call.inputs}) > 1:
+        raise RuntimeError(
+            "rotate_qk_: expected q and k with the same placements, as neither can be moved in "
+            f"place, got {' and '.join(str(x.placements) for x in call.inputs)}"
+        )
     shardings: _Shardings = []
-
-    def add(
-        placements: Sequence[Placement],
-        table: Placement = whole,
-        position: Placement = whole,
-        sequence: Placement = whole,
-    ) -> None:
-        rows = ((positions, position), (offsets, sequence), (cu_seqlens, whole))
-        given = [placement for tensor, placement in rows if tensor is not None]
-        shardings.append(([] if in_place else [*placements], [*placements, table, table, *given]))
-
-    # Heads know nothing of each other, and neither do q and k; a rotation of a sum is a sum.
-    heads = Shard(layout.index("h"))
-    for each in itertools.product((whole, heads, Partial()), repeat=len(inputs)):
-        if in_place and len(set(each)) > 1:
+    for cut in itertools.chain(_by_heads(call), _by_batch(call), _by_sequence(call)):
+        if in_place and len(set(cut.inputs)) > 1:
             continue
-        if cos.ndim < 4 or heads not in each:
-            add(each)
-        elif set(each) == {heads}:
-            add(each, table=Shard(2))
-
-    if layout != "thd":
-        of_batch = [Shard(layout.index("b"))] * len(inputs)
-        table = Shard(0) if cos.ndim > 2 and cos.shape[0] > 1 else whole
-        position: Placement = whole
-        if positions is not None:
-            batch_dim = 0 if axes is None else 1
-            if positions.ndim == batch_dim + 2 and positions.shape[batch_dim] > 1:
-                position = Shard(batch_dim)
-        add(of_batch, table, position, Shard(0))
-
-    sequence_dim = layout.index("t" if layout == "thd" else "s")
-    of_sequence = [Shard(sequence_dim)] * len(inputs)
-    counted = positions is None and offsets is None and offset == 0 and cu_seqlens is None
-    if cos.ndim > 2:
-        add(of_sequence, table=Shard(1))
-    elif positions is not None and cu_seqlens is None:
-        add(of_sequence, position=Shard(positions.ndim - 1))
-    elif counted and cos.shape[0] == inputs[0].shape[sequence_dim]:
-        add(of_sequence, table=Shard(0))
+        rows = (
+            (call.positions, cut.positions),
+            (call.offsets, cut.offsets),
+            (call.cu_seqlens, _WHOLE),
+        )
+        given = [placement for tensor, placement in rows if tensor is not None]
+        outputs = [] if in_place else list(cut.inputs)
+        shardings.append((outputs, [*cut.inputs, cut.table, cut.table, *given]))
     return shardings
 
 
-def _rotate(x: Any, cos: Any, sin: Any, *options: Any) -> _Shardings:
-    return _shardings(False, (x,), cos, *options)
+def _register(name: str) -> None:
+    count = _inputs_of(name)
+
+    def rule(*arguments: Any) -> _Shardings:
+        known = len(_Call._fields) - 1 + count
+        call = _Call(arguments[:count], *arguments[count:known])
+        return _shardings(call, in_place=name.endswith("_"))
+
+    register_sharding(getattr(torch.ops.fused_rope, name).default)(rule)
 
 
-def _rotate_in_place(x: Any, cos: Any, sin: Any, *options: Any) -> _Shardings:
-    return _shardings(True, (x,), cos, *options)
+def _inputs_of(name: str) -> int:
+    return 2 if name.startswith("rotate_qk") else 1
 
 
-def _rotate_qk(q: Any, k: Any, cos: Any, sin: Any, *options: Any) -> _Shardings:
-    return _shardings(False, (q, k), cos, *options)
-
-
-def _rotate_qk_in_place(q: Any, k: Any, cos: Any, sin: Any, *options: Any) -> _Shardings:
-    if q.placements != k.placements:
-        raise RuntimeError(
-            "rotate_qk_: expected q and k with the same placements, as neither can be moved in "
-            f"place, got {q.placements} and {k.placements}"
-        )
-    return _shardings(True, (q, k), cos, *options)
+def _sequence_dim(layout: str) -> int:
+    return layout.index("t" if layout == "thd" else "s")
 
 
 def _beside_dtensors(
@@ -198,13 +216,12 @@ def _beside_dtensors(
     layout: str,
 ) -> tuple[tuple[Tensor, ...], Tensor | None, int | Tensor, Tensor | None]:
     """The arguments of operator `name`, with tables and row tensors that suit DTensors."""
-    count = 2 if name.startswith("rotate_qk") else 1
-    x = tensors[0]
+    count, x = _inputs_of(name), tensors[0]
     if not isinstance(x, DTensor):
         return tensors, positions, offset, cu_seqlens
     cos, sin = tensors[count : count + 2]
 
-    sequence_dim = layout.index("t" if layout == "thd" else "s")
+    sequence_dim = _sequence_dim(layout)
     rows_known = positions is None and cu_seqlens is None and not isinstance(offset, Tensor)
     if rows_known and cos.dim() == 2 and Shard(sequence_dim) in x.placements:
         # One row for each token: then the table can be sharded as the sequence is.
@@ -221,12 +238,6 @@ def _beside_dtensors(
     return tensors, replicated(positions), replicated(offset), replicated(cu_seqlens)
 
 
-_RULES: dict[str, Callable[..., _Shardings]] = {
-    "rotate": _rotate,
-    "rotate_": _rotate_in_place,
-    "rotate_qk": _rotate_qk,
-    "rotate_qk_": _rotate_qk_in_place,
-}
-for _name, _rule in _RULES.items():
-    register_sharding(getattr(torch.ops.fused_rope, _name).default)(_rule)
+for _name in ("rotate", "rotate_", "rotate_qk", "rotate_qk_"):
+    _register(_name)
 functional._beside_dtensors = _beside_dtensors

@@ -122,8 +122,8 @@ struct Work {
   Side sides[kMaxTensors];
   unsigned second_block;  // the first block of the second side
   Divider units, distance;
-  uint32_t rotating_units,
-      half_log2;  // threads of a head that rotate; per half rotation, as a power of two
+  uint32_t rotating_units;  // threads of a head that rotate
+  uint32_t half_log2;       // kShuffle: threads per half rotation, as a power of two
   Lanes lanes;
   int64_t D;
   TableParams cos, sin;
@@ -151,7 +151,7 @@ struct Work {
         in_place(p.in_place),
         streaming(plan.streaming),
         vector_tables(plan.vector_tables) {
-    while (plan.vector << (half_log2 + 1) <= p.lanes.distance) ++half_log2;
+    while (int64_t{plan.vector} << (half_log2 + 1) <= p.lanes.distance) ++half_log2;
   }
 };
 
