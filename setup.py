@@ -1,4 +1,4 @@
-"""Drives CMake, which alone knows sources and flags (CMakeLists.txt), for `pip install --no-build-isolation .`."""
+"""Drives CMake, which alone knows sources and flags, for `pip install --no-build-isolation .`."""
 
 import importlib.util
 import os
@@ -42,7 +42,7 @@ def ninja() -> list[str]:
 
 
 class CMakeBuild(build_ext):
-    """An editable install leaves the library in python/, where `cmake --build build` refreshes it."""
+    """An editable install keeps the library in python/; `cmake --build build` refreshes it."""
 
     def run(self) -> None:
         inplace = self.editable_mode or self.inplace
@@ -51,7 +51,8 @@ class CMakeBuild(build_ext):
         self.configure(build, inplace)
         subprocess.run([*cmake(), "--build", build], check=True)
         if not inplace:
-            install = [*cmake(), "--install", build, "--prefix", Path(self.build_lib) / "fused_rope"]
+            package = Path(self.build_lib) / "fused_rope"
+            install = [*cmake(), "--install", build, "--prefix", package]
             subprocess.run(install, check=True)
             subprocess.run([*install, "--component", "python"], check=True)
 

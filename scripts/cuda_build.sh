@@ -29,4 +29,5 @@ for name in ("rotate", "rotate_", "rotate_qk", "rotate_qk_"):
 print("CUDA kernels are registered:", fused_rope.__file__, torch.__version__)
 PY
 ctest --test-dir build-cuda --output-on-failure
-python -m pytest -q -m "not slow"
+python -m pytest -q -m "not slow" \
+  tests/python/test_{values,strides,tables,rows,in_place,out,autograd,precision,errors,registration}.py
