@@ -82,17 +82,26 @@ TokenRows token_rows(const Arguments& a, const c10::SymInt& B, const c10::SymInt
   return {index.masked_fill(copied, 0), copied};
 }
 
-// Sums [B, S, P] over the tokens that read each row of a shared table, in a fixed order:
-// embedding's backward is one.
+// Sums [B, S, P] over the tokens that read each row of a shared table, in a fixed order: on the CPU
+// embedding's backward keeps one, on CUDA an accumulating index_put, and neither the other way
+// round.
 at::Tensor sum_rows(const at::Tensor& terms, const at::Tensor& index, const c10::SymInt& M) {
   const c10::SymInt P = terms.sym_size(-1);
-  if (index.sym_size(-1) == 1) {
-    return at::embedding_dense_backward_symint(terms.flatten(0, 1), index.flatten(), M, -1, false);
+  const bool by_row = index.sym_size(-1) == 1;
+  at::Tensor rows = index.flatten();
+  at::Tensor sums = terms.flatten(0, 1);
+  if (!by_row) {  // every pair reads a row of its own: the table as one column of entries
+    rows = (index * P + at::arange(c10::Scalar(P), index.options())).flatten();
+    sums = terms.reshape({-1, 1});
   }
-  const at::Tensor column = at::arange(c10::Scalar(P), index.options());
-  const at::Tensor entry = (index * P + column).flatten();
-  return at::embedding_dense_backward_symint(terms.reshape({-1, 1}), entry, M * P, -1, false)
-      .view_symint({M, P});
+  const c10::SymInt entries = by_row ? M : M * P;
+  if (terms.is_cuda()) {
+    const at::Tensor zeros = at::zeros_symint({entries, sums.sym_size(1)}, terms.options());
+    sums = at::index_put(zeros, {rows}, sums, /*accumulate=*/true);
+  } else {
+    sums = at::embedding_dense_backward_symint(sums, rows, entries, -1, false);
+  }
+  return sums.view_symint({M, P});
 }
 
 }  // namespace

@@ -413,6 +413,9 @@ def compiled(mesh: DeviceMesh) -> None:
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_two_processes(failures: list[dict[str, str]], name: str) -> None:
+    old = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
+    if old and name == "sequence_parallel_attention":
+        pytest.skip("DTensor of torch 2.11 refuses nn.Linear on a sharded sequence")
     found = [f"process {rank}: {each[name]}" for rank, each in enumerate(failures) if name in each]
     assert not found, "\n".join(found)
 
