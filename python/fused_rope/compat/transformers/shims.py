@@ -1,0 +1,428 @@
+"""One shim for each signature with which models call their rotary function.
+
+A shim reads halves of tables, views and rows, and calls the operator; it computes nothing. `Style`
+holds what differs between functions of one signature.
+
+Letters: B batch, S sequence length, T tokens, Hq, Hk query and key heads, D head_dim, R rotary_dim,
+P = R/2 pairs, M table rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import functional
+
+Shim = Callable[..., Any]
+Pair = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Style:
+    """How the lanes of a model are paired, what its tables look like and how it rounds.
+
+    Attributes:
+        width: "half" [..., P]; full width [..., R] as "tiled" (two equal halves) or "repeated"
+            (every value twice); or "first": full width, of which the model too reads one half.
+        interleaved: a pair are neighbours.
+        inverse: turned the other way.
+        trailing: the last R lanes turn, not the first.
+        float32: the model widens to float32 and rounds once; else it rounds as its dtype does.
+    """
+
+    width: str = "tiled"
+    interleaved: bool = False
+    inverse: bool = False
+    trailing: bool = False
+    float32: bool = False
+
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, precision: str, **rows: Any) -> Tensor:
+        """`functional.rotate` in this style."""
+        cos, sin = self.half(cos), self.half(sin)
+        return functional.rotate(x, cos, sin, **self._options(x, cos, precision), **rows)
+
+    def rotate_qk(
+        self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, precision: str, **rows: Any
+    ) -> Pair:
+        """`functional.rotate_qk` in this style."""
+        cos, sin = self.half(cos), self.half(sin)
+        return functional.rotate_qk(q, k, cos, sin, **self._options(q, cos, precision), **rows)
+
+    def half(self, table: Tensor) -> Tensor:
+        """The half of a table that the operator reads: a view."""
+        if self.width == "half":
+            return table
+        return table[..., ::2] if self.width == "repeated" else table[..., : table.shape[-1] // 2]
+
+    def _options(self, x: Tensor, cos: Tensor, precision: str) -> dict[str, Any]:
+        # A wider table widens a model's products; the operator's "fp32" is that, rounded to x.
+        wider = torch.promote_types(x.dtype, cos.dtype) != x.dtype
+        return {
+            "rotary_offset": x.shape[-1] - 2 * cos.shape[-1] if self.trailing else 0,
+            "interleaved": self.interleaved,
+            "inverse": self.inverse,
+            "precision": "fp32" if self.float32 or wider else precision,
+        }
+
+
+HALF = Style()
+HALF_FLOAT32 = Style(float32=True)
+INTERLEAVED = Style("half", interleaved=True)
+INTERLEAVED_FLOAT32 = Style("half", interleaved=True, float32=True)
+REPEATED_FLOAT32 = Style("repeated", interleaved=True, float32=True)
+
+
+def layout_of(cos: Tensor, unsqueeze_dim: int) -> str:
+    """The layout of q and k beside which cos, unsqueezed there, broadcasts."""
+    heads = unsqueeze_dim if unsqueeze_dim < 0 else unsqueeze_dim - cos.dim() - 1
+    layout = {-3: "bhsd", -2: "bshd"}.get(heads)
+    if layout is None or cos.dim() not in (2, 3):
+        raise ValueError(
+            "apply_rotary_pos_emb: expected unsqueeze_dim 1 or 2 and cos of [B or 1, S, R], got "
+            f"unsqueeze_dim={unsqueeze_dim} and cos {list(cos.shape)}"
+        )
+    return layout
+
+
+def batched(table: Tensor) -> Tensor:
+    """[S, R] as [1, S, R], the operator's table with a row for each token."""
+    return table[None] if table.dim() == 2 else table
+
+
+def pair(style: Style) -> Shim:
+    """q and k [B, H, S, D], or [B, S, H, D] where unsqueeze_dim is 2; cos [B or 1, S, R]."""
+
+    def rotate(
+        q: Tensor,
+        k: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        unsqueeze_dim: int = 1,
+        *,
+        precision: str = "model",
+    ) -> Pair:
+        layout = layout_of(cos, unsqueeze_dim)
+        return style.rotate_qk(q, k, batched(cos), batched(sin), precision, layout=layout)
+
+    return rotate
+
+
+def single(style: Style) -> Shim:
+    """x [B, H, S, D], or [B, S, H, D] where unsqueeze_dim is 2; cos [B or 1, S, R]."""
+
+    def rotate(
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        unsqueeze_dim: int = 1,
+        *,
+        precision: str = "model",
+    ) -> Tensor:
+        layout = layout_of(cos, unsqueeze_dim)
+        return style.rotate(x, batched(cos), batched(sin), precision, layout=layout)
+
+    return rotate
+
+
+def without_position_ids(shim: Shim, place: int) -> Shim:
+    """The same by the signature of transformers 4, whose position_ids at `place` has no effect."""
+
+    def rotate(*args: Any, precision: str = "model", **kwargs: Any) -> Any:
+        kwargs.pop("position_ids", None)
+        return shim(*args[:place], *args[place + 1 :], precision=precision, **kwargs)
+
+    return rotate
+
+
+def optional_key(style: Style) -> Shim:
+    """As `pair`; without k, q alone."""
+    both, one = pair(style), single(style)
+
+    def rotate(
+        q: Tensor,
+        k: Tensor | None = None,
+        cos: Any = None,
+        sin: Any = None,
+        unsqueeze_dim: int = 1,
+        *,
+        precision: str = "model",
+    ) -> Any:
+        if k is None:
+            return one(q, cos, sin, unsqueeze_dim, precision=precision)
+        return both(q, k, cos, sin, unsqueeze_dim, precision=precision)
+
+    return rotate
+
+
+def last_queries(style: Style) -> Shim:
+    """As `pair` with unsqueeze_dim 1; q are the last of the tokens that k and the tables have."""
+
+    def rotate(
+        q: Tensor,
+        k: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        unsqueeze_dim: int = 1,
+        *,
+        precision: str = "model",
+    ) -> Pair:
+        layout = layout_of(cos, unsqueeze_dim)
+        cos, sin, S = batched(cos), batched(sin), q.shape[-2]
+        q = style.rotate(q, cos[:, -S:], sin[:, -S:], precision, layout=layout)
+        return q, style.rotate(k, cos, sin, precision, layout=layout)
+
+    return rotate
+
+
+def sections(style: Style) -> Shim:
+    """M-RoPE: cos [3, B, S, R], of which each section of lanes reads one axis in turn."""
+
+    def rotate(
+        q: Tensor,
+        k: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mrope_section: Sequence[int],
+        unsqueeze_dim: int = 1,
+        *,
+        precision: str = "model",
+    ) -> Pair:
+        def select(table: Tensor) -> Tensor:
+            parts = table[..., : table.shape[-1] // 2].split(list(mrope_section), dim=-1)
+            return torch.cat([part[axis % 3] for axis, part in enumerate(parts)], dim=-1)
+
+        layout = layout_of(cos[0], unsqueeze_dim)
+        return style.rotate_qk(q, k, select(cos), select(sin), precision, layout=layout)
+
+    return rotate
+
+
+def token_major(style: Style) -> Shim:
+    """Vision towers: q and k [T, H, D] or [B, S, H, D]; cos [T, R] or [B, S, R]."""
+
+    def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, precision: str = "model") -> Pair:
+        layout = "thd" if q.dim() == 3 else "bshd"
+        return style.rotate_qk(q, k, batched(cos), batched(sin), precision, layout=layout)
+
+    return rotate
+
+
+def head_major(style: Style) -> Shim:
+    """q and k [B, H, S, D]; cos [S, R], with dimensions of size 1 before these or without."""
+
+    def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, precision: str = "model") -> Pair:
+        return style.rotate_qk(q, k, rows(cos)[None], rows(sin)[None], precision, layout="bhsd")
+
+    return rotate
+
+
+def rows(table: Tensor) -> Tensor:
+    """[1, ..., 1, M, R] as [M, R]."""
+    return table.reshape(table.shape[-2:])
+
+
+def after_prefix(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, precision: str = "model", **kwargs: Any
+) -> Pair:
+    """q and k [B, H, S, D], of which the last M tokens turn: class and register tokens do not."""
+    cos, sin = rows(cos), rows(sin)
+    S = q.shape[-2]
+    tokens = torch.arange(S, device=q.device) - (S - cos.shape[0])
+    return HALF.rotate_qk(q, k, cos, sin, precision, layout="bhsd", positions=tokens.clamp(min=-1))
+
+
+def memory_keys(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    num_k_exclude_rope: int = 0,
+    repeat_freqs_k: bool = False,
+    *,
+    precision: str = "model",
+) -> Pair:
+    """q [B, H, M, D], k [B, H, S, D]: k repeats the M rows; its last tokens may not turn."""
+    cos, sin = rows(cos), rows(sin)
+    tokens, turning = torch.arange(k.shape[-2], device=k.device), k.shape[-2] - num_k_exclude_rope
+    row = tokens % cos.shape[0] if repeat_freqs_k else tokens
+    positions = torch.where(tokens < turning, row, -1)
+    q = REPEATED_FLOAT32.rotate(q, cos, sin, precision, layout="bhsd")
+    return q, REPEATED_FLOAT32.rotate(k, cos, sin, precision, layout="bhsd", positions=positions)
+
+
+def grouped_memory_keys(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    cos_k: Tensor,
+    sin_k: Tensor,
+    num_k_exclude_rope: int = 0,
+    repeat_freqs_k: int = 1,
+    *,
+    precision: str = "model",
+) -> Pair:
+    """As `memory_keys` with k's own tables: of each group of its tokens the last M turn."""
+    cos_k, sin_k = rows(cos_k), rows(sin_k)
+    tokens, turning = torch.arange(k.shape[-2], device=k.device), k.shape[-2] - num_k_exclude_rope
+    group = max(turning // repeat_freqs_k, 1)
+    row = (tokens % group - (group - cos_k.shape[0])).clamp(min=-1)
+    positions = torch.where(tokens < turning, row, -1)
+    q = REPEATED_FLOAT32.rotate(q, rows(cos), rows(sin), precision, layout="bhsd")
+    return q, REPEATED_FLOAT32.rotate(
+        k, cos_k, sin_k, precision, layout="bhsd", positions=positions
+    )
+
+
+def blocks(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor,
+    unsqueeze_dim: int = 2,
+    *,
+    precision: str = "model",
+) -> Tensor:
+    """x's lanes in A spans, one for each axis of position_ids [B, S, A]; cos tiled in each span."""
+    A = position_ids.shape[-1]
+
+    def halves(table: Tensor) -> Tensor:
+        spans: Tensor = table.unflatten(-1, (A, -1))
+        return spans[..., : spans.shape[-1] // 2].flatten(-2)
+
+    layout = layout_of(cos, unsqueeze_dim)
+    cos, sin = batched(halves(cos)), batched(halves(sin))
+    return Style("half").rotate(x, cos, sin, precision, layout=layout, blocks=A)
+
+
+def swapped(tensor: Tensor, sin: Tensor, cos: Tensor, *, precision: str = "model") -> Tensor:
+    """GPT-J: the sine first; tensor [B, S, H, R], tables [B, S, P]."""
+    return INTERLEAVED.rotate(tensor, cos, sin, precision, layout="bshd")
+
+
+def cached_rows(x: Tensor, cos: Tensor, sin: Tensor, *, precision: str = "model") -> Tensor:
+    """x [B, H, S, D]; the first S rows of cos [1, 1, M, D]."""
+    cos, sin = (table[0, :, : x.shape[-2]] for table in (cos, sin))
+    return HALF.rotate(x, cos, sin, precision, layout="bhsd")
+
+
+def angles(tensor: Tensor, freqs: Tensor, *, precision: str = "model") -> Tensor:
+    """tensor [1, T, H, D]; freqs [T, P], whose cosine and sine make the table."""
+    cos, sin = freqs.cos()[None], freqs.sin()[None]
+    return Style("half", float32=True).rotate(tensor, cos, sin, precision, layout="bshd")
+
+
+def gathered(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor,
+    unsqueeze_dim: int = 1,
+    *,
+    precision: str = "model",
+) -> Pair:
+    """q and k [B, H, S, D]; a token reads the row of cos [M, R] that position_ids [B, S] names."""
+    return HALF.rotate_qk(
+        q, k, cos, sin, precision, layout=_gathered_layout(unsqueeze_dim), positions=position_ids
+    )
+
+
+def gathered_qkv(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor,
+    unsqueeze_dim: int = 1,
+    *,
+    precision: str = "model",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `gathered`, and the values turn too."""
+    where = {"layout": _gathered_layout(unsqueeze_dim), "positions": position_ids}
+    q, k = HALF.rotate_qk(q, k, cos, sin, precision, **where)
+    return q, k, HALF.rotate(v, cos, sin, precision, **where)
+
+
+def _gathered_layout(unsqueeze_dim: int) -> str:
+    return {1: "bhsd", 2: "bshd"}[unsqueeze_dim]
+
+
+def complex_rows(layout: str) -> Shim:
+    """Complex tables [B or 1, S, P]: the cosine is their real part, the sine the imaginary one."""
+
+    def rotate(xq: Tensor, xk: Tensor, freqs_cis: Tensor, *, precision: str = "model") -> Pair:
+        cos, sin = freqs_cis.to(xq.device).real, freqs_cis.to(xq.device).imag
+        return INTERLEAVED_FLOAT32.rotate_qk(xq, xk, cos, sin, precision, layout=layout)
+
+    return rotate
+
+
+def complex_plane(
+    query: Tensor, key: Tensor, freqs_ci: Tensor, *, precision: str = "model"
+) -> Pair:
+    """query and key [B, S, H, D]; freqs_ci complex, S rows of P."""
+    freqs = freqs_ci.to(query.device).reshape(1, query.shape[1], query.shape[-1] // 2)
+    return INTERLEAVED_FLOAT32.rotate_qk(
+        query, key, freqs.real, freqs.imag, precision, layout="bshd"
+    )
+
+
+def before_projection(
+    self: Any,
+    hidden_states: Tensor,
+    relative_position_embeddings: Tensor,
+    *,
+    precision: str = "model",
+) -> Tensor:
+    """Conformers: hidden_states [B, S, H * D] before its projections; tables [2, M, 1, 1, D]."""
+    heads = hidden_states.unflatten(-1, (self.num_heads, self.head_size))
+    cos, sin = relative_position_embeddings[:, : hidden_states.shape[1], 0]
+    cos, sin = cos.transpose(0, 1), sin.transpose(0, 1)
+    rotated: Tensor = HALF.rotate(heads, cos, sin, precision, layout="bshd")
+    return rotated.flatten(-2)
+
+
+def sinusoidal(
+    sinusoidal_pos: Tensor,
+    query_layer: Tensor,
+    key_layer: Tensor,
+    value_layer: Tensor | None = None,
+    *,
+    precision: str = "model",
+) -> tuple[Tensor, ...]:
+    """RoFormer: q, k and perhaps v [B, H, S, D]; sine and cosine side by side, [1, 1, S, D]."""
+    sin, cos = sinusoidal_pos[:, 0].chunk(2, dim=-1)
+    qk = INTERLEAVED.rotate_qk(query_layer, key_layer, cos, sin, precision, layout="bhsd")
+    if value_layer is None:
+        return qk
+    return *qk, INTERLEAVED.rotate(value_layer, cos, sin, precision, layout="bhsd")
+
+
+def float64_time(
+    hidden_states: Tensor, cos: Tensor, sin: Tensor, *, precision: str = "model"
+) -> Tensor:
+    """Music Flamingo: hidden_states [B, S, D] in float64, rounded once; cos [B, S, R], repeated."""
+    x = hidden_states.double().unsqueeze(2)
+    rotated = REPEATED_FLOAT32.rotate(x, cos.double(), sin.double(), precision, layout="bshd")
+    return rotated.squeeze(2).to(hidden_states.dtype)
+
+
+def packed_qkv(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    *,
+    precision: str = "model",
+) -> Tensor:
+    """ModernBERT without padding: q and k of qkv [T, 3, H, D] in place; tables [M, P]."""
+    functional.rotate_qk_(qkv[:, 0], qkv[:, 1], cos, sin, layout="thd", cu_seqlens=cu_seqlens)
+    return qkv

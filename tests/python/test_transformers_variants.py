@@ -1,0 +1,301 @@
+"""Every variant of rotary embedding in transformers: a small real model, stock against patched."""
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from oracle import bits, same
+
+transformers = pytest.importorskip("transformers", minversion="5.17")
+
+from fused_rope.compat.transformers import coverage, patch, shims, unpatch  # noqa: E402
+from fused_rope.compat.transformers.forms import FORMS, find_form  # noqa: E402
+from fused_rope.compat.transformers.patching import modules_of, rotary_functions  # noqa: E402
+from transformers_models import CASES  # noqa: E402
+
+TEXT = [name for name, case in CASES.items() if case.generates]
+DOCS = Path(__file__).parents[2] / "docs" / "transformers.md"
+
+
+def tensors(output):
+    """The floating-point tensors of a model's output that carry a gradient."""
+    if isinstance(output, torch.Tensor):
+        return [output] if output.requires_grad else []
+    if isinstance(output, dict):
+        output = output.values()
+    elif not isinstance(output, (list, tuple)):
+        return []
+    return [tensor for value in output for tensor in tensors(value)]
+
+
+def forward_backward(model, arguments):
+    model.zero_grad()
+    outputs = tensors(model(**arguments))
+    generator = torch.Generator().manual_seed(2)
+    weights = [torch.randn(o.shape, generator=generator).to(o.device) for o in outputs]
+    sum((o.float() * w).sum() for o, w in zip(outputs, weights, strict=True)).backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return [o.detach().clone() for o in outputs], grads
+
+
+def distance(got, want):
+    """The norm of the difference of lists of tensors, relative to that of `want`."""
+    norms = [
+        torch.stack([t.double().norm() for t in ts]).norm()
+        for ts in ([a.double() - b.double() for a, b in zip(got, want, strict=True)], want)
+    ]
+    return float(norms[0] / norms[1])
+
+
+@pytest.fixture
+def patched():
+    models = []
+
+    def patch_once(model, **options):
+        report = patch(model, **options)
+        models.append(model)
+        assert report.patched and not report.left_alone
+        return report
+
+    yield patch_once
+    for model in models:
+        unpatch(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_outputs_and_gradients(name, dtype, device, patched, monkeypatch):
+    case = CASES[name]
+    model, arguments = case.build(dtype, device), case.arguments(dtype, device)
+    stock, stock_grads = forward_backward(model, arguments)
+    patched(model)
+    ours, grads = forward_backward(model, arguments)
+    if case.bitwise and device == "cpu":
+        for a, b in zip(ours, stock, strict=True):
+            same(a, b)
+    exact = dtype == torch.float32
+    assert distance(ours, stock) < (2e-6 if exact else 1e-2)
+    assert grads.keys() == stock_grads.keys()
+    assert distance(grads.values(), stock_grads.values()) < (3e-6 if exact else 2e-2)
+
+    # A rotation by nothing must show: else the model never came here, or it did not matter.
+    still = SimpleNamespace(rotate=lambda x, *a, **o: +x, rotate_qk=lambda q, k, *a, **o: (+q, +k))
+    monkeypatch.setattr(shims, "functional", still)
+    assert distance([o.detach() for o in tensors(model(**arguments))], stock) > 1e-3
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_left_padding(name, device, patched):
+    case = CASES[name]
+    model, arguments = case.build(device=device), case.arguments(device=device)
+    mask = torch.ones_like(arguments["input_ids"])
+    mask[0, :6] = 0
+    arguments["attention_mask"] = mask
+    arguments["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        stock = model(**arguments).logits
+        patched(model)
+        ours = model(**arguments).logits
+    assert distance([ours[mask.bool()]], [stock[mask.bool()]]) < 2e-6
+
+
+@pytest.mark.parametrize("name", ["V1-llama", "V5-glm", "V4-cohere"])
+def test_generate_compiled_with_a_static_cache(name, device, patched):
+    """transformers compiles the decode step itself, on the CPU only if it is told to."""
+    torch._dynamo.reset()
+    case = CASES[name]
+    model = case.build(device=device)
+    ids = case.arguments(device=device)["input_ids"][:, :7]
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    compile_config = transformers.CompileConfig(fullgraph=True, backend="aot_eager")
+    compile_config._compile_all_devices = True
+    options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
+    want = model.generate(ids, **options)
+    patched(model)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    got = model.generate(
+        ids, **options, cache_implementation="static", compile_config=compile_config
+    )
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > before
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "V1-llama",
+        "V3-gpt_oss",
+        "V5-glm",
+        "V14-deepseek_v3",
+        "V19-dinov3_vit",
+        "V20-pixtral",
+        "V24-wav2vec2_conformer",
+        "V26-sam3",
+    ],
+)
+def test_adds_no_graph_break(name, device, patched):
+    case = CASES[name]
+    model, arguments = case.build(device=device), case.arguments(device=device)
+
+    def breaks():
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        with torch.no_grad():
+            torch.compile(model, backend="eager")(**arguments)
+        return sum(torch._dynamo.utils.counters["graph_break"].values())
+
+    stock = breaks()
+    patched(model)
+    assert breaks() <= stock
+
+
+# --- forms that no model here reaches -----------------------------------------------------------
+
+
+def test_packed_qkv_in_place(device):
+    """ModernBERT's form beside flash-attn (V28)."""
+    qkv = torch.randn(11, 3, 4, 16, device=device)
+    cos, sin = torch.randn(2, 6, 8, device=device)
+    cu = torch.tensor([0, 5, 5, 10], dtype=torch.int32, device=device)
+    want = qkv.clone()
+    for part in (0, 1):
+        want[:, part] = bits(qkv[:, part], cos, sin, layout="thd", cu_seqlens=cu)
+    got = shims.packed_qkv(qkv, cos, sin, cu, 5)
+    assert got is qkv
+    same(got, want)
+
+
+def test_sliced_from_qkv_per_head(device):
+    """Old GPT-NeoX (V29): q and k are strided slices of [B, S, H, 3D] and turn in part."""
+    qkv = torch.randn(2, 7, 4, 3 * 16, device=device)
+    q, k = (qkv[..., i * 16 : (i + 1) * 16].transpose(1, 2) for i in (0, 1))
+    cos, sin = torch.randn(2, 1, 7, 4, device=device)
+    tables = (torch.cat([t, t], -1) for t in (cos, sin))
+    rotated = shims.pair(shims.HALF)(q, k, *tables)
+    for got, x in zip(rotated, (q, k), strict=True):
+        same(got, bits(x, cos, sin, layout="bhsd"))
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_sections_of_axes(interleaved, device):
+    """transformers 4's M-RoPE (V7, V9), whose tables have a leading axis."""
+    q, k = torch.randn(2, 4, 7, 16, device=device), torch.randn(2, 2, 7, 16, device=device)
+    cos, sin = torch.randn(2, 3, 2, 7, 6, device=device)
+    tables = [torch.cat([t, t], -1) for t in (cos, sin)]
+    shim = shims.sections(shims.Style("half", interleaved=interleaved))
+    merged = [torch.cat([t[0, ..., :1], t[1, ..., 1:3], t[2, ..., 3:]], -1) for t in (cos, sin)]
+    for got, x in zip(shim(q, k, *tables, [1, 2, 3]), (q, k), strict=True):
+        same(got, bits(x, *merged, layout="bhsd", interleaved=interleaved))
+
+
+# --- telling forms ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_form_is_the_only_one(name):
+    """No function passes for two forms, unless the first does more or trusts the tables less."""
+    for site in rotary_functions(modules_of(CASES[name].build(device="meta"))):
+        forms = [f for f in FORMS if site.name in f.functions and f.fit(site.function)]
+        assert find_form(site.name, site.function)[0] is forms[0]
+        assert len(forms) == 1 or forms[0].name.endswith(("optional", "in place"))
+
+
+def test_not_a_rotation_is_left_alone():
+    importlib.import_module("transformers.models.vjepa2.modeling_vjepa2")
+    report = patch()
+    try:
+        reasons = {k: v for k, v in report.left_alone.items() if "vjepa2" in k}
+        assert len(reasons) == 1 and "no rotation" in next(iter(reasons.values()))
+    finally:
+        unpatch()
+
+
+def test_patch_every_family():
+    model = CASES["V1-llama"].build()
+    ids = CASES["V1-llama"].arguments()["input_ids"]
+    want = model(ids).logits
+    report = patch()
+    try:
+        families = {key.split(".")[2] for key in report.patched}
+        assert {"llama"} <= families and not any("unknown" in r for r in report.left_alone.values())
+        same(model(ids).logits, want)
+    finally:
+        report = unpatch()
+    assert len(report.restored) >= len(families)
+
+
+# --- use_kernels ---------------------------------------------------------------------------------
+
+KERNELS = """
+import kernels, torch, transformers, sys, warnings
+warnings.simplefilter("ignore")
+sys.path.insert(0, {folder!r})
+from fused_rope.compat.transformers import patch, unpatch
+from fused_rope.compat.transformers.kernel_layers import kernel_config, kernel_mapping
+from kernels import Mode
+from torch.profiler import profile
+from transformers_models import CASES
+
+def uses_ours(model, ids, want):
+    with profile() as run:
+        out = model(ids)[0]
+    assert torch.equal(out, want)
+    return any("fused_rope" in event.key for event in run.key_averages())
+
+for name in ("V1-llama", "V3-gpt_oss", "nanochat", "V22-esm"):
+    model, ids = CASES[name].build(), CASES[name].arguments()["input_ids"]
+    want = model(ids)[0]
+    assert not uses_ours(model, ids, want)
+    with kernels.use_kernel_mapping(kernel_mapping(model), inherit_mapping=False):
+        kernels.kernelize(model, device="cpu", mode=Mode.TRAINING | Mode.TORCH_COMPILE)
+    assert uses_ours(model, ids, want)
+    model(ids)[0].sum().backward()
+    kernels.kernelize(model, device="cpu", mode=Mode.INFERENCE)
+    assert not uses_ours(model, ids, want)
+    patch(model)
+    assert uses_ours(model, ids, want)
+    unpatch(model)
+    assert not uses_ours(model, ids, want)
+
+model, ids = CASES["V1-llama"].build(), CASES["V1-llama"].arguments()["input_ids"]
+want = model(ids)[0]
+kernels.register_kernel_mapping(kernel_mapping(model))
+model.set_use_kernels(True)
+assert uses_ours(model, ids, want)
+assert kernel_config(model).use_local_kernel
+print("done")
+"""
+
+
+def test_use_kernels():
+    """In a process of its own: the `kernels` package registers for good."""
+    pytest.importorskip("kernels", minversion="0.16")
+    code = KERNELS.format(folder=str(Path(__file__).parent))
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "done" in run.stdout, run.stderr
+
+
+def test_kernel_repository_says_what_it_is():
+    metadata = json.loads((coverage.HERE / "kernel_repository" / "metadata.json").read_text())
+    assert {"name", "id", "version", "license", "backend"} <= metadata.keys()
+
+
+# --- coverage -----------------------------------------------------------------------------------
+
+
+def test_documented_coverage_is_that_of_the_installed_version():
+    """docs/transformers.md: python -m fused_rope.compat.transformers > docs/transformers.md"""
+    page = DOCS.read_text()
+    version = re.search(r"transformers (\d+\.\d+\.\d+)", page)[1]
+    rows = coverage.rows()
+    assert not any("unknown" in row.form for row in rows)
+    if version != transformers.__version__:
+        pytest.skip(f"the page is that of transformers {version}")
+    assert coverage.page(rows) == page
