@@ -144,7 +144,7 @@ def patch(model: torch.nn.Module | None = None, *, precision: str = "model") -> 
     last `unpatch` restores it. Gradients, torch.compile and generate() work as before. At the first
     call the tables are looked at, once for a family (this waits for the device): where the half
     that the operator does not read differs from the one it reads, the model's own function takes
-    its place again, with a warning.
+    its place again, with a warning. (Compiled and captured calls cannot look: call once before.)
 
     DeepSeek's interleaved form permutes the lanes of q and k before it rotates them; ours leaves
     them where they are, so attention scores are equal up to the order of their sums, and keys in a
