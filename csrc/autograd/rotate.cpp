@@ -98,19 +98,17 @@ struct Rotate : public torch::autograd::Function<Rotate> {
   }
 };
 
-// One tensor in place. Two outputs of one Function could not be views of one packed tensor, so q
-// and k take one each.
+// One tensor that was rotated in place. Two outputs of one Function could not be views of one
+// packed tensor, so q and k take one each, after the launch that rotated both.
 struct RotateInPlace : public torch::autograd::Function<RotateInPlace> {
   static constexpr bool is_traceable = true;
 
-  // `lanes` are the rotated lanes of x as they were, where the table is trained.
+  // `lanes` are the rotated lanes of x as they were before, where the table is trained.
   static at::Tensor forward(AutogradContext* context, const at::Tensor& x, const at::Tensor& cos,
                             const at::Tensor& sin, const OptionalTensor& lanes,
                             const Arguments& a) {
     Saved::save(context, a, cos, sin, lanes.has_value() ? *lanes : at::Tensor());
     context->set_materialize_grads(false);
-    const at::AutoDispatchBelowADInplaceOrView below;
-    call_rotate_(a, x, cos, sin);
     context->mark_dirty({x});
     return x;
   }
@@ -208,6 +206,14 @@ void check_early(const Call& call) {
   check_in_place(call);
 }
 
+// What a trained table's gradient needs of x before it is overwritten. Cloned where autograd can
+// see it, so that this gradient can be differentiated by x.
+OptionalTensor lanes_before(const Arguments& a, const at::Tensor& x, const at::Tensor& cos,
+                            const at::Tensor& sin) {
+  if (!needs_grad(cos, sin)) return std::nullopt;
+  return rotated_lanes(a, x, cos).clone();
+}
+
 void rotate_(const Arguments& a, const at::Tensor& x, const at::Tensor& cos,
              const at::Tensor& sin) {
   const bool dual = has_tangent(x, cos, sin);
@@ -217,22 +223,34 @@ void rotate_(const Arguments& a, const at::Tensor& x, const at::Tensor& cos,
   }
   check_early({"rotate_", {&x, nullptr}, cos, sin, a});
   if (dual) return rotate_dual_(a, x, cos, sin);
-  // Cloned where autograd can see it, so that the table's gradient can be differentiated by x.
-  OptionalTensor lanes;
-  if (needs_grad(cos, sin)) lanes = rotated_lanes(a, x, cos).clone();
+  const OptionalTensor lanes = lanes_before(a, x, cos, sin);
+  {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    call_rotate_(a, x, cos, sin);
+  }
   RotateInPlace::apply(x, cos, sin, lanes, a);
 }
 
 void rotate_qk_(const Arguments& a, const at::Tensor& q, const at::Tensor& k, const at::Tensor& cos,
                 const at::Tensor& sin) {
-  if (!has_tangent(q, k, cos, sin) && !needs_grad(q, k, cos, sin)) {
+  const bool dual = has_tangent(q, k, cos, sin);
+  if (!dual && !needs_grad(q, k, cos, sin)) {
     const at::AutoDispatchBelowAutograd below;
     return call_rotate_qk_(a, q, k, cos, sin);
   }
-  // Two calls, but all checks of both come before the first one writes.
   check_early({"rotate_qk_", {&q, &k}, cos, sin, a});
-  rotate_(a, q, cos, sin);
-  rotate_(a, k, cos, sin);
+  if (dual) {
+    rotate_(a, q, cos, sin);
+    return rotate_(a, k, cos, sin);
+  }
+  const OptionalTensor q_lanes = lanes_before(a, q, cos, sin);
+  const OptionalTensor k_lanes = lanes_before(a, k, cos, sin);
+  {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    call_rotate_qk_(a, q, k, cos, sin);
+  }
+  RotateInPlace::apply(q, cos, sin, q_lanes, a);
+  RotateInPlace::apply(k, cos, sin, k_lanes, a);
 }
 
 template <typename... Tensors>

@@ -234,3 +234,16 @@ def test_memory_of_its_own_table_is_refused(which, device):
     with pytest.raises(RuntimeError, match=f"rotate_.*apart from {which}"):
         fused_rope.rotate_(x, **table)
     same(x, before)
+
+
+def test_a_bad_row_with_gradients_touches_neither(device):
+    """One launch for q and k, with gradients too: the message names the operator that was called."""
+    if device == "cuda":
+        pytest.skip("a device-side assertion there: test_cuda.py")
+    leaf = torch.randn(2, 3, 6, 16, requires_grad=True)
+    qkv = leaf * 1.0
+    before = qkv.detach().clone()
+    positions = torch.tensor([0, 9, 1])
+    with pytest.raises(IndexError, match=r"^rotate_qk_: .*got 9"):
+        fused_rope.rotate_qk_(qkv[:, :, :4], qkv[:, :, 4:], *angles(5, 8), positions=positions)
+    same(qkv.detach(), before)
