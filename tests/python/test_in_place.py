@@ -237,7 +237,7 @@ def test_memory_of_its_own_table_is_refused(which, device):
 
 
 def test_a_bad_row_with_gradients_touches_neither(device):
-    """One launch for q and k, with gradients too: the message names the operator that was called."""
+    """One launch for q and k, with gradients too: the message names the operator called."""
     if device == "cuda":
         pytest.skip("a device-side assertion there: test_cuda.py")
     leaf = torch.randn(2, 3, 6, 16, requires_grad=True)
