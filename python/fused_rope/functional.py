@@ -215,7 +215,7 @@ def rotate_qk_(
     inverse: bool = False,
     precision: str = "fp32",
 ) -> tuple[Tensor, Tensor]:
-    """Rotates q and k in place, in one launch where no gradient is needed, and returns them.
+    """Rotates q and k in place, in one launch, and returns them.
 
     Arguments and errors are those of `rotate_qk` and `rotate_`; q and k may be slices of one packed
     tensor, but must not overlap.
