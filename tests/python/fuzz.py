@@ -1,9 +1,13 @@
 """Random calls against the oracle: the exact bits, the error bound, no change where none is due.
 
-    python tests/python/fuzz.py --cases 100000 --seed 0 --device cpu --jobs 2
+    python tests/python/fuzz.py --cases 100000 --seed 0 --device cuda
 
 Each case is drawn from the seed and its own number alone. A failing one prints what it was and the
 command that repeats it.
+
+All memory of a case, its guards and what must come of it are drawn on the CPU and laid end to end
+with those of other cases, so that a GPU gets and returns many cases in one copy. The processes
+beside the one that owns the GPU do nothing but draw.
 """
 
 from __future__ import annotations
@@ -12,20 +16,29 @@ import argparse
 import os
 import random
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing import get_context
-from typing import Any
+from typing import Any, NamedTuple
 
 import fused_rope
+import numpy as np
 import torch
 from oracle import DTYPES, LAYOUTS, as_bshd, bits, error_over_bound, shape
 from torch import Tensor
 
 FORMS = ("rotate", "rotate_", "rotate_qk", "rotate_qk_", "out", "out_qk", "out_rows", "backward")
 GUARD = 16  # elements before and behind every tensor; whole vectors, so that alignment is drawn
+ALIGNMENT = 64  # elements, of every tensor's block of memory: more than any vector
 FAR = 8  # largest offset; tables have as many rows to spare
 INTEGERS = (torch.int32, torch.int64)
+LARGE_TOKENS = 8192  # of 32 heads of 128 lanes: more than the caches hold
+
+
+def is_large(index: int, device: str) -> bool:
+    """Whether the case is large enough for another kernel plan; it is then drawn on the device."""
+    return device == "cuda" and index % 400 == 399
 
 
 # --- memory ------------------------------------------------------------------------------------
@@ -55,30 +68,44 @@ def random_strides(rng: random.Random, sizes: Sequence[int], expand: bool) -> tu
     return strides, extent
 
 
+class View(NamedTuple):
+    """A tensor's place in the memory of its case; the offset in elements."""
+
+    dtype: torch.dtype
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+
 class Memory:
     """Tensors of random strides inside guard zones, and what all of that memory should hold."""
 
     def __init__(self, rng: random.Random, device: str) -> None:
-        self.rng, self.device = rng, device
-        self.generator = torch.Generator().manual_seed(rng.getrandbits(60))
-        self.blocks: list[tuple[Tensor, Tensor]] = []
+        self.rng = rng
+        self.generator = torch.Generator(device).manual_seed(rng.getrandbits(60))
+        self.blocks: dict[int, tuple[int, Tensor, Tensor]] = {}  # by address: start, now, then
+        self.bytes = 0
 
     def place(self, sizes: Sequence[int], expand: bool, fill: Callable[[int], Tensor]) -> Tensor:
         """A tensor in the middle of a block of memory with the values fill(elements)."""
         strides, extent = random_strides(self.rng, sizes, expand)
         offset = GUARD + self.rng.choice((0, 0, 0, 8, 1, 3))
-        block = fill(offset + extent + GUARD).to(self.device)
-        self.blocks.append((block, block.clone()))
+        block = fill(-(offset + extent + GUARD) // ALIGNMENT * -ALIGNMENT)
+        self.blocks[block.data_ptr()] = self.bytes, block, block.clone()
+        self.bytes += block.nbytes
         return block.as_strided(list(sizes), strides, offset)
 
     def floats(self, sizes: Sequence[int], dtype: torch.dtype, expand: bool = False) -> Tensor:
-        return self.place(
-            sizes, expand, lambda n: torch.randn(n, generator=self.generator).to(dtype)
-        )
+        def normal(n: int) -> Tensor:
+            device = self.generator.device
+            return torch.randn(n, generator=self.generator, device=device).to(dtype)
+
+        return self.place(sizes, expand, normal)
 
     def integers(self, values: Tensor, expand: bool = False) -> Tensor:
         """`values`; along an expanded dimension all are the first."""
-        t = self.place(values.shape, expand, lambda n: torch.full((n,), -7, dtype=values.dtype))
+        kind = {"dtype": values.dtype, "device": self.generator.device}
+        t = self.place(values.shape, expand, lambda n: torch.full((n,), -7, **kind))
         target = t
         for d, stride in enumerate(t.stride()):
             if stride == 0 and t.size(d) > 1:
@@ -87,23 +114,48 @@ class Memory:
         target.copy_(values)
         return t
 
-    def expect(self, t: Tensor, values: Tensor) -> None:
-        for block, wanted in self.blocks:
-            if block.untyped_storage().data_ptr() == t.untyped_storage().data_ptr():
-                wanted.as_strided(t.size(), t.stride(), t.storage_offset()).copy_(values)
+    def block(self, t: Tensor) -> tuple[int, Tensor, Tensor]:
+        return self.blocks[t.untyped_storage().data_ptr()]
 
-    def is_as_expected(self) -> bool:
-        return all(same_bits(block, wanted) for block, wanted in self.blocks)
+    def expect(self, t: Tensor, values: Tensor) -> None:
+        *_, wanted = self.block(t)
+        wanted.as_strided(t.size(), t.stride(), t.storage_offset()).copy_(values)
+
+    def view(self, t: Tensor) -> View:
+        offset = self.block(t)[0] // t.element_size() + t.storage_offset()
+        return View(t.dtype, tuple(t.shape), t.stride(), offset)
+
+    def joined(self) -> tuple[Tensor, Tensor]:
+        """All blocks end to end, in bytes: as they are, and as they should become."""
+        _, now, then = zip(*self.blocks.values(), strict=True)
+        return tuple(torch.cat([t.view(torch.uint8) for t in ts]) for ts in (now, then))
+
+
+def views(memory: Tensor) -> Callable[[View, int], Tensor]:
+    """Finds the tensors of a case in bytes where its memory begins at `start`."""
+    typed = {dtype: memory.view(dtype) for dtype in (*DTYPES, *INTEGERS)}
+    return lambda view, start: typed[view.dtype].as_strided(
+        view.size, view.stride, start // view.dtype.itemsize + view.offset
+    )
 
 
 def same_bits(x: Tensor, y: Tensor) -> bool:
-    if x.dtype.is_floating_point:
-        integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
-        x, y = x.contiguous().view(integer), y.contiguous().view(integer)
-    return torch.equal(x, y)
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    return torch.equal(x.contiguous().view(integer), y.contiguous().view(integer))
 
 
 # --- cases -------------------------------------------------------------------------------------
+
+
+class Call(NamedTuple):
+    """A case without its memory: what is called with which views, and where its results belong."""
+
+    form: str
+    inputs: list[View]
+    tables: list[View]
+    kw: dict[str, Any]
+    gradients: list[View]
+    results: list[View]
 
 
 class Case:
@@ -111,8 +163,8 @@ class Case:
 
     def __init__(self, seed: int, index: int, device: str) -> None:
         self.rng = rng = random.Random(f"{seed}/{index}")
-        self.memory = Memory(rng, device)
-        self.device = device
+        large = is_large(index, device)
+        self.memory = Memory(rng, device if large else "cpu")
         self.form = rng.choice(FORMS)
         self.pair = self.form in ("rotate_qk", "rotate_qk_", "out_qk", "out_rows", "backward")
         self.dtype = rng.choice(DTYPES)
@@ -121,9 +173,9 @@ class Case:
         self.B = 1 if self.layout == "thd" else rng.choice((1, 2, 3, rng.randint(0, 4)))
         self.S = rng.choice((1, 2, 5, 7, rng.randint(0, 13)))
         self.H = [rng.choice((1, 2, 4, rng.randint(0, 9))) for _ in range(2 if self.pair else 1)]
-        if device == "cuda" and rng.random() < 1 / 400:  # more than the cache holds
-            self.B, self.S, self.D = (1 if self.layout == "thd" else 4), 4096, 128
-            self.H = [32, 8][: len(self.H)]
+        if large:
+            self.B = 1 if self.layout == "thd" else 4
+            self.S, self.D, self.H = LARGE_TOKENS // self.B, 128, [32, 8][: len(self.H)]
         self.span()
         self.tables()
         if self.cos.dim() == 2:
@@ -176,8 +228,9 @@ class Case:
             kw["axes"] = [rng.randrange(A) for _ in range(self.P)]
             sizes = (A, *sizes)
         low, high = max(0, -shift), self.cos.shape[0] - max(0, shift)
-        values = torch.randint(low, max(high, low + 1), sizes, generator=self.memory.generator)
-        skipped = torch.rand(sizes, generator=self.memory.generator)
+        generator = torch.Generator().manual_seed(rng.getrandbits(60))
+        values = torch.randint(low, max(high, low + 1), sizes, generator=generator)
+        skipped = torch.rand(sizes, generator=generator)
         values[skipped < rng.choice((0, 0.1, 0.6))] = -1
         kw["positions"] = self.memory.integers(values.to(rng.choice(INTEGERS)), expand=True)
 
@@ -196,9 +249,6 @@ class Case:
         starts = [0, self.H[0]]
         return [packed.narrow(heads, n, H) for n, H in zip(starts, self.H, strict=False)]
 
-    def outputs(self, inputs: list[Tensor]) -> list[Tensor]:
-        return [self.memory.floats(x.shape, self.dtype) for x in inputs]
-
     def __str__(self) -> str:
         def text(value: Any) -> str:
             if isinstance(value, Tensor):
@@ -212,90 +262,198 @@ class Case:
 
     # --- what is called, and what must come of it ------------------------------------------------
 
-    def run(self) -> list[str]:
-        """What is wrong; nothing, if all is well."""
+    def call(self) -> Call:
+        """What to call; the memory then expects the results. Raises if they miss the bound."""
         in_place = self.form.endswith("_")
         inputs = self.inputs(expand=not (in_place or "out" in self.form))
-        want = [bits(x, self.cos, self.sin, **self.kw) for x in inputs]
-        copies = [x.clone() for x in inputs]
-        if self.form == "backward":
-            got, want = self.backward(inputs)
-        elif self.form == "out_rows":
-            got, want = self.out_rows(inputs, want)
-        else:
-            got = self.forward(inputs, want)
-        faults = []
-        for i, (g, w) in enumerate(zip(got, want, strict=True)):
-            if g.shape != w.shape or g.dtype != w.dtype or not same_bits(g, w):
-                faults.append(f"tensor {i} differs from the prescribed bits")
-        if (
-            not faults
-            and self.kw["precision"] == "fp32"
-            and self.form not in ("backward", "out_rows")
-        ):
-            kw = {n: v for n, v in self.kw.items() if n != "precision"}
-            for g, x in zip(got, copies, strict=True):
-                error = error_over_bound(g, x, self.cos, self.sin, **kw)
-                if error > 1:
-                    faults.append(f"error is {error:.3g} times the bound")
-        if not self.memory.is_as_expected():
-            faults.append("memory was changed that should not be")
-        return faults
+        gradients = self.gradients(inputs) if self.form == "backward" else []
+        kw = self.kw | {"inverse": self.kw["inverse"] != (self.form == "backward")}
+        want = [bits(x, self.cos, self.sin, **kw) for x in gradients or inputs]
+        if self.kw["precision"] == "fp32":
+            self.check_bound(gradients or inputs, want, kw)
+        to_cache = self.form == "out_rows"
+        dense = want[:1] if to_cache else want
+        results = inputs if in_place else [self.memory.floats(w.shape, w.dtype) for w in dense]
+        if to_cache:
+            cache, want[1] = self.cache(want[1])
+            results.append(cache)
+        for t, w in zip(results, want, strict=True):
+            self.memory.expect(t, w)
+        view = self.memory.view
+        return Call(
+            self.form,
+            [view(x) for x in inputs],
+            [view(t) for t in (self.cos, self.sin)],
+            {n: view(v) if isinstance(v, Tensor) else v for n, v in self.kw.items()},
+            [view(g) for g in gradients],
+            [view(t) for t in results],
+        )
 
-    def forward(self, inputs: list[Tensor], want: list[Tensor]) -> list[Tensor]:
-        function = getattr(fused_rope, "rotate_qk" if self.pair else "rotate")
-        if self.form.endswith("_"):
-            function = getattr(fused_rope, self.form)
-            for x, w in zip(inputs, want, strict=True):
-                self.memory.expect(x, w)
-        kw = self.kw
-        if self.form.startswith("out"):
-            out = self.outputs(inputs)
-            for o, w in zip(out, want, strict=True):
-                self.memory.expect(o, w)
-            kw = kw | {"out": tuple(out) if self.pair else out[0]}
-        got = function(*inputs, self.cos, self.sin, **kw)
-        return list(got) if self.pair else [got]
+    def gradients(self, inputs: list[Tensor]) -> list[Tensor]:
+        return [self.memory.floats(x.shape, self.dtype, expand=True) for x in inputs]
 
-    def out_rows(
-        self, inputs: list[Tensor], want: list[Tensor]
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    def check_bound(self, inputs: list[Tensor], want: list[Tensor], kw: dict[str, Any]) -> None:
+        kw = {n: v for n, v in kw.items() if n != "precision"}
+        for x, w in zip(inputs, want, strict=True):
+            error = error_over_bound(w, x, self.cos, self.sin, **kw)
+            if error > 1:
+                raise AssertionError(f"the prescribed bits are {error:.3g} times the bound off")
+
+    def cache(self, k: Tensor) -> tuple[Tensor, Tensor]:
+        """A cache, with `out_rows` for the rows of k in it, and what it is to hold then."""
         rng, tokens = self.rng, self.B * self.S
         rows = tokens + rng.randint(0, 5)
         slots = torch.tensor(rng.sample(range(rows), tokens), dtype=rng.choice(INTEGERS))
-        slots[torch.rand(tokens, generator=self.memory.generator) < 0.2] = -1
+        slots[[rng.random() < 0.2 for _ in range(tokens)]] = -1
         one = self.layout == "thd" and rng.random() < 0.5
         slots = self.memory.integers(slots.view((tokens,) if one else (self.B, self.S)))
-        q_out = self.outputs(inputs[:1])[0]
+        self.kw["out_rows"] = slots
         cache = self.memory.floats((rows, self.H[1], self.D), self.dtype)
-        self.memory.expect(q_out, want[0])
-        kept, cached = slots.flatten() >= 0, cache.clone()
-        rotated = as_bshd(want[1], self.layout).reshape(tokens, self.H[1], self.D)
-        cached[slots.flatten()[kept].long()] = rotated[kept]
-        self.memory.expect(cache, cached)
-        out = (q_out, cache)
-        got = fused_rope.rotate_qk(*inputs, self.cos, self.sin, out=out, out_rows=slots, **self.kw)
-        return list(got), [want[0], cached]
-
-    def backward(self, inputs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        leaves = [x.detach().requires_grad_() for x in inputs]
-        gradients = [self.memory.floats(x.shape, self.dtype, expand=True) for x in inputs]
-        out = fused_rope.rotate_qk(*leaves, self.cos, self.sin, **self.kw)
-        got = torch.autograd.grad(out, leaves, gradients)
-        kw = self.kw | {"inverse": not self.kw["inverse"]}
-        return list(got), [bits(g, self.cos, self.sin, **kw) for g in gradients]
+        kept, want = slots.flatten() >= 0, cache.clone()
+        rotated = as_bshd(k, self.layout).reshape(tokens, self.H[1], self.D)
+        want[slots.flatten()[kept].long()] = rotated[kept]
+        return cache, want
 
 
-def failure(seed: int, index: int, device: str) -> str | None:
-    """What case `index` is and what is wrong with it, if anything is."""
-    case: Case | None = None
+# --- drawing and calling -----------------------------------------------------------------------
+
+
+class Drawn(NamedTuple):
+    """One case: where its memory lies in that of its chunk, and its call, or what came instead."""
+
+    index: int
+    start: int
+    end: int
+    call: Call | None
+    error: str | None
+
+
+class Chunk(NamedTuple):
+    """Some cases and all of their memory: as it is, and as it should become."""
+
+    now: np.ndarray
+    then: np.ndarray
+    cases: list[Drawn]
+
+
+def draw(seed: int, first: int, last: int, device: str) -> Chunk:
+    """The cases of a chunk; of a large one only its number."""
+    edge = torch.zeros(8 * GUARD, dtype=torch.uint8)
+    now, then, cases, end = [edge], [edge], [], edge.nbytes
+    for index in range(first, last):
+        start, call, error = end, None, None
+        if not is_large(index, device):
+            try:
+                case = Case(seed, index, device)
+                call = case.call()
+                for whole, part in zip((now, then), case.memory.joined(), strict=True):
+                    whole.append(part)
+                end += case.memory.bytes
+            except Exception as raised:
+                call, error = None, f"{type(raised).__name__}: {raised}"
+        cases.append(Drawn(index, start, end, call, error))
+    return Chunk(torch.cat(now).numpy(), torch.cat(then).numpy(), cases)
+
+
+def perform(call: Call, find: Callable[[View], Tensor]) -> str | None:
+    """Calls the operator and puts its results where they belong; what is wrong with them."""
+    inputs, tables, gradients = (
+        [find(v) for v in views] for views in (call.inputs, call.tables, call.gradients)
+    )
+    kw = {n: find(v) if isinstance(v, View) else v for n, v in call.kw.items()}
+    in_place, out = call.form.endswith("_"), call.form.startswith("out")
+    results = inputs if in_place else [find(v) for v in call.results]
+    if out:
+        kw["out"] = tuple(results) if len(results) > 1 else results[0]
+    if gradients:
+        inputs = [x.detach().requires_grad_() for x in inputs]
+    name = "rotate" if len(inputs) == 1 else "rotate_qk"
+    got = getattr(fused_rope, name + "_" * in_place)(*inputs, *tables, **kw)
+    got = list(got) if len(inputs) > 1 else [got]
+    if gradients:
+        got = torch.autograd.grad(got, inputs, gradients)
+    for i, (g, t) in enumerate(zip(got, results, strict=True)):
+        if in_place or out:
+            if g is not t:
+                return f"tensor {i} is not the one that was given"
+        elif (g.shape, g.dtype, g.device) != (t.shape, t.dtype, t.device):
+            return f"tensor {i} is {g.dtype} {list(g.shape)} on {g.device}"
+        else:
+            t.copy_(g)
+    return None
+
+
+def compare(case: Drawn, got: Tensor, want: Tensor) -> list[str]:
+    """What is wrong in the memory of a case."""
+    mine = slice(case.start, case.end)
+    if case.call is None or torch.equal(got[mine], want[mine]):
+        return []
+    find_got, find_want = views(got), views(want)
+    faults = []
+    for i, view in enumerate(case.call.results):
+        g, w = find_got(view, case.start), find_want(view, case.start)
+        if not same_bits(g, w):
+            faults.append(f"tensor {i} differs from the prescribed bits")
+            g.copy_(w)
+    if not torch.equal(got[mine], want[mine]):
+        faults.append("memory was changed that should not be")
+    return faults
+
+
+def run_drawn(seed: int, chunk: Chunk, device: str) -> list[str]:
+    """Makes the calls of a chunk on the device; returns what failed."""
+    host, want = torch.from_numpy(chunk.now), torch.from_numpy(chunk.then)
+    if device == "cuda":
+        host = host.pin_memory()
+    memory = host.to(device, non_blocking=True)
+    find = views(memory)
+    errors = {case.index: attempt(case, find) for case in chunk.cases}
+    host.copy_(memory, non_blocking=True)
+    if device == "cuda":
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:  # nothing more can be had of this device
+            cases = f"cases {chunk.cases[0].index} to {chunk.cases[-1].index}"
+            hint = "with CUDA_LAUNCH_BLOCKING=1 the first to fail is the one"
+            failed = [report(seed, i, device, [e]) for i, e in errors.items() if e]
+            raise RuntimeError("\n".join([f"one of {cases}; {hint}", *failed[:1]])) from error
+    faults = {i: [error] for i, error in errors.items() if error}
+    if not torch.equal(host, want):
+        for case in chunk.cases:
+            faults.setdefault(case.index, compare(case, host, want))
+    for case in chunk.cases:
+        if is_large(case.index, device):
+            faults[case.index] = run_large(seed, case.index, device)
+    return [report(seed, i, device, found) for i, found in faults.items() if found]
+
+
+def attempt(case: Drawn, find: Callable[[View, int], Tensor]) -> str | None:
+    if case.call is None:
+        return case.error
+    try:
+        return perform(case.call, lambda view: find(view, case.start))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def run_large(seed: int, index: int, device: str) -> list[str]:
+    """Draws, calls and compares one case on the device itself."""
     try:
         case = Case(seed, index, device)
-        faults = case.run()
+        call = case.call()
+        drawn = Drawn(index, 0, case.memory.bytes, call, None)
+        now, then = case.memory.joined()
     except Exception as error:
-        faults = [f"{type(error).__name__}: {error}"]
-    if not faults:
-        return None
+        return [f"{type(error).__name__}: {error}"]
+    error = attempt(drawn, views(now))
+    return [error] if error else compare(drawn, now, then)
+
+
+def report(seed: int, index: int, device: str, faults: list[str]) -> str:
+    try:
+        case = str(Case(seed, index, device))
+    except Exception as error:
+        case = f"cannot be drawn, {error}"
     again = f"python tests/python/fuzz.py --seed {seed} --only {index} --device {device}"
     return "\n".join([f"case {index}: {case}", *(f"  ! {f}" for f in faults), f"  {again}"])
 
@@ -304,8 +462,8 @@ def failure(seed: int, index: int, device: str) -> str | None:
 
 
 def run_chunk(seed: int, first: int, last: int, device: str) -> list[str]:
-    torch.set_num_threads(1)
-    return [f for i in range(first, last) if (f := failure(seed, i, device)) is not None]
+    """Draws and calls cases `first` to `last - 1`; returns what failed."""
+    return run_drawn(seed, draw(seed, first, last, device), device)
 
 
 def chunks(cases: int, size: int = 200) -> Iterator[tuple[int, int]]:
@@ -313,29 +471,41 @@ def chunks(cases: int, size: int = 200) -> Iterator[tuple[int, int]]:
         yield first, min(first + size, cases)
 
 
-def run(cases: int, seed: int, device: str, jobs: int) -> list[str]:
-    """Runs cases 0 to cases - 1 with a progress bar; returns the failures."""
+def spread(jobs: int, function: Callable[..., Any], work: list[tuple[Any, ...]]) -> Iterator[Any]:
+    """The function's results in order, from `jobs` processes that run a little ahead."""
+    pending: deque[Future[Any]] = deque()
+    context = get_context("spawn")
+    with ProcessPoolExecutor(jobs, context, torch.set_num_threads, (1,)) as pool:
+        for arguments in work:
+            pending.append(pool.submit(function, *arguments))
+            if len(pending) > 2 * jobs:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+def run(cases: int, seed: int, device: str, jobs: int, one_caller: bool) -> list[str]:
+    """Runs cases 0 to cases - 1 with a progress bar; returns what failed.
+
+    With `one_caller` all calls are made by this process, and the others only draw.
+    """
     from tqdm import tqdm
 
     failures: list[str] = []
     work = [(seed, first, last, device) for first, last in chunks(cases)]
+    if jobs == 1:
+        results = (run_chunk(*arguments) for arguments in work)
+    elif one_caller:
+        results = (run_drawn(seed, chunk, device) for chunk in spread(jobs, draw, work))
+    else:
+        results = spread(jobs, run_chunk, work)
     with tqdm(total=cases, unit=" cases", unit_scale=True) as bar:
-
-        def note(found: list[str], done: int) -> None:
+        for (_, first, last, _), found in zip(work, results, strict=True):
             failures.extend(found)
             for text in found[:3]:
                 bar.write(text)
-            bar.update(done)
+            bar.update(last - first)
             bar.set_postfix(failures=len(failures))
-
-        if jobs == 1:
-            for arguments in work:
-                note(run_chunk(*arguments), arguments[2] - arguments[1])
-        else:
-            with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-                results = pool.map(run_chunk, *zip(*work, strict=True))
-                for arguments, found in zip(work, results, strict=True):
-                    note(found, arguments[2] - arguments[1])
     return failures
 
 
@@ -346,15 +516,17 @@ def main() -> int:
     parser.add_argument("--only", type=int, help="the number of a single case")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=device)
-    parser.add_argument("--jobs", type=int, help="processes; one for each CPU, one for a GPU")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     options = parser.parse_args()
+    seed, device = options.seed, options.device
+    torch.set_num_threads(1)
     if options.only is not None:
-        text = failure(options.seed, options.only, options.device)
-        print(text or f"case {options.only} is right:\n{Case(options.seed, options.only, 'cpu')}")
-        return int(text is not None)
-    jobs = options.jobs or (1 if options.device == "cuda" else os.cpu_count() or 1)
-    failures = run(options.cases, options.seed, options.device, jobs)
-    print(f"{options.cases} cases, seed {options.seed}, {options.device}: {len(failures)} failures")
+        failures = run_chunk(seed, options.only, options.only + 1, device)
+        text = f"case {options.only} is right:\n{Case(seed, options.only, device)}"
+        print(failures[0] if failures else text)
+        return int(bool(failures))
+    failures = run(options.cases, seed, device, options.jobs, one_caller=device == "cuda")
+    print(f"{options.cases} cases, seed {seed}, {device}: {len(failures)} failures")
     return int(bool(failures))
 
 
