@@ -15,16 +15,31 @@ extern template cudaError_t launch_elements<BFloat16>(const RotateParams&, const
 extern template cudaError_t launch_elements<float>(const RotateParams&, const Plan&, cudaStream_t);
 extern template cudaError_t launch_elements<double>(const RotateParams&, const Plan&, cudaStream_t);
 
-cudaError_t device_facts(DeviceFacts* facts) {
-  int device = 0;
-  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+static cudaError_t read_facts(int device, DeviceFacts* facts) {
   int l2_bytes = 0;
-  const cudaError_t error = cudaDeviceGetAttribute(&l2_bytes, cudaDevAttrL2CacheSize, device);
-  facts->l2_bytes = l2_bytes;
+  int multiprocessors = 0;
+  cudaError_t error = cudaDeviceGetAttribute(&l2_bytes, cudaDevAttrL2CacheSize, device);
+  if (error != cudaSuccess) return error;
+  error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  *facts = {l2_bytes, multiprocessors};
   return error;
 }
 
-// FUSED_ROPE_PLAN="shuffle=1 heads=2 threads=128 streaming=0", for experiments; read once.
+// Of the current device; asked of the driver once for each thread and device.
+static cudaError_t device_facts(DeviceFacts* facts) {
+  thread_local int known_device = -1;
+  thread_local DeviceFacts known;
+  int device = 0;
+  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+  if (device != known_device) {
+    if (const cudaError_t error = read_facts(device, &known); error != cudaSuccess) return error;
+    known_device = device;
+  }
+  *facts = known;
+  return cudaSuccess;
+}
+
+// FUSED_ROPE_PLAN="heads=2 threads=128", for experiments; read once.
 static PlanOverrides read_overrides() {
   PlanOverrides overrides;
   const char* text = std::getenv("FUSED_ROPE_PLAN");
@@ -33,10 +48,8 @@ static PlanOverrides read_overrides() {
     const size_t equals = word.find('=');
     const std::string name = word.substr(0, equals);
     const int value = equals == std::string::npos ? -1 : std::atoi(word.c_str() + equals + 1);
-    if (name == "shuffle") overrides.shuffle = value;
     if (name == "heads") overrides.heads = value;
     if (name == "threads") overrides.threads = value;
-    if (name == "streaming") overrides.streaming = value;
   }
   return overrides;
 }

@@ -16,8 +16,8 @@ __extension__ using Exact = __int128;
 // 16-byte aligned, never read.
 alignas(16) std::byte memory[64];
 
-constexpr DeviceFacts kSmallCache = {0};              // everything is larger
-constexpr DeviceFacts kLargeCache = {INT64_MAX / 2};  // nothing is
+constexpr DeviceFacts kSmallCache = {0, 132};              // everything is larger
+constexpr DeviceFacts kLargeCache = {INT64_MAX / 2, 132};  // nothing is
 
 Strides bshd(int64_t S, int64_t H, int64_t D) { return {S * H * D, H * D, D, 1}; }
 Strides bhsd(int64_t S, int64_t H, int64_t D) { return {H * S * D, D, S * D, 1}; }
@@ -196,54 +196,70 @@ TEST(VectorTables, FitTheirMemory) {
   EXPECT_FALSE(fits([](RotateParams& p) { p.cos = {memory, 0, 0, 16, 2, 1}; })) << "per head";
 }
 
-// The arrangements that experiments may ask for: pairs, or shuffles where the lanes allow them.
-constexpr PlanOverrides kArrangements[] = {{.shuffle = 0}, {.shuffle = 1}};
-
 TEST(Arrangement, IsAdjacentForInterleavedVectors) {
-  for (const PlanOverrides& overrides : kArrangements) {
-    RotateParams p = call(1, 1, 2, 64, 64);
-    p.lanes.distance = 1;
-    EXPECT_EQ(make_plan(p, kLargeCache, overrides).arrangement, Arrangement::kAdjacent);
-    p.tensors[0].in = memory + 2;
-    EXPECT_EQ(make_plan(p, kLargeCache, overrides).arrangement, Arrangement::kPair);
-  }
+  RotateParams p = call(1, 1, 2, 64, 64);
+  EXPECT_EQ(make_plan(p, kLargeCache).arrangement, Arrangement::kPair);
+  p.lanes.distance = 1;
+  EXPECT_EQ(make_plan(p, kLargeCache).arrangement, Arrangement::kAdjacent);
+  p.tensors[0].in = memory + 2;
+  EXPECT_EQ(make_plan(p, kLargeCache).arrangement, Arrangement::kPair) << "of single lanes";
 }
 
-TEST(Arrangement, ShufflesWithinWarpsOnly) {
-  const auto chosen = [](int64_t D, int64_t R, int64_t blocks) {
-    RotateParams p = call(2, 64, 4, D, R);
-    p.lanes.distance = R / 2 / blocks;
-    return make_plan(p, kSmallCache, {.shuffle = 1}).arrangement;
+TEST(PlanOfRows, LooksUpOnlyWhatIsInMemory) {
+  const auto rows = [](auto change) {
+    RotateParams p = call(2, 3, 4, 64, 64);
+    change(p);
+    return make_plan(p, kLargeCache).rows;
   };
-  EXPECT_EQ(chosen(64, 64, 1), Arrangement::kShuffle);
-  EXPECT_EQ(chosen(128, 128, 1), Arrangement::kShuffle);
-  EXPECT_EQ(chosen(128, 128, 2), Arrangement::kShuffle);
-  EXPECT_EQ(chosen(128, 64, 1), Arrangement::kShuffle);
-  EXPECT_EQ(chosen(256, 256, 1), Arrangement::kShuffle);
-  EXPECT_EQ(chosen(96, 96, 1), Arrangement::kPair) << "6 vectors in a half";
-  EXPECT_EQ(chosen(80, 80, 1), Arrangement::kPair) << "5 vectors in a half";
-  EXPECT_EQ(chosen(512, 512, 1), Arrangement::kPair) << "a head is two warps";
-  EXPECT_EQ(chosen(72, 64, 1), Arrangement::kPair) << "9 vectors in a head";
+  const IndexParams numbers = {memory, true};
+  const int64_t axes[32] = {};
+  EXPECT_EQ(rows([](RotateParams&) {}), Rows::kLinear);
+  EXPECT_EQ(rows([](RotateParams& p) { p.rows.offset = 7; }), Rows::kLinear);
+  EXPECT_EQ(rows([](RotateParams& p) { p.rows.gathered = true; }), Rows::kLinear);
+  EXPECT_EQ(rows([&](RotateParams& p) { p.rows.positions = numbers; }), Rows::kLookup);
+  EXPECT_EQ(rows([&](RotateParams& p) { p.rows.offsets = numbers; }), Rows::kLookup);
+  EXPECT_EQ(rows([&](RotateParams& p) { p.rows.cu_seqlens = numbers; }), Rows::kLookup);
+  EXPECT_EQ(rows([&](RotateParams& p) { p.rows.out_rows = numbers; }), Rows::kLookup);
+  EXPECT_EQ(rows([&](RotateParams& p) {
+              p.rows.positions = numbers;
+              p.axes = axes;
+            }),
+            Rows::kAxes);
 }
 
 TEST(Plan, FollowsOverridesWithinReason) {
   RotateParams p = call(2, 3, 4, 64, 64);
-  EXPECT_EQ(make_plan(p, kLargeCache, {.heads = 4}).heads_per_thread, 4);
+  EXPECT_EQ(make_plan(p, kLargeCache, {.heads = 2}).heads_per_thread, 2);
+  EXPECT_EQ(make_plan(p, kLargeCache, {.heads = 4}).heads_per_thread, kMaxHeads);
   EXPECT_EQ(make_plan(p, kLargeCache, {.heads = 0}).heads_per_thread, 1);
   EXPECT_EQ(make_plan(p, kLargeCache, {.threads = 64}).threads, 64);
   EXPECT_EQ(make_plan(p, kLargeCache, {.threads = 0}).threads, kWarp);
   EXPECT_EQ(make_plan(p, kLargeCache, {.threads = 4096}).threads, kMaxThreads);
-  EXPECT_TRUE(make_plan(p, kLargeCache, {.streaming = 1}).streaming);
-  EXPECT_FALSE(make_plan(p, kSmallCache, {.streaming = 0}).streaming);
   p.per_head = true;
-  EXPECT_EQ(make_plan(p, kLargeCache, {.heads = 4}).heads_per_thread, 1) << "rows differ";
+  EXPECT_EQ(make_plan(p, kLargeCache, {.heads = 2}).heads_per_thread, 1) << "rows differ";
+  p.per_head = false;
+  p.tensors[0].in = memory + 2;
+  EXPECT_EQ(make_plan(p, kLargeCache, {.heads = 2}).heads_per_thread, 1) << "of single lanes";
 }
 
-TEST(Plan, StreamsWhatExceedsTheCache) {
-  const RotateParams p = call(2, 64, 4, 64, 64);
+TEST(Plan, SharesLookUpsWhereThreadsAbound) {
+  RotateParams p = call(2, 64, 4, 64, 64);
   const int64_t bytes = 2 * 64 * 4 * 64 * 2;
-  EXPECT_FALSE(make_plan(p, {bytes}).streaming);
-  EXPECT_TRUE(make_plan(p, {bytes - 1}).streaming);
+  EXPECT_EQ(make_plan(p, {bytes - 1, 132}).heads_per_thread, 1) << "nothing to share";
+  p.rows.positions = {memory, true};
+  EXPECT_EQ(make_plan(p, {bytes - 1, 132}).heads_per_thread, 2);
+  EXPECT_EQ(make_plan(p, {bytes, 132}).heads_per_thread, 1);
+}
+
+TEST(Plan, HasLargerBlocksWhereAllRunAtOnce) {
+  const auto threads = [](int64_t S) {
+    return make_plan(call(1, S, 8, 128, 128), kLargeCache).threads;  // 64 threads for a token
+  };
+  EXPECT_EQ(threads(1), 128) << "less than a block for each multiprocessor";
+  EXPECT_EQ(threads(2 * 132), 128);
+  EXPECT_EQ(threads(3 * 132), 256);
+  EXPECT_EQ(threads(24 * 132), 256);
+  EXPECT_EQ(threads(25 * 132), 128) << "more than fit";
 }
 
 struct OrderCase {
@@ -302,9 +318,9 @@ class HeadCoverage : public ::testing::TestWithParam<HeadCase> {
     return p;
   }
 
-  // The lanes that the plan's units touch, as Arrangement describes them: unit after unit takes the
-  // next vector of first members and its partners, or the next vector of the span; after them come
-  // the vectors outside the span.
+  // The lanes that the plan's units touch: each takes a vector of first members and its partners,
+  // or two vectors of the span as far apart as there are units; after them come as many as copy two
+  // vectors outside the span each.
   static std::vector<int> touched(const RotateParams& p, const Plan& plan) {
     std::vector<int> count(p.D);
     const auto take = [&](int64_t lane) {
@@ -314,18 +330,22 @@ class HeadCoverage : public ::testing::TestWithParam<HeadCase> {
       if (plan.arrangement == Arrangement::kPair) {
         take(p.lanes.first(unit * plan.vector));
         take(p.lanes.first(unit * plan.vector) + p.lanes.distance);
-      } else {
-        take(p.lanes.offset + unit * plan.vector);
       }
     }
-    std::vector<int64_t> outside;
-    for (int64_t lane = 0; lane < p.D && !p.in_place; lane += plan.vector) {
-      if (lane < p.lanes.offset || lane >= p.lanes.end()) outside.push_back(lane);
+    const auto take_two = [&](int64_t units, const std::vector<int64_t>& vectors) {
+      EXPECT_EQ(units, (static_cast<int64_t>(vectors.size()) + 1) / 2);
+      for (int64_t unit = 0; unit < units; ++unit) {
+        take(vectors[unit]);
+        if (unit + units < static_cast<int64_t>(vectors.size())) take(vectors[unit + units]);
+      }
+    };
+    std::vector<int64_t> inside, outside;
+    for (int64_t lane = 0; lane < p.D; lane += plan.vector) {
+      const bool rotated = lane >= p.lanes.offset && lane < p.lanes.end();
+      if (rotated || !p.in_place) (rotated ? inside : outside).push_back(lane);
     }
-    const size_t vectors = plan.arrangement == Arrangement::kPair ? 2 : 1;
-    const size_t copying_units = plan.units - plan.rotating_units;
-    EXPECT_EQ(copying_units, (outside.size() + vectors - 1) / vectors);
-    for (const int64_t lane : outside) take(lane);
+    if (plan.arrangement == Arrangement::kAdjacent) take_two(plan.rotating_units, inside);
+    take_two(plan.units - plan.rotating_units, outside);
     return count;
   }
 };
@@ -333,45 +353,33 @@ class HeadCoverage : public ::testing::TestWithParam<HeadCase> {
 TEST_P(HeadCoverage, TouchesEveryLaneOnce) {
   for (const DType dtype : {DType::kBFloat16, DType::kFloat32, DType::kFloat64}) {
     for (const bool aligned : {true, false}) {
-      for (const PlanOverrides& overrides : kArrangements) {
-        const RotateParams p = params(dtype, aligned);
-        const Plan plan = make_plan(p, kLargeCache, overrides);
-        SCOPED_TRACE(::testing::Message() << "size " << size_of(dtype) << " vector " << plan.vector
-                                          << " arrangement " << static_cast<int>(plan.arrangement));
-        EXPECT_TRUE(aligned || plan.vector == 1);
-        const std::vector<int> count = touched(p, plan);
-        for (int64_t lane = 0; lane < p.D; ++lane) {
-          const bool rotated = lane >= p.lanes.offset && lane < p.lanes.end();
-          ASSERT_EQ(count[lane], rotated || !p.in_place) << "lane " << lane;
-        }
+      const RotateParams p = params(dtype, aligned);
+      const Plan plan = make_plan(p, kLargeCache);
+      SCOPED_TRACE(::testing::Message() << "size " << size_of(dtype) << " vector " << plan.vector);
+      EXPECT_TRUE(aligned || plan.vector == 1);
+      const std::vector<int> count = touched(p, plan);
+      for (int64_t lane = 0; lane < p.D; ++lane) {
+        const bool rotated = lane >= p.lanes.offset && lane < p.lanes.end();
+        ASSERT_EQ(count[lane], rotated || !p.in_place) << "lane " << lane;
       }
     }
   }
 }
 
-// The vectors of a thread hold whole pairs, lie in one span, and find their partners inside the
-// warp.
-TEST_P(HeadCoverage, KeepsPairsWithinReach) {
+// The vectors of a thread hold whole pairs and lie in one span.
+TEST_P(HeadCoverage, KeepsPairsTogether) {
   for (const DType dtype : {DType::kBFloat16, DType::kFloat32, DType::kFloat64}) {
-    for (const PlanOverrides& overrides : kArrangements) {
-      const RotateParams p = params(dtype, true);
-      const Plan plan = make_plan(p, kLargeCache, overrides);
-      EXPECT_EQ(plan.threads % kWarp, 0);
-      EXPECT_LE(plan.threads, kMaxThreads);
-      if (plan.vector == 1) continue;
-      EXPECT_EQ(p.lanes.offset % plan.vector, 0);
-      if (plan.arrangement == Arrangement::kAdjacent) {
-        EXPECT_EQ(plan.vector % 2, 0);
-        EXPECT_EQ(p.lanes.distance, 1);
-        continue;
-      }
+    const RotateParams p = params(dtype, true);
+    const Plan plan = make_plan(p, kLargeCache);
+    EXPECT_EQ(plan.threads % kWarp, 0);
+    EXPECT_LE(plan.threads, kMaxThreads);
+    if (plan.vector == 1) continue;
+    EXPECT_EQ(p.lanes.offset % plan.vector, 0);
+    if (plan.arrangement == Arrangement::kAdjacent) {
+      EXPECT_EQ(plan.vector % 2, 0);
+      EXPECT_EQ(p.lanes.distance, 1);
+    } else {
       EXPECT_EQ(p.lanes.distance % plan.vector, 0);
-      if (plan.arrangement == Arrangement::kPair) continue;
-      const int64_t group = 2 * p.lanes.distance / plan.vector;
-      EXPECT_TRUE(is_power_of_two(group)) << group;
-      EXPECT_EQ(kWarp % group, 0) << group;
-      EXPECT_EQ(plan.units % group, 0) << "heads start anywhere in a group of " << group;
-      EXPECT_EQ(plan.rotating_units % group, 0);
     }
   }
 }
@@ -405,18 +413,18 @@ TEST(Plan, CountsTheHeadsOfBothTensors) {
   EXPECT_EQ(total_heads(p), 7);
 }
 
-// A tensor with these strides of input and output.
-TensorParams tensor(const Strides& in, const Strides& out) {
-  return {memory, memory, in, out, 1, false};
-}
-
 constexpr Strides kShort = {64, 64, 64, 1};
 
-std::vector<Box> boxes_of(const Box& whole, int64_t units,
-                          const TensorParams& t = tensor(kShort, kShort)) {
+std::vector<Box> boxes_of(const RotateParams& p, const Box& whole, int units) {
+  Plan plan = make_plan(p, kLargeCache);
+  plan.units = units;
   std::vector<Box> boxes;
-  for_each_box(t, whole, units, [&](const Box& box) { boxes.push_back(box); });
+  for_each_box(p, p.tensors[0], plan, whole, [&](const Box& box) { boxes.push_back(box); });
   return boxes;
+}
+
+std::vector<Box> boxes_of(const Box& whole, int units) {
+  return boxes_of(call(1, 1, 1, 64, 64), whole, units);
 }
 
 Exact volume(const Box& box) { return Exact{box.size[0]} * box.size[1] * box.size[2]; }
@@ -430,7 +438,7 @@ bool meet(const Box& x, const Box& y) {
 
 struct WorkCase {
   std::array<int64_t, 3> size;
-  int64_t units;
+  int units;
 };
 
 void PrintTo(const WorkCase& c, std::ostream* out) {
@@ -486,29 +494,79 @@ const WorkCase kWorkCases[] = {
 
 INSTANTIATE_TEST_SUITE_P(Sizes, Boxes, ::testing::ValuesIn(kWorkCases));
 
-// Along an axis whose stride needs 64 bits a box has one coordinate; along others it is not cut.
-TEST(BoxesOfHugeStrides, HoldOneCoordinate) {
-  constexpr int64_t kLong = int64_t{1} << 31;
+struct StrideCase {
+  const char* name;
+  void (*change)(RotateParams&, const Strides&);
+  int64_t size;  // bytes of what the strides count
+};
+
+void PrintTo(const StrideCase& c, std::ostream* out) { *out << c.name; }
+
+class BoxesOfHugeStrides : public ::testing::TestWithParam<StrideCase> {};
+
+// Along an axis whose stride needs more than 32 bits a box has one coordinate; along others it is
+// not cut.
+TEST_P(BoxesOfHugeStrides, HoldOneCoordinate) {
+  const int64_t large = (int64_t{1} << 32) / GetParam().size;
   const Box whole = {{0, 0, 0}, {5, 6, 7}};
-  for (const auto& [strides, count] : {std::pair{Strides{kLong, 64, 64, 1}, 5},
-                                       {Strides{64, kLong, 64, 1}, 6},
-                                       {Strides{64, 64, kLong, 1}, 7},
-                                       {Strides{kLong, 64, kLong, 1}, 35},
-                                       {Strides{kLong - 1, 64, kLong - 1, 1}, 1},
-                                       {Strides{64, 64, 64, kLong}, 1}}) {
-    for (const TensorParams& t : {tensor(strides, kShort), tensor(kShort, strides)}) {
-      const std::vector<Box> boxes = boxes_of(whole, 8, t);
-      EXPECT_EQ(static_cast<int>(boxes.size()), count);
-      Exact total = 0;
-      for (const Box& box : boxes) {
-        total += volume(box);
-        EXPECT_TRUE(box.size[0] == 1 || strides.b < kLong);
-        EXPECT_TRUE(box.size[1] == 1 || strides.s < kLong);
-        EXPECT_TRUE(box.size[2] == 1 || strides.h < kLong);
-      }
-      EXPECT_TRUE(total == volume(whole));
+  for (const auto& [strides, count] : {std::pair{Strides{large, 64, 64, 1}, 5},
+                                       {Strides{64, large, 64, 1}, 6},
+                                       {Strides{64, 64, large, 1}, 7},
+                                       {Strides{large, 64, large, 1}, 35},
+                                       {Strides{large - 1, 64, large - 1, 1}, 1},
+                                       {Strides{64, 64, 64, large}, 1}}) {
+    RotateParams p = call(5, 6, 7, 64, 64);
+    p.tensors[0].in_strides = p.tensors[0].out_strides = kShort;
+    GetParam().change(p, strides);
+    const std::vector<Box> boxes = boxes_of(p, whole, 8);
+    EXPECT_EQ(static_cast<int>(boxes.size()), count);
+    Exact total = 0;
+    for (const Box& box : boxes) {
+      total += volume(box);
+      EXPECT_TRUE(box.size[0] == 1 || strides.b < large);
+      EXPECT_TRUE(box.size[1] == 1 || strides.s < large);
+      EXPECT_TRUE(box.size[2] == 1 || strides.h < large);
     }
+    EXPECT_TRUE(total == volume(whole));
   }
+}
+
+const StrideCase kStrideCases[] = {
+    {"Input", [](RotateParams& p, const Strides& s) { p.tensors[0].in_strides = s; }, 2},
+    {"Output", [](RotateParams& p, const Strides& s) { p.tensors[0].out_strides = s; }, 2},
+    {"GatheredCos",
+     [](RotateParams& p, const Strides& s) {
+       p.rows.gathered = true;
+       p.cos = p.sin = {memory, 0, 32, 32, 32, 1};
+       p.cos = {memory, 0, s.b, s.s, s.h, 1};
+     },
+     4},
+    {"GatheredSin",
+     [](RotateParams& p, const Strides& s) {
+       p.rows.gathered = true;
+       p.cos = p.sin = {memory, 0, 32, 32, 32, 1};
+       p.sin = {memory, 0, s.b, s.s, s.h, 1};
+     },
+     4},
+    {"Positions",
+     [](RotateParams& p, const Strides& s) {
+       p.rows.positions = {memory, true};
+       p.rows.positions_b = s.b;
+       p.rows.positions_s = s.s;
+       p.tensors[0].in_strides.h = 4 * s.h;  // as many bytes; positions have no heads
+     },
+     8},
+};
+
+INSTANTIATE_TEST_SUITE_P(Of, BoxesOfHugeStrides, ::testing::ValuesIn(kStrideCases),
+                         [](const auto& info) { return std::string(info.param.name); });
+
+TEST(BoxesOfHugeRows, HoldOneTokenWhereNothingIsLookedUp) {
+  RotateParams p = call(5, 6, 7, 64, 64);
+  p.cos.m = int64_t{1} << 30;
+  EXPECT_EQ(boxes_of(p, {{0, 0, 0}, {5, 6, 7}}, 8).size(), 6u);
+  p.rows.positions = {memory, true};
+  EXPECT_EQ(boxes_of(p, {{0, 0, 0}, {5, 6, 7}}, 8).size(), 1u);
 }
 
 TEST(BoxesOfHugeWork, NeverOverflow) {
@@ -520,7 +578,10 @@ TEST(BoxesOfHugeWork, NeverOverflow) {
     EXPECT_LE(volume(box) * 16, Exact{kMaxWork});
     if (++count == 1000) throw Enough();
   };
-  EXPECT_THROW(for_each_box(tensor(kShort, kShort), whole, 16, look), Enough);
+  const RotateParams p = call(1, 1, 1, 64, 64);
+  Plan plan = make_plan(p, kLargeCache);
+  plan.units = 16;
+  EXPECT_THROW(for_each_box(p, p.tensors[0], plan, whole, look), Enough);
 }
 
 }  // namespace

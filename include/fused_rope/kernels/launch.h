@@ -7,9 +7,6 @@
 
 namespace fused_rope {
 
-// What the plan needs to know of the current device.
-cudaError_t device_facts(DeviceFacts* facts);
-
 // Enqueues the rotation on `stream` of the current device. Never waits for the device; safe under
 // stream capture.
 cudaError_t launch_rotate(const RotateParams& params, cudaStream_t stream);

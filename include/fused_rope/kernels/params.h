@@ -38,6 +38,8 @@ struct IndexParams {
   bool is_int64;
 };
 
+FUSED_ROPE_HOST_DEVICE int size_of(const IndexParams& index) { return index.is_int64 ? 8 : 4; }
+
 // Which row of a shared table a token reads, and which row of a scattered output it is written to.
 struct RowParams {
   IndexParams positions;  // [A, B, S]; absent: the token's index in its sequence

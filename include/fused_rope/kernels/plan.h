@@ -14,12 +14,19 @@ namespace fused_rope {
 // Where a thread finds the two members of its pairs.
 enum class Arrangement {
   kPair,      // a vector of first members and the vector of their partners, `distance` lanes apart
-  kShuffle,   // one vector; the partners are in the thread half a rotation away
-  kAdjacent,  // one vector that holds whole pairs (interleaved)
+  kAdjacent,  // two vectors of whole pairs (interleaved)
+};
+
+// How a thread finds the table rows of its token.
+enum class Rows {
+  kLinear,  // addresses are linear in batch, sequence and head: nothing is looked up
+  kLookup,  // numbers in device memory name rows of the table or of the output
+  kAxes,    // the same, with a row of the table for each axis of positions
 };
 
 struct DeviceFacts {
   int64_t l2_bytes;
+  int64_t multiprocessors;
 };
 
 // Division by a constant by multiplication (Granlund and Montgomery 1994); exact for n < 2^31, 1 <=
@@ -58,26 +65,26 @@ struct Box {
 
 // What an experiment may decide instead of the plan; -1 leaves it to the plan.
 struct PlanOverrides {
-  int shuffle = -1;
   int heads = -1;
   int threads = -1;
-  int streaming = -1;
 };
 
 struct Plan {
   Arrangement arrangement;
-  int vector;          // lanes moved at once: 16 bytes of them, or 1
-  int rotating_units;  // threads of one head that rotate
-  int units;  // threads of one head: those that rotate, then those that copy the other lanes
+  Rows rows;
+  int vector;            // lanes moved at once: 16 bytes of them, or 1
+  int rotating_units;    // threads of one head that rotate
+  int units;             // threads of one head: those that rotate, then those that copy
   int heads_per_thread;  // heads that share the table row a thread holds in registers
   int threads;           // of a block
-  bool streaming;        // stores that pass by the caches: the output is larger than L2
   bool vector_tables;    // cos and sin can be read 16 bytes at a time
 };
 
 constexpr int kVectorBytes = 16;
 constexpr int kWarp = 32;
 constexpr int kMaxThreads = 256;                // of a block
+constexpr int kResidentThreads = 1536;          // of a multiprocessor
+constexpr int kMaxHeads = 2;                    // of a thread
 constexpr int64_t kMaxWork = int64_t{1} << 30;  // threads of one launch
 
 constexpr bool is_power_of_two(int64_t n) { return n > 0 && (n & (n - 1)) == 0; }
@@ -133,11 +140,10 @@ inline int64_t total_heads(const RotateParams& p) {
   return p.tensors[0].H + (p.count > 1 ? p.tensors[1].H : 0);
 }
 
-// Threads per half rotation, where that is a power of two and both halves lie in one warp, else 0.
-inline int shuffle_distance(const RotateParams& p, const Plan& plan, int64_t copied) {
-  const int64_t group = 2 * p.lanes.distance / plan.vector;
-  const bool whole = (2 * p.lanes.P / plan.vector + copied) % std::max<int64_t>(group, 1) == 0;
-  return is_power_of_two(group) && group <= kWarp && whole ? static_cast<int>(group / 2) : 0;
+// Whether rows of the table or of the output are named by numbers in device memory.
+inline bool has_lookups(const RowParams& rows) {
+  return rows.positions.data != nullptr || rows.offsets.data != nullptr ||
+         rows.cu_seqlens.data != nullptr || rows.out_rows.data != nullptr;
 }
 
 inline Plan make_plan(const RotateParams& p, const DeviceFacts& device,
@@ -146,60 +152,82 @@ inline Plan make_plan(const RotateParams& p, const DeviceFacts& device,
   Plan plan;
   const int lanes = kVectorBytes / size_of(p.dtype);
   plan.vector = is_vectorizable(p, lanes) ? lanes : 1;
-  const int64_t R = 2 * p.lanes.P;
-  const int64_t copied = p.in_place ? 0 : (p.D - R) / plan.vector;  // vectors
-  const int64_t bytes = p.B * p.S * total_heads(p) * p.D * size_of(p.dtype);
+  const bool adjacent = plan.vector > 1 && p.lanes.distance == 1;
+  plan.arrangement = adjacent ? Arrangement::kAdjacent : Arrangement::kPair;
+  plan.rows = p.axes != nullptr ? Rows::kAxes : has_lookups(p.rows) ? Rows::kLookup : Rows::kLinear;
+  // Every thread moves two vectors of a head.
+  const int64_t rotated = 2 * p.lanes.P;
+  const int64_t copied = p.in_place ? 0 : p.D - rotated;
+  plan.rotating_units = static_cast<int>(ceil_divide(rotated, 2 * plan.vector));
+  plan.units = plan.rotating_units + static_cast<int>(ceil_divide(copied, 2 * plan.vector));
 
-  plan.arrangement = Arrangement::kPair;
-  if (plan.vector > 1 && p.lanes.distance == 1) {
-    plan.arrangement = Arrangement::kAdjacent;
-  } else if (plan.vector > 1 && choose(overrides.shuffle, false) &&
-             shuffle_distance(p, plan, copied) > 0) {
-    plan.arrangement = Arrangement::kShuffle;
-  }
-  const int vectors = plan.arrangement == Arrangement::kPair ? 2 : 1;  // moved by one thread
-  plan.rotating_units = static_cast<int>(R / (vectors * plan.vector));
-  plan.units = plan.rotating_units + static_cast<int>(ceil_divide(copied, vectors));
-  plan.streaming = choose(overrides.streaming, bytes > device.l2_bytes);
-  const int threads = choose(overrides.threads, plan.streaming ? 256 : 128);
+  // Two heads share what was looked up, where that leaves threads enough: when more is moved than
+  // the cache holds. Without a look-up, or with a table for each head, there is little to share.
+  const int64_t bytes = p.B * p.S * total_heads(p) * p.D * size_of(p.dtype);
+  const bool shares = plan.rows != Rows::kLinear && bytes > device.l2_bytes;
+  const int heads = std::clamp(choose(overrides.heads, shares ? 2 : 1), 1, kMaxHeads);
+  plan.heads_per_thread = p.per_head || plan.vector == 1 ? 1 : heads;
+
+  // Small blocks leave no gaps when one ends and the next begins. Where all are on the device at
+  // once, fewer start sooner; where there is less than one for each multiprocessor, more run side
+  // by side.
+  const int64_t work = p.B * p.S * total_heads(p) * plan.units / plan.heads_per_thread;
+  const int64_t each = work / std::max<int64_t>(device.multiprocessors, 1);
+  const bool at_once = each > 128 && each <= kResidentThreads;
+  const int threads = choose(overrides.threads, at_once ? 256 : 128);
   plan.threads = std::clamp(threads / kWarp * kWarp, kWarp, kMaxThreads);
-  // Two heads share one look-up where there are threads enough; per-head tables leave nothing to
-  // share.
-  plan.heads_per_thread =
-      p.per_head ? 1 : std::max(choose(overrides.heads, plan.streaming ? 2 : 1), 1);
   plan.vector_tables =
       is_vectorizable(p.cos, p.table_dtype) && is_vectorizable(p.sin, p.table_dtype);
   return plan;
 }
 
+// How a table's entries follow batch, sequence and head. Where no row is looked up, a shared table
+// has its rows along the sequence.
+inline Strides linear_strides(const TableParams& table, Rows rows) {
+  return {table.b, table.s + (rows == Rows::kLinear ? table.m : 0), table.h, table.j};
+}
+
+inline int64_t stride_of(const Strides& strides, Axis axis) {
+  return axis == kBatch ? strides.b : axis == kSequence ? strides.s : strides.h;
+}
+
+// The longest step of a launch along an axis, in bytes.
+inline int64_t longest_stride(const RotateParams& p, const TensorParams& t, Rows rows, Axis axis) {
+  const bool scattered = t.scattered && axis != kHead;
+  const Strides positions = {p.rows.positions_b, p.rows.positions_s, 0, 0};
+  return std::max({stride_of(t.in_strides, axis) * size_of(p.dtype),
+                   scattered ? 0 : stride_of(t.out_strides, axis) * size_of(p.dtype),
+                   stride_of(linear_strides(p.cos, rows), axis) * size_of(p.table_dtype),
+                   stride_of(linear_strides(p.sin, rows), axis) * size_of(p.table_dtype),
+                   stride_of(positions, axis) * size_of(p.rows.positions)});
+}
+
 // The axis along which a box must be halved before its threads and its strides fit in 32 bits, if
 // any.
-inline std::optional<Axis> axis_to_split(const TensorParams& t, const Box& box, int64_t units) {
-  const auto too_long = [](int64_t size, int64_t in, int64_t out) {
-    return size > 1 && std::max(in, out) > INT32_MAX;
-  };
-  if (too_long(box.size[kBatch], t.in_strides.b, t.out_strides.b)) return kBatch;
-  if (too_long(box.size[kSequence], t.in_strides.s, t.scattered ? 0 : t.out_strides.s))
-    return kSequence;
-  if (too_long(box.size[kHead], t.in_strides.h, t.out_strides.h)) return kHead;
+inline std::optional<Axis> axis_to_split(const RotateParams& p, const TensorParams& t,
+                                         const Plan& plan, const Box& box) {
+  for (const Axis axis : {kBatch, kSequence, kHead}) {
+    if (box.size[axis] > 1 && longest_stride(p, t, plan.rows, axis) > UINT32_MAX) return axis;
+  }
   // Divided one by one, because the product of the sizes may not fit in 64 bits.
-  if (box.size[0] <= kMaxWork / units / box.size[1] / box.size[2]) return std::nullopt;
+  if (box.size[0] <= kMaxWork / plan.units / box.size[1] / box.size[2]) return std::nullopt;
   const auto longest = std::max_element(box.size.begin(), box.size.end());
   return *longest > 1 ? std::optional(static_cast<Axis>(longest - box.size.begin())) : std::nullopt;
 }
 
 // Calls f(box) for boxes that cover `whole`, none of which axis_to_split would split.
 template <typename F>
-void for_each_box(const TensorParams& t, const Box& whole, int64_t units, const F& f) {
-  const std::optional<Axis> axis = axis_to_split(t, whole, units);
+void for_each_box(const RotateParams& p, const TensorParams& t, const Plan& plan, const Box& whole,
+                  const F& f) {
+  const std::optional<Axis> axis = axis_to_split(p, t, plan, whole);
   if (!axis.has_value()) return f(whole);
   Box low = whole;
   Box high = whole;
   low.size[*axis] = whole.size[*axis] / 2;
   high.first[*axis] += low.size[*axis];
   high.size[*axis] -= low.size[*axis];
-  for_each_box(t, low, units, f);
-  for_each_box(t, high, units, f);
+  for_each_box(p, t, plan, low, f);
+  for_each_box(p, t, plan, high, f);
 }
 
 }  // namespace fused_rope

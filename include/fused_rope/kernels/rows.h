@@ -17,8 +17,9 @@ FUSED_ROPE_HOST_DEVICE bool is_row(int64_t index, int64_t rows) {
 }
 
 FUSED_ROPE_HOST_DEVICE int64_t load_index(const IndexParams& index, int64_t i) {
-  return index.is_int64 ? static_cast<const int64_t*>(index.data)[i]
-                        : static_cast<const int32_t*>(index.data)[i];
+  const char* at = static_cast<const char*>(index.data) + i * size_of(index);
+  return index.is_int64 ? *reinterpret_cast<const int64_t*>(at)
+                        : *reinterpret_cast<const int32_t*>(at);
 }
 
 // A sum that saturates: absurd terms must not wrap around to a row.
@@ -43,28 +44,50 @@ FUSED_ROPE_HOST_DEVICE int64_t sequence_of(const RowParams& rows, int64_t t) {
   return low;
 }
 
-// The row of a shared table that token (b, s) reads for pairs of `axis`. Gathered tables have
-// nothing to look up.
-FUSED_ROPE_HOST_DEVICE Row table_row(const RowParams& rows, int64_t b, int64_t s,
-                                     int64_t axis = 0) {
+// The row of a shared table that a token reads. Asks the token for what is needed only: b(), s()
+// and position(), what positions in memory say of it. Gathered tables have nothing to look up.
+template <typename Token>
+FUSED_ROPE_HOST_DEVICE Row table_row(const RowParams& rows, const Token& token) {
   if (rows.gathered) return {0, false};
-  int64_t position = s;
-  int64_t sequence = b;
-  if (rows.cu_seqlens.data != nullptr) {
+  const bool packed = rows.cu_seqlens.data != nullptr;
+  int64_t sequence = 0;
+  int64_t position = 0;
+  if (packed) {
+    const int64_t s = token.s();
     if (rows.N == 0 || s >= sequence_start(rows, rows.N)) return {0, true};
     sequence = sequence_of(rows, s);
     position = s - sequence_start(rows, sequence);
   }
   if (rows.positions.data != nullptr) {
-    position = load_index(rows.positions,
-                          axis * rows.positions_a + b * rows.positions_b + s * rows.positions_s);
+    position = token.position();
     if (position == -1) return {0, true};
+  } else if (!packed) {
+    position = token.s();
   }
   int64_t index = add_rows(position, rows.offset);
   if (rows.offsets.data != nullptr) {
+    if (!packed) sequence = token.b();
     index = add_rows(index, load_index(rows.offsets, sequence * rows.offsets_stride));
   }
   return {index, false};
+}
+
+// Token (b, s), and the axis of positions that is meant.
+struct Token {
+  const RowParams& rows;
+  int64_t b_index, s_index, axis;
+
+  FUSED_ROPE_HOST_DEVICE int64_t b() const { return b_index; }
+  FUSED_ROPE_HOST_DEVICE int64_t s() const { return s_index; }
+  FUSED_ROPE_HOST_DEVICE int64_t position() const {
+    return load_index(rows.positions, axis * rows.positions_a + b_index * rows.positions_b +
+                                          s_index * rows.positions_s);
+  }
+};
+
+FUSED_ROPE_HOST_DEVICE Row table_row(const RowParams& rows, int64_t b, int64_t s,
+                                     int64_t axis = 0) {
+  return table_row(rows, Token{rows, b, s, axis});
 }
 
 // The row of a scattered output that token (b, s) is written to; -1 means nowhere.
