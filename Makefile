@@ -12,8 +12,8 @@ demo: build  # train a small Llama stock and patched, and compare
 	.venv/bin/python examples/train_llama.py
 test:  # ctest, pytest, and the transformers tests once more with the older transformers
 	scripts/test.sh
-bench: build  # time every case on the device that is there
-	.venv/bin/python benchmarks/run.py --plots
+bench: build  # time every case on the device that is there; ARGS= options of benchmarks/run.py
+	.venv/bin/python benchmarks/run.py --plots $(ARGS)
 bench-compare: build  # what changed between two results: A=before.json B=after.json
 	.venv/bin/python benchmarks/compare.py $(A) $(B)
 fuzz: build  # random calls against the float64 oracle

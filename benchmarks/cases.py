@@ -198,6 +198,13 @@ CPU_VARIANTS = ("", "bhsd", "interleaved", "partial2", "float16", "float32")
 ALL_WAYS = ("forward", "backward", "in_place")
 
 
+TARGET_PEERS = ("liger", "flash_attn", "inductor", "unsloth", "flashinfer")
+PEER_WORKS = (
+    *(("train", ""), ("train", "bhsd"), ("prefill", ""), ("mha1", ""), ("d64", "")),
+    *((name, "") for name in (*MID, *DECODE)),
+)
+
+
 def default_directions(work: Work) -> tuple[str, ...]:
     """The directions that are measured of a case when nobody asks for others."""
     name = work.case.name
@@ -220,6 +227,21 @@ def default_plan(device: str) -> Iterator[Work]:
     yield from (Work(CASES[name]) for name in ("call", *LARGE, *MID, *DECODE, "mla", "dsv4"))
     yield from (Work(CASES["train"], variant) for variant in TRAIN_VARIANTS)
     yield from (Work(CASES[name], variant) for name, variant in FORWARD_ONLY)
+
+
+def is_target(work: Work, direction: str, provider: str) -> bool:
+    """Whether a target is about this figure: ours, or of a peer that ours is held against."""
+    place = work.case.name, work.variant
+    if place in FORWARD_ONLY:
+        return False
+    if provider == "fused_rope" or work.case.name in ("call", "cpu"):
+        return True
+    if (place, direction, provider) == (("train", ""), "forward", "eager_hf"):
+        return True
+    ways = (
+        ("forward", "in_place", "backward") if place == ("train", "") else ("forward", "in_place")
+    )
+    return place in PEER_WORKS and direction in ways and provider in TARGET_PEERS
 
 
 def select(

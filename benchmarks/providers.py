@@ -386,6 +386,67 @@ class VLLM(FlashInfer):
         return rows.long(), cache.to(work.dtype)
 
 
+class SGLang(FlashInfer):
+    """The JIT kernel behind apply_rope_inplace on [T, H, D], with a float32 cos||sin cache."""
+
+    name = "sglang"
+    directions = ("in_place",)
+    words = ("packed", "interleaved", "positions32", "positions64", "float16")
+    partial = False
+
+    def load(self) -> None:
+        try:
+            module = importlib.import_module("sglang.kernels.ops.attention.rope")
+        except ModuleNotFoundError:  # its place before
+            module = importlib.import_module("sglang.jit_kernel.rope")
+        self.in_place = module.apply_rope_inplace
+
+    def view(self, work: Work, x: Tensor) -> Tensor:
+        return x.flatten(0, 1)
+
+    def bind(self, work: Work, inputs: InputSet, in_place: bool) -> Call:
+        q, k = self.view(work, inputs.q), self.view(work, inputs.k)
+        (rows, cache), function = self.tables(work, inputs), self.in_place
+        neox = not work.has("interleaved")
+
+        def call() -> Pair:
+            function(q, k, cache, rows, is_neox=neox)
+            return q, k
+
+        return call
+
+
+class Megatron(Provider):
+    """fused_apply_mrope on [S, B, H, D] with the angles of three axes, once for q, once for k."""
+
+    name = "megatron"
+    directions = OUT_OF_PLACE
+    words = ("mrope", "float16", "float32")
+
+    def load(self) -> None:
+        module = importlib.import_module("megatron.core.fusions.fused_mrope")
+        if not module.is_fused_mrope_available():
+            raise ImportError("is_fused_mrope_available() is false")
+        self.function = module.fused_apply_mrope
+
+    def supports(self, work: Work, direction: str) -> bool:
+        return work.has("mrope") and super().supports(work, direction)
+
+    def layout(self, work: Work) -> str:
+        return "sbhd"
+
+    def make_tables(self, work: Work, inputs: InputSet) -> Any:
+        """Angles [3, B, S, P] float32, and how many pairs each axis has."""
+        axes = inputs.options["axes"]
+        sections = [axes.count(axis) for axis in range(3)]
+        return inputs.angles[inputs.options["positions"]].float(), sections
+
+    def bind(self, work: Work, inputs: InputSet, in_place: bool) -> Call:
+        q, k = self.view(work, inputs.q), self.view(work, inputs.k)
+        (angles, sections), function = self.tables(work, inputs), self.function
+        return lambda: (function(q, angles, sections), function(k, angles, sections))
+
+
 class TransformerEngine(Provider):
     """apply_rotary_pos_emb(fused=True) with angles [M, 1, 1, R], once for q and once for k."""
 
@@ -452,7 +513,8 @@ PROVIDERS: dict[str, type[Provider]] = {
     provider.name: provider
     for provider in (
         *(FusedRope, FusedRopeHF, FusedRopeUnsloth, EagerHF, Inductor, Reference, Liger, Unsloth),
-        *(FlashAttn, FlashInfer, TransformerEngine, VLLM, RotaryEmbeddingTorch, Quack),
+        *(FlashAttn, FlashInfer, TransformerEngine, VLLM, SGLang, Megatron),
+        *(RotaryEmbeddingTorch, Quack),
     )
 }
 

@@ -4,6 +4,8 @@
     python benchmarks/run.py --cases train mid512 --providers fused_rope eager_hf --out a.json
     python benchmarks/run.py --cases train --variants "" bhsd "thd cu_seqlens" --directions forward
     python benchmarks/run.py --device cpu              the CPU kernel against memcpy
+    python benchmarks/run.py --targets                 only what a target is about
+    python benchmarks/run.py --sweep "heads=1" "heads=2 threads=256"       kernel plans side by side
 
 NOTES.md says how each figure is taken.
 """
@@ -16,7 +18,7 @@ import json
 import re
 import subprocess
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,10 +32,12 @@ from cases import (
     bytes_moved,
     default_directions,
     input_bytes,
+    is_target,
     select,
     yardstick_bytes,
 )
 from providers import PROVIDERS, Provider, load_providers
+from sweep import sweep
 from table import markdown
 from tqdm import tqdm
 from trial import Bench, Trial
@@ -41,6 +45,7 @@ from trial import Bench, Trial
 HERE = Path(__file__).resolve().parent
 Row = dict[str, Any]
 PEAK_WORKS = (Work(CASES["train"]),)
+SECONDS_A_FIGURE, SECONDS_A_COMPILATION = 0.4, 4
 PATIENCE = 3  # a provider that failed this often without one figure is left out of the rest
 
 
@@ -174,17 +179,32 @@ def row_of(
 
 
 def plan(
-    works: Sequence[Work], directions: Sequence[str] | None, providers: Sequence[Provider]
+    works: Sequence[Work],
+    directions: Sequence[str] | None,
+    providers: Sequence[Provider],
+    wanted: Callable[[Work, str, str], bool] = lambda work, direction, provider: True,
 ) -> list[Step]:
     """What is measured, in order; steps that no provider supports are left out."""
+
+    def able(work: Work, direction: str) -> tuple[Provider, ...]:
+        asked = (p for p in providers if wanted(work, direction, p.name))
+        return tuple(p for p in asked if p.supports(work, direction))
+
     steps = []
     for work in works:
-        wanted = directions or default_directions(work)
-        pairs = ((d, tuple(p for p in providers if p.supports(work, d))) for d in wanted)
-        step = Step(work, tuple((d, able) for d, able in pairs if able))
+        pairs = ((d, able(work, d)) for d in directions or default_directions(work))
+        step = Step(work, tuple((d, some) for d, some in pairs if some))
         if step.pairs:
             steps.append(step)
     return steps
+
+
+def estimate(steps: Sequence[Step]) -> str:
+    """How many figures, and about how long they take on a GPU."""
+    compiled = sum(p.name == "inductor" for s in steps for _, some in s.pairs for p in some)
+    figures = sum(map(len, steps))
+    seconds = SECONDS_A_FIGURE * figures + SECONDS_A_COMPILATION * compiled
+    return f"{figures} figures, {compiled} of them compiled: about {seconds / 60:.1f} minutes"
 
 
 def device_name(device: torch.device) -> str:
@@ -233,6 +253,10 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--variants", nargs="+", metavar="WORDS", help='"" is the plain one')
     parser.add_argument("--directions", nargs="+", choices=DIRECTIONS, metavar="DIRECTION")
     parser.add_argument("--providers", nargs="+", choices=list(PROVIDERS), metavar="PROVIDER")
+    parser.add_argument("--targets", action="store_true", help="what a target is about, no more")
+    parser.add_argument(
+        "--sweep", nargs="+", metavar="PLAN", help="values of FUSED_ROPE_PLAN; first comes none"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="default: results/<device>.json beside this file")
     parser.add_argument("--quick", action="store_true", help="few repetitions: a trial run")
@@ -243,6 +267,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = arguments(argv)
+    if args.sweep:
+        return sweep(args)
     device = torch.device(args.device)
     if device.type == "cuda":
         torch.cuda.set_stream(
@@ -251,7 +277,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     providers, skipped = load_providers(args.providers, device)
     for name, reason in skipped.items():
         print(f"skipped: {name} ({reason})")
-    steps = plan(select(device.type, args.cases, args.variants), args.directions, providers)
+    works, wanted = select(device.type, args.cases, args.variants), [is_target] * args.targets
+    steps = plan(works, args.directions, providers, *wanted)
+    if device.type == "cuda":
+        print(estimate(steps))
     out = args.out or HERE / "results" / f"{slug(device)}.json"
     meta = meta_of(device, args.commit) | {"skipped": skipped}
     runner = Runner(device, measure.QUICK if args.quick else measure.FULL)

@@ -1,8 +1,10 @@
 """The benchmark suite on the CPU: byte counts, memory of inputs, what is refused and written."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -13,11 +15,25 @@ pytest.importorskip("matplotlib")
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import compare
+import oracle
 import providers
 import run
-from cases import CASES, WORDS, Work, bytes_moved, default_plan, select, yardstick_bytes
+from cases import (
+    CASES,
+    MID,
+    TRAIN_VARIANTS,
+    WORDS,
+    Work,
+    bytes_moved,
+    default_plan,
+    is_target,
+    select,
+    yardstick_bytes,
+)
 from inputs import make_sets
+from trial import Bench, Trial
 
+ROOT = Path(__file__).resolve().parents[2]
 KEYS = {"case", "variant", "direction", "provider", "metric", "median", "yardstick", "bytes"}
 
 
@@ -59,6 +75,39 @@ def test_plan_names_each_work_once(device):
     works = list(default_plan(device))
     assert len(set(works)) == len(works)
     assert select(device, ["tiny"]) == [Work(CASES["tiny"])]
+
+
+LARGE = ("train", "prefill", "mha1", "mha2", "d64", "wide256", "wide80", "wide96", "wide512")
+
+
+def target_figures():
+    """What each target needs: case, variant, direction, provider."""
+    for name in (*LARGE, *MID):
+        yield from ((name, "", way, "fused_rope") for way in ("forward", "backward", "in_place"))
+    for variant in TRAIN_VARIANTS:
+        yield from (
+            ("train", variant, way, "fused_rope") for way in ("forward", "backward", "in_place")
+        )
+    for name in ("decode256", "decode64", "decode1"):
+        yield from ((name, "", way, "fused_rope") for way in ("forward", "in_place"))
+    yield from ((name, "", "in_place", "fused_rope") for name in ("mla", "dsv4"))
+    yield from (("call", "", way, "fused_rope") for way in ("forward", "forward_grad"))
+    yield from (("call", "", "forward", f"fused_rope_{way}") for way in ("hf", "unsloth"))
+    yield from ((name, "", "in_place", "liger") for name in ("call", "train", "mid512"))
+    yield from (("train", "", "forward", p) for p in ("flash_attn", "inductor", "eager_hf"))
+    yield ("train", "", "both", "fused_rope")
+
+
+def test_a_run_for_the_targets_holds_all_that_they_need():
+    everyone = [kind.__new__(kind) for kind in providers.PROVIDERS.values()]
+    planned = [
+        (step.work.case.name, step.work.variant, direction, provider.name)
+        for step in run.plan(select("cuda"), None, everyone, is_target)
+        for direction, able in step.pairs
+        for provider in able
+    ]
+    assert len(set(planned)) == len(planned) < 250
+    assert set(target_figures()) <= set(planned)
 
 
 def test_inputs_lie_in_the_memory_that_is_named():
@@ -141,8 +190,6 @@ class InPlace(providers.Provider):
     needs_cuda = False
 
     def bind(self, work, inputs, in_place):
-        import oracle
-
         def call():
             for x in (inputs.q, inputs.k):
                 x.copy_(oracle.oracle(x, inputs.cos, inputs.sin))
@@ -163,6 +210,90 @@ def test_what_is_not_installed_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers.models.llama.modeling_llama", None)
     loaded, skipped = providers.load_providers(["eager_hf", "liger"], torch.device("cpu"))
     assert loaded == [] and skipped.keys() == {"eager_hf", "liger"}
+
+
+def sglang_apply_rope_inplace(q, k, cos_sin_cache, positions, *, is_neox):
+    cos, sin = cos_sin_cache[positions].chunk(2, -1)
+    for x in (q, k):
+        x.copy_(oracle.bits(x[None], cos[None], sin[None], interleaved=not is_neox)[0])
+
+
+def megatron_fused_apply_mrope(t, freqs, mrope_section):
+    axes = torch.arange(3).repeat_interleave(torch.tensor(mrope_section))
+    angles = freqs[axes, ..., torch.arange(len(axes))].permute(1, 2, 0)  # [B, S, P]
+    return oracle.bits(t, angles.cos(), angles.sin(), layout="sbhd")
+
+
+@pytest.mark.parametrize(
+    "adapter,module,names,variants,direction",
+    [
+        (
+            providers.SGLang,
+            "sglang.kernels.ops.attention.rope",
+            {"apply_rope_inplace": sglang_apply_rope_inplace},
+            ("", "packed", "interleaved", "positions32", "positions64", "float16"),
+            "in_place",
+        ),
+        (
+            providers.Megatron,
+            "megatron.core.fusions.fused_mrope",
+            {
+                "fused_apply_mrope": megatron_fused_apply_mrope,
+                "is_fused_mrope_available": lambda: True,
+            },
+            ("mrope", "mrope float16", "mrope float32"),
+            "forward",
+        ),
+    ],
+)
+def test_adapters_keep_the_conventions_of_their_libraries(
+    adapter, module, names, variants, direction, monkeypatch
+):
+    parts = module.split(".")
+    for end in range(1, len(parts) + 1):
+        monkeypatch.setitem(sys.modules, ".".join(parts[:end]), ModuleType(parts[end - 1]))
+    for name, function in names.items():
+        monkeypatch.setattr(sys.modules[module], name, function, raising=False)
+    provider = adapter()
+    for variant in variants:
+        work = Work(CASES["tiny"], variant)
+        assert provider.supports(work, direction)
+        with torch.no_grad():
+            Trial(Bench(work, 2, torch.device("cpu")), provider, direction).verify()
+
+
+def test_sweep_puts_plans_side_by_side(tmp_path, capsys):
+    pytest.importorskip("fused_rope")
+    out = tmp_path / "sweep.json"
+    status = run.main(
+        [
+            *("--device", "cpu", "--quick", "--out", str(out), "--sweep", "heads=1", "threads=64"),
+            *("--cases", "tiny", "--variants", "", "bhsd", "--directions", "forward"),
+        ]
+    )
+    rows = json.loads(out.read_text())["rows"]
+    assert status == 0
+    assert [row["plan"] for row in rows] == [
+        "",
+        "",
+        "heads=1",
+        "heads=1",
+        "threads=64",
+        "threads=64",
+    ]
+    printed = capsys.readouterr().out
+    assert "| work | none | heads=1 | threads=64 |" in printed
+    assert "| tiny bhsd forward |" in printed
+
+
+def test_compare_reads_two_files(tmp_path):
+    rows = [dict.fromkeys(compare.FIELDS, "x") | {"median": m, "yardstick": 2.0} for m in (4, 3)]
+    files = [tmp_path / name for name in ("a.json", "b.json")]
+    for file, row in zip(files, rows, strict=True):
+        run.write(file, {}, [row])
+    command = [sys.executable, str(ROOT / "benchmarks" / "compare.py"), *map(str, files)]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "| 4 | 3 | -25.0 % | -25.0 % |" in printed
 
 
 def test_compare_shows_the_change():
