@@ -18,6 +18,7 @@ import compare
 import oracle
 import providers
 import run
+import table
 from cases import (
     CASES,
     MID,
@@ -284,6 +285,27 @@ def test_sweep_puts_plans_side_by_side(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "| work | none | heads=1 | threads=64 |" in printed
     assert "| tiny bhsd forward |" in printed
+
+
+def test_readme_shows_the_figures():
+    """`python benchmarks/table.py benchmarks/results/h200.json --readme README.md` writes them."""
+    path = "benchmarks/results/h200.json"
+    text = (ROOT / "README.md").read_text()
+    content = json.loads((ROOT / path).read_text())
+    figures = table.section(content, path)
+    assert table.replaced(text, figures) == text
+    pictures = [line[line.index("(") + 1 : -1] for line in figures.split("\n") if line[:2] == "!["]
+    assert pictures
+    for picture in pictures:
+        assert 0 < (ROOT / picture).stat().st_size < 150_000
+
+
+def test_readme_part_is_put_between_its_marks():
+    text = f"before\n{table.MARKS[0]}\nold\n{table.MARKS[1]}\nafter\n"
+    new = table.replaced(text, "new \\1")
+    assert new == text.replace("old", "new \\1")
+    with pytest.raises(ValueError, match="once"):
+        table.replaced("no marks", "new")
 
 
 def test_compare_reads_two_files(tmp_path):
