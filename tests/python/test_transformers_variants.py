@@ -105,8 +105,17 @@ def test_left_padding(name, device, patched):
     assert distance([ours[mask.bool()]], [stock[mask.bool()]]) < 2e-6
 
 
-@pytest.mark.parametrize("name", ["V1-llama", "V5-glm", "V4-cohere"])
-def test_generate_compiled_with_a_static_cache(name, device, patched):
+@pytest.mark.parametrize(
+    "name,options",
+    [
+        ("V1-llama", {}),
+        ("V1-llama", {"compiled": "fused"}),
+        ("V5-glm", {"compiled": "fused"}),
+        ("V4-cohere", {"rows": 64}),
+        ("V14-deepseek_v3", {}),  # eager prefill and compiled steps share a cache of keys
+    ],
+)
+def test_generate_compiled_with_a_static_cache(name, options, device, patched):
     """transformers compiles the decode step itself, on the CPU only if it is told to."""
     torch._dynamo.reset()
     case = CASES[name]
@@ -116,13 +125,11 @@ def test_generate_compiled_with_a_static_cache(name, device, patched):
     mask[0, :3] = 0
     compile_config = transformers.CompileConfig(fullgraph=True, backend="aot_eager")
     compile_config._compile_all_devices = True
-    options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
-    want = model.generate(ids, **options)
-    patched(model)
+    how = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
+    want = model.generate(ids, **how)
+    patched(model, **options)
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    got = model.generate(
-        ids, **options, cache_implementation="static", compile_config=compile_config
-    )
+    got = model.generate(ids, **how, cache_implementation="static", compile_config=compile_config)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > before
     assert torch.equal(got, want)
 

@@ -12,6 +12,7 @@ is left alone and reported.
 
     shims.py          one shim for each signature
     forms.py          the table of forms
+    tables.py         rotary modules' cosines and sines, the same bits in fewer kernels
     patching.py       patch and unpatch
     kernel_layers.py  the same for transformers' `use_kernels=True`
     coverage.py       which model classes are covered: python -m fused_rope.compat.transformers

@@ -38,6 +38,13 @@ Llama, say) are covered where their parts are.
 * Of full-width tables one half is read. The first call of a family looks whether the other half is
   alike (it waits for the device, once); if not, the family gets its own function back, with a
   warning.
+* torch.compile is given the model's own function by default, which Inductor fuses with the norms
+  and projections around it; `compiled="fused"` gives it the operator. *interleaved, turned in
+  place* and *half, packed, in place* are the operator always.
+* Rotary modules that make cosines and sines of position_ids alone make them in three kernels
+  instead of nine, the same bits, or gather kept rows where `rows=` bounds the positions. Dynamic
+  and longrope scaling, M-RoPE, and a float32 matmul precision below "highest" keep the module's own
+  forward.
 
 | model classes | function | form |
 | --- | --- | --- |

@@ -94,6 +94,15 @@ class Form:
     order: Callable[[Tensor], Tensor] | None = None
     device: str = "cpu"
 
+    @property
+    def inlines(self) -> bool:
+        """Whether a compiler may be given the model's own function instead of the shim.
+
+        Not where eager and compiled calls would share a cache whose keys' lanes lie differently,
+        nor where the function is a kernel already.
+        """
+        return self.order is None and self.device == "cpu"
+
     @cached_property
     def parameters(self) -> list[str]:
         """The shim's parameters without its own."""

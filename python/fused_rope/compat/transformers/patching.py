@@ -1,14 +1,13 @@
-"""`patch` and `unpatch`: a family's rotary functions become ours, and its own again."""
+"""`patch` and `unpatch`: a family's rotary functions and tables become ours, and its own again."""
 
 from __future__ import annotations
 
 import functools
-import inspect
 import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from types import ModuleType
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 
 from .forms import Form, find_form, signature
 from .shims import Shim
+from .tables import Tables, rotary_modules
 
 __all__ = ["Report", "modules_of", "patch", "rotary_functions", "unpatch"]
 
@@ -29,17 +29,20 @@ class Report:
 
     Attributes:
         patched: functions that are ours now, and the form of each.
+        tables: rotary modules, and who makes their cosines and sines now.
         restored: functions that are the models' own again.
         left_alone: functions that were not touched, and why.
     """
 
     patched: dict[str, str] = field(default_factory=dict)
+    tables: dict[str, str] = field(default_factory=dict)
     restored: list[str] = field(default_factory=list)
     left_alone: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"patched {name} ({form})" for name, form in self.patched.items()]
         lines += [f"restored {name}" for name in self.restored]
+        lines += [f"tables of {name} ({maker})" for name, maker in self.tables.items()]
         lines += [f"left alone {name}: {reason}" for name, reason in self.left_alone.items()]
         return "\n".join(lines) or "found no rotary function"
 
@@ -52,10 +55,18 @@ class Site:
     name: str
 
     @property
-    def key(self) -> str:
+    def module(self) -> str:
+        return self.owner.__name__ if isinstance(self.owner, ModuleType) else self.owner.__module__
+
+    @property
+    def owner_key(self) -> str:
         if isinstance(self.owner, ModuleType):
-            return f"{self.owner.__name__}.{self.name}"
-        return f"{self.owner.__module__}.{self.owner.__qualname__}.{self.name}"
+            return self.module
+        return f"{self.module}.{self.owner.__qualname__}"
+
+    @property
+    def key(self) -> str:
+        return f"{self.owner_key}.{self.name}"
 
     @property
     def value(self) -> Any:
@@ -69,44 +80,92 @@ class Site:
         return value.__func__ if isinstance(value, staticmethod) else value
 
 
+@dataclass(frozen=True)
+class Options:
+    """What a family is patched with, as `patch` takes it."""
+
+    precision: str
+    compiled: str
+    rows: int | None
+
+
 @dataclass
-class _Patch:
+class _Replacement:
+    """What stands at a site in place of the stock value, for so many models."""
+
     site: Site
     stock: Any
-    form: Form
-    shim: Shim
-    precision: str
+    options: Options
     models: int = 0
     ours: Any = None
-    signature: inspect.Signature = field(default_factory=inspect.Signature)
-    seen: bool = False
 
     def install(self) -> None:
-        """Puts a function of the stock one's own signature in its place."""
-        stock, shim, precision = self.site.function, self.shim, self.precision
+        setattr(self.site.owner, self.site.name, self.ours)
+
+    def remove(self) -> bool:
+        """Restores the stock value, unless somebody else has replaced ours since."""
+        self.models = 0
+        if _replacements.get(self.site.key) is self:
+            del _replacements[self.site.key]
+        if self.site.value is not self.ours:
+            return False
+        setattr(self.site.owner, self.site.name, self.stock)
+        _retired[self.site.key, self.options] = self
+        return True
+
+
+class _Forward(_Replacement):
+    """The forward of a rotary module."""
+
+    def __init__(self, site: Site, options: Options) -> None:
+        super().__init__(site, site.value, options)
+        stock, tables = site.value, Tables(site.value, options.rows)
+
+        @functools.wraps(stock)
+        def forward(
+            self: torch.nn.Module, x: Any, position_ids: Any = None, layer_type: str | None = None
+        ) -> Any:
+            made = None
+            if not torch.compiler.is_compiling():
+                made = tables(self, x, position_ids, layer_type)
+            if made is not None:
+                return made
+            return stock(self, x, position_ids, *([] if layer_type is None else [layer_type]))
+
+        self.ours = forward
+
+
+class _Function(_Replacement):
+    """A rotary function; it has the stock one's signature."""
+
+    def __init__(self, site: Site, form: Form, shim: Shim, options: Options) -> None:
+        super().__init__(site, site.value, options)
+        self.form = form
+        self.signature = signature(site.function)
+        self.ours = self._make(site.function, shim)
+
+    def install(self) -> None:
+        self.seen = self.form.width in ("half", "first")
+        super().install()
+
+    def _make(self, stock: Callable[..., Any], shim: Shim) -> Any:
+        precision = self.options.precision
+        inlined = self.options.compiled == "stock" and self.form.inlines
 
         def ours(*args: Any, **kwargs: Any) -> Any:
-            if not torch.compiler.is_compiling() and not self.seen and self._refuses(args, kwargs):
+            if torch.compiler.is_compiling():
+                if inlined:
+                    return stock(*args, **kwargs)
+            elif not self.seen and self._refuses(args, kwargs):
                 return stock(*args, **kwargs)
             return shim(*args, precision=precision, **kwargs)
 
-        self.signature = signature(stock)
         if isinstance(stock, torch.nn.Module):  # a function as the `kernels` package wraps it
             ours.__signature__ = self.signature  # type: ignore[attr-defined]
             ours.__name__ = self.site.name
         else:
             functools.update_wrapper(ours, stock)
-        self.seen = self.form.width in ("half", "first")
-        self.ours = staticmethod(ours) if isinstance(self.stock, staticmethod) else ours
-        setattr(self.site.owner, self.site.name, self.ours)
-
-    def remove(self) -> bool:
-        """Restores the stock function, unless somebody else has replaced ours since."""
-        _patches.pop(self.site.key, None)
-        if self.site.value is not self.ours:
-            return False
-        setattr(self.site.owner, self.site.name, self.stock)
-        return True
+        return staticmethod(ours) if isinstance(self.stock, staticmethod) else ours
 
     def _refuses(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Looks at the first real call's tables: we read half of them, so the rest must be alike.
@@ -134,17 +193,28 @@ class _Patch:
         return not alike
 
 
-_patches: dict[str, _Patch] = {}
+_replacements: dict[str, _Replacement] = {}
+_retired: dict[tuple[str, Options], _Replacement] = {}
 
 
-def patch(model: torch.nn.Module | None = None, *, precision: str = "model") -> Report:
+def patch(
+    model: torch.nn.Module | None = None,
+    *,
+    precision: str = "model",
+    compiled: str | None = None,
+    rows: int | None = None,
+) -> Report:
     """Lets Hugging Face models rotate by the fused operator.
 
     The function is replaced for every instance of the model's family, and models are counted: the
     last `unpatch` restores it. Gradients, torch.compile and generate() work as before. At the first
     call the tables are looked at, once for a family (this waits for the device): where the half
     that the operator does not read differs from the one it reads, the model's own function takes
-    its place again, with a warning. (Compiled and captured calls cannot look: call once before.)
+    its place again, with a warning. (Captured calls cannot look: call once before.)
+
+    The family's rotary modules, which make cosines and sines anew at every forward, are given a
+    shorter way to the same bits where they pass a probe: see `rows`. Dynamic and longrope scaling,
+    M-RoPE and a matmul precision below float32 keep the module's own way.
 
     DeepSeek's interleaved form permutes the lanes of q and k before it rotates them; ours leaves
     them where they are, so attention scores are equal up to the order of their sums, and keys in a
@@ -153,12 +223,19 @@ def patch(model: torch.nn.Module | None = None, *, precision: str = "model") -> 
     Args:
         model: a model of transformers 4.57 or 5; None for every family that is imported.
         precision: "model" keeps eager Hugging Face's roundings, bit for bit; "fp32" rounds once.
+        compiled: what torch.compile is given. "stock" is the model's own function, which the
+            compiler fuses with what stands around it; "fused" is the operator, which is opaque to
+            it. None: "stock" where precision is "model". DeepSeek's interleaved form, whose keys
+            lie otherwise in a cache, and functions written in Triton are the operator always.
+        rows: the caller's word that positions are below this. Then the rows of the table, made by
+            the model's own recipe, are kept across forwards and gathered; a position beyond is an
+            IndexError, on CUDA a device-side assertion. None: any position, rows are recomputed.
 
     Returns:
         A Report: which functions were replaced, and which were left alone, and why.
 
     Raises:
-        ValueError: an unknown precision, or another than the family was patched with before.
+        ValueError: an unknown option, or another than the family was patched with before.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -166,31 +243,28 @@ def patch(model: torch.nn.Module | None = None, *, precision: str = "model") -> 
         >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes))
         >>> print(patch(model))
         patched transformers.models.llama.modeling_llama.apply_rotary_pos_emb (half)
+        tables of transformers.models.llama.modeling_llama.LlamaRotaryEmbedding (ours)
         >>> print(unpatch(model))
         restored transformers.models.llama.modeling_llama.apply_rotary_pos_emb
+        tables of transformers.models.llama.modeling_llama.LlamaRotaryEmbedding (its own)
     """
-    if precision not in ("fp32", "model"):
-        raise ValueError(f"patch: expected precision 'fp32' or 'model', got {precision!r}")
-    sites = list(rotary_functions(modules_of(model)))
-    for site in sites:
-        entry = _patches.get(site.key)
-        if entry is not None and entry.precision != precision:
-            raise ValueError(
-                f"patch: expected precision {entry.precision!r}, which {site.key} is patched with, "
-                f"got {precision!r}"
-            )
+    options = _options(precision, compiled, rows)
+    modules = modules_of(model)
+    sites = list(rotary_functions(modules))
+    for site in (*sites, *_forwards(modules)):
+        _agree(site, options)
     report = Report()
     for site in sites:
-        entry = _patches.get(site.key)
-        if entry is None:
-            found = find_form(site.name, site.function)
-            if isinstance(found, str):
-                report.left_alone[site.key] = found
-                continue
-            entry = _patches[site.key] = _Patch(site, site.value, *found, precision)
-            entry.install()
-        entry.models += 1
-        report.patched[site.key] = entry.form.name
+        entry = _take(site, options, _function)
+        if isinstance(entry, _Function):
+            report.patched[site.key] = entry.form.name
+        else:
+            report.left_alone[site.key] = str(entry)
+    patched = {site.module for site in sites if site.key in report.patched}
+    for site in _forwards(modules):
+        if site.module in patched:
+            _take(site, options, _Forward)
+            report.tables[site.owner_key] = "ours"
     return report
 
 
@@ -204,18 +278,72 @@ def unpatch(model: torch.nn.Module | None = None) -> Report:
         A Report: which functions were restored, and which were left alone, and why.
     """
     report = Report()
-    for site in rotary_functions(modules_of(model)):
-        entry = _patches.get(site.key)
+    modules = modules_of(model)
+    for site in (*rotary_functions(modules), *_forwards(modules)):
+        entry = _replacements.get(site.key)
         if entry is None:
             continue
         entry.models -= 1
-        if entry.models > 0:
-            report.left_alone[site.key] = f"{entry.models} more models are patched"
-        elif entry.remove():
+        restored = entry.models == 0 and entry.remove()
+        if isinstance(entry, _Forward):
+            report.tables[site.owner_key] = "its own" if restored else "ours"
+        elif restored:
             report.restored.append(site.key)
+        elif entry.models > 0:
+            report.left_alone[site.key] = f"{entry.models} more models are patched"
         else:
             report.left_alone[site.key] = "it was replaced by somebody else since"
     return report
+
+
+def _options(precision: str, compiled: str | None, rows: int | None) -> Options:
+    if precision not in ("fp32", "model"):
+        raise ValueError(f"patch: expected precision 'fp32' or 'model', got {precision!r}")
+    if compiled not in (None, "stock", "fused"):
+        raise ValueError(f"patch: expected compiled 'stock', 'fused' or None, got {compiled!r}")
+    if rows is not None and rows < 1:
+        raise ValueError(f"patch: expected rows >= 1 or None, got {rows}")
+    return Options(precision, compiled or ("stock" if precision == "model" else "fused"), rows)
+
+
+def _agree(site: Site, options: Options) -> None:
+    """Raises unless a family that is patched already was patched with these options."""
+    entry = _replacements.get(site.key)
+    if entry is None:
+        return
+    for name, theirs in asdict(entry.options).items():
+        ours = getattr(options, name)
+        if ours != theirs:
+            raise ValueError(
+                f"patch: expected {name} {theirs!r}, which {site.key} is patched with, got {ours!r}"
+            )
+
+
+def _take(
+    site: Site, options: Options, make: Callable[[Site, Options], _Replacement | str]
+) -> _Replacement | str:
+    """What is installed at the site, for one more model, or why nothing is."""
+    entry = _replacements.get(site.key)
+    if entry is None:
+        entry = _retired.get((site.key, options))  # compiled code that knows it is valid again
+        if entry is None or entry.stock is not site.value:
+            made = make(site, options)
+            if isinstance(made, str):
+                return made
+            entry = made
+        _replacements[site.key] = entry
+        entry.install()
+    entry.models += 1
+    return entry
+
+
+def _function(site: Site, options: Options) -> _Function | str:
+    found = find_form(site.name, site.function)
+    return found if isinstance(found, str) else _Function(site, *found, options)
+
+
+def _forwards(modules: Iterable[ModuleType]) -> list[Site]:
+    return [Site(owner, "forward") for owner in rotary_modules(modules)]
 
 
 def modules_of(model: torch.nn.Module | None) -> list[ModuleType]:
