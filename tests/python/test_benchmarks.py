@@ -323,3 +323,127 @@ def test_compare_shows_the_change():
     old, new = {key: {"median": 10.0, "yardstick": 5.0}}, {key: {"median": 9.0, "yardstick": 5.0}}
     assert "-10.0 %" in compare.compare(old, new)
     assert "only in B: tiny forward fused_rope cpu_us" in compare.compare({}, new)
+
+
+# --- whole models, and the chain of a decode step -------------------------------------------------
+
+
+@pytest.fixture
+def model_suite(tmp_path):
+    """Runs model.py on tiny models and returns the exit status and what was written."""
+    pytest.importorskip("transformers", minversion="5.0")
+    import model
+
+    def call(*arguments):
+        out = tmp_path / "model.json"
+        common = ("--tiny", "--quick", "--device", "cpu", "--backend", "aot_eager")
+        status = model.main([*common, "--out", str(out), *arguments])
+        return status, json.loads(out.read_text())
+
+    return call
+
+
+def test_models_are_timed_stock_and_patched(model_suite):
+    status, content = model_suite("--modes", "eager")
+    assert status == 0 and content["meta"]["left_out"] == []
+    assert {"device", "torch", "cuda", "commit", "date"} <= content["meta"].keys()
+    found = set()
+    for row in content["rows"]:
+        assert row.keys() >= KEYS - {"bytes"} and row["median"] > 0 and row["yardstick"] > 0
+        assert row["distance"] == 0  # the same bits
+        found.add((row["case"], row["direction"], row["provider"], row["metric"]))
+    for name in ("llama3_8b", "qwen3_8b"):
+        for variant in ("stock", "patched", "patched_rows"):
+            assert (name, "decode", variant, "host_us") in found
+            assert all((name, p, variant, "wall_us") in found for p in ("prefill", "train"))
+
+
+def test_compiled_models_are_timed_with_both_choices(model_suite):
+    status, content = model_suite(
+        *("--models", "qwen3_8b", "--modes", "compiled", "--phases", "decode")
+    )
+    assert status == 0 and content["meta"]["left_out"] == []
+    variants = {row["provider"] for row in content["rows"]}
+    assert variants == {"stock", "patched", "patched_fused"}
+
+
+def test_a_failing_contest_stops_nothing(model_suite, monkeypatch):
+    import model
+
+    def wrong(self, call):
+        return [torch.rand(3)]
+
+    def broken(self, call):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(model.Prefill, "results", wrong)
+    monkeypatch.setattr(model.Train, "results", broken)
+    status, content = model_suite("--models", "llama3_8b", "--modes", "eager")
+    assert status == 0
+    left_out = content["meta"]["left_out"]
+    assert [line.split(":")[0] for line in left_out] == [
+        "llama3_8b eager prefill patched",
+        "llama3_8b eager prefill patched_rows",
+        "llama3_8b eager train",
+    ]
+    timed = {(row["direction"], row["provider"]) for row in content["rows"]}
+    assert ("decode", "patched") in timed and ("prefill", "patched") not in timed
+
+
+def test_nothing_begins_after_the_last_second(model_suite):
+    status, content = model_suite("--models", "llama3_8b", "--modes", "eager", "--seconds", "0")
+    assert status == 1
+    assert [line.split(": ")[1] for line in content["meta"]["left_out"]] == ["out of time"] * 3
+
+
+def test_models_stay_stock_after_a_contest(model_suite):
+    llama = pytest.importorskip("transformers.models.llama.modeling_llama")
+    before = llama.apply_rotary_pos_emb, llama.LlamaRotaryEmbedding.forward
+    model_suite("--models", "llama3_8b", "--modes", "eager", "--phases", "prefill")
+    assert (llama.apply_rotary_pos_emb, llama.LlamaRotaryEmbedding.forward) == before
+
+
+@pytest.fixture
+def chain(tmp_path):
+    pytest.importorskip("transformers")
+    import decode_chain
+
+    def call(*arguments):
+        out = tmp_path / "chain.json"
+        common = ("--tiny", "--quick", "--device", "cpu", "--out", str(out))
+        status = decode_chain.main([*common, *arguments])
+        return status, json.loads(out.read_text())
+
+    return call
+
+
+def test_decode_chain(chain):
+    status, content = chain("--batches", "1", "3", "--label", "plain")
+    assert status == 0 and content["meta"]["left_out"] == []
+    rows = content["rows"]
+    assert all(row.keys() >= KEYS - {"bytes"} and row["variant"] == "plain" for row in rows)
+    ways = ("eager_hf", "fused_copy", "fused_write")
+    assert [(r["case"], r["provider"]) for r in rows] == [
+        (case, way) for case in ("chain1", "chain3") for way in ways
+    ]
+
+
+def test_a_wrong_way_of_the_chain_is_not_timed(chain, monkeypatch):
+    import decode_chain
+
+    def elsewhere(layer):
+        out = decode_chain.fused_write(layer)
+        layer.k_cache[0] += 1
+        return out
+
+    def unrotated(layer):
+        q, k = layer.normed()
+        layer.k_cache.index_copy_(0, layer.slots, k)
+        return layer.attend(q)
+
+    monkeypatch.setitem(decode_chain.WAYS, "fused_copy", elsewhere)
+    monkeypatch.setitem(decode_chain.WAYS, "eager_hf", unrotated)
+    status, content = chain("--batches", "3", "--ways", "eager_hf", "fused_copy")
+    assert status == 1 and content["rows"] == []
+    assert "away from float64" in content["meta"]["left_out"][0]
+    assert "other tokens" in content["meta"]["left_out"][1]
