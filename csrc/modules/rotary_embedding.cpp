@@ -1,84 +1,22 @@
 #include "fused_rope/rotary_embedding.h"
 
-#include <ATen/ops/empty.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/searchsorted.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
 #include <c10/core/InferenceMode.h>
 
 #include <algorithm>
 #include <cmath>
-#include <numbers>
 #include <ostream>
 #include <utility>
 
+#include "modules/varying.h"
+
 namespace fused_rope {
 namespace {
-
-double need(const std::optional<double>& value, const char* kind, const char* key) {
-  TORCH_CHECK_VALUE(value.has_value(), "frequencies: rope_type ", kind, " needs ", key,
-                    " in scaling");
-  return *value;
-}
-
-// RoFormer (Su et al., 2021). The operations and their order are Python's, so that the bits are
-// too.
-std::vector<double> series(int64_t R, double base) {
-  std::vector<double> inv_freq;
-  for (int64_t lane = 0; lane < R; lane += 2) {
-    inv_freq.push_back(1.0 / std::pow(base, static_cast<double>(lane) / static_cast<double>(R)));
-  }
-  return inv_freq;
-}
-
-// Position interpolation (Chen et al., 2023).
-void stretch_linear(std::vector<double>& inv_freq, const RopeScaling& scaling) {
-  const double factor = need(scaling.factor(), "linear", "factor");
-  for (double& f : inv_freq) f /= factor;
-}
-
-// YaRN (Peng et al., 2023): slow pairs interpolate, fast ones do not, a ramp lies between.
-void stretch_yarn(std::vector<double>& inv_freq, double base, const RopeScaling& scaling) {
-  const double factor = need(scaling.factor(), "yarn", "factor");
-  const double trained =
-      need(scaling.original_max_position_embeddings(), "yarn", "original_max_position_embeddings");
-  const auto R = static_cast<double>(2 * inv_freq.size());
-  const auto pair_that_turns = [&](double times) {
-    return R * std::log(trained / (times * 2 * std::numbers::pi)) / (2 * std::log(base));
-  };
-  double low = pair_that_turns(scaling.beta_fast());
-  double high = pair_that_turns(scaling.beta_slow());
-  if (scaling.truncate()) low = std::floor(low), high = std::ceil(high);
-  low = std::max(low, 0.0);
-  high = std::min(high, R - 1);
-  const double width = high == low ? 0.001 : high - low;
-  for (size_t j = 0; j < inv_freq.size(); ++j) {
-    const double interpolated = std::clamp((static_cast<double>(j) - low) / width, 0.0, 1.0);
-    inv_freq[j] = inv_freq[j] / factor * interpolated + inv_freq[j] * (1 - interpolated);
-  }
-}
-
-double yarn_attention_factor(const RopeScaling& scaling) {
-  if (scaling.attention_factor().has_value()) return *scaling.attention_factor();
-  const double factor = *scaling.factor();
-  const auto mscale = [&](double weight) {
-    return factor <= 1 ? 1.0 : 0.1 * weight * std::log(factor) + 1.0;
-  };
-  const double numerator = scaling.mscale().value_or(0);
-  const double denominator = scaling.mscale_all_dim().value_or(0);
-  return numerator != 0 && denominator != 0 ? mscale(numerator) / mscale(denominator) : mscale(1);
-}
-
-// Llama 3.1: long waves interpolate, short ones do not, a blend by wavelength lies between.
-void stretch_llama3(std::vector<double>& inv_freq, const RopeScaling& scaling) {
-  const double factor = need(scaling.factor(), "llama3", "factor");
-  const double slow = need(scaling.low_freq_factor(), "llama3", "low_freq_factor");
-  const double fast = need(scaling.high_freq_factor(), "llama3", "high_freq_factor");
-  const double trained = need(scaling.original_max_position_embeddings(), "llama3",
-                              "original_max_position_embeddings");
-  for (double& f : inv_freq) {
-    const double turns = trained * f / (2 * std::numbers::pi);
-    const double kept = std::clamp((turns - slow) / (fast - slow), 0.0, 1.0);
-    f = (1 - kept) * f / factor + kept * f;
-  }
-}
 
 int64_t rotary_dim_of(const RotaryEmbeddingOptions& o) {
   return o.rotary_dim().value_or(o.head_dim() - o.rotary_offset());
@@ -106,34 +44,45 @@ int64_t sequence_dim(Layout layout) {
   return layout == Layout::kBSHD ? 1 : layout == Layout::kBHSD ? 2 : 0;
 }
 
-}  // namespace
-
-std::tuple<at::Tensor, double> frequencies(int64_t rotary_dim, double base,
-                                           const RopeScaling& scaling) {
-  TORCH_CHECK_VALUE(rotary_dim >= 0 && rotary_dim % 2 == 0,
-                    "frequencies: expected an even rotary_dim R >= 0, got ", rotary_dim);
-  std::vector<double> inv_freq = series(rotary_dim, base);
-  double attention_factor = 1.0;
-  switch (scaling.rope_type()) {
-    case RopeType::kDefault:
-      break;
-    case RopeType::kLinear:
-      stretch_linear(inv_freq, scaling);
-      break;
-    case RopeType::kYarn:
-      stretch_yarn(inv_freq, base, scaling);
-      attention_factor = yarn_attention_factor(scaling);
-      break;
-    case RopeType::kLlama3:
-      stretch_llama3(inv_freq, scaling);
-      break;
-  }
-  const c10::InferenceMode no_inference_tensors(false);
-  const auto P = static_cast<int64_t>(inv_freq.size());
-  const at::Tensor result = at::empty({P}, at::TensorOptions(at::kCPU).dtype(at::kDouble));
-  std::copy(inv_freq.begin(), inv_freq.end(), result.mutable_data_ptr<double>());
-  return {result, attention_factor};
+void check_indices(const at::Tensor& indices, const char* name) {
+  TORCH_CHECK_TYPE(indices.scalar_type() == at::kInt || indices.scalar_type() == at::kLong,
+                   "RotaryEmbedding: expected ", name, " of dtype int32 or int64, got ",
+                   indices.scalar_type());
 }
+
+// The position of each of `tokens` as the operator finds it, offset added; -1 for no rotation.
+at::Tensor positions_of(int64_t tokens, const RotaryEmbeddingForwardOptions& where,
+                        at::Device device) {
+  at::Tensor counted = at::arange(tokens, at::TensorOptions(device).dtype(at::kLong));
+  at::Tensor skipped = at::zeros({}, counted.options().dtype(at::kBool));
+  at::Tensor before = at::full({}, where.offset(), counted.options());
+  if (where.offsets().has_value()) {
+    check_indices(*where.offsets(), "offsets");
+    before = where.offsets()->unsqueeze(1);
+  }
+  if (where.cu_seqlens().has_value()) {
+    check_indices(*where.cu_seqlens(), "cu_seqlens");
+    const at::Tensor starts = where.cu_seqlens()->to(at::kLong);
+    const int64_t last = std::max<int64_t>(starts.size(0) - 2, 0);
+    const at::Tensor sequence = at::searchsorted(starts, counted, /*out_int32=*/false,
+                                                 /*right=*/true)
+                                    .sub(1)
+                                    .clamp(0, last);
+    skipped = counted >= starts[-1];
+    counted = counted - starts.index_select(0, sequence);
+    if (where.offsets().has_value()) before = where.offsets()->index_select(0, sequence);
+  }
+  if (where.positions().has_value()) {
+    check_indices(*where.positions(), "positions");
+    counted = where.positions()->to(at::kLong);
+    skipped = skipped | (counted == -1);
+  }
+  const at::Tensor found = counted + before;
+  // A sum that is no row must not look like -1: the operator is to refuse it.
+  return at::where(skipped, -1, at::where(found < 0, found.clamp_max(-2), found));
+}
+
+}  // namespace
 
 RotaryEmbeddingImpl::RotaryEmbeddingImpl(RotaryEmbeddingOptions options)
     : options(std::move(options)) {
@@ -142,32 +91,32 @@ RotaryEmbeddingImpl::RotaryEmbeddingImpl(RotaryEmbeddingOptions options)
 
 std::tuple<at::Tensor, at::Tensor> RotaryEmbeddingImpl::forward(
     const at::Tensor& q, const at::Tensor& k, const RotaryEmbeddingForwardOptions& where) {
-  const RotateOptions rotation = prepare(q, where);
-  return rotate_qk(q, k, cos, sin, rotation);
+  const Rotation rotation = prepare(q, where);
+  return rotate_qk(q, k, rotation.cos, rotation.sin, rotation.options);
 }
 
 at::Tensor RotaryEmbeddingImpl::rotate(const at::Tensor& q,
                                        const RotaryEmbeddingForwardOptions& where) {
-  const RotateOptions rotation = prepare(q, where);
-  return fused_rope::rotate(q, cos, sin, rotation);
+  const Rotation rotation = prepare(q, where);
+  return fused_rope::rotate(q, rotation.cos, rotation.sin, rotation.options);
 }
 
 void RotaryEmbeddingImpl::reserve(int64_t rows) {
-  if (rows > cos.size(0)) build(std::max(rows, 2 * cos.size(0)), cos.device());
+  const bool stale = is_long(rows) != long_;
+  if (stale) choose_frequencies(rows);
+  const int64_t here = cos.size(0);
+  if (rows > here || stale) build(rows > here ? std::max(rows, 2 * here) : here, cos.device());
 }
 
 // Also what clone() calls, on a copy that has a table already.
 void RotaryEmbeddingImpl::reset() {
   check(options);
-  at::Tensor inv_freq;
-  std::tie(inv_freq, scale_) =
-      frequencies(rotary_dim_of(options) / options.blocks(), options.base(), options.scaling());
-  const c10::InferenceMode no_inference_tensors(false);
-  inv_freq_ = inv_freq.repeat({options.blocks()});
+  choose_frequencies(0);
+  varying_ = at::Tensor();
   if (cos.defined()) {
     build(std::max(options.max_seq_len(), cos.size(0)), cos.device());
   } else {
-    build(options.max_seq_len(), at::kCPU);
+    build(options.max_seq_len(), options.device());
   }
 }
 
@@ -184,28 +133,58 @@ void RotaryEmbeddingImpl::pretty_print(std::ostream& stream) const {
 }
 
 // Makes the table right for this call and says what the operator is to do.
-RotateOptions RotaryEmbeddingImpl::prepare(const at::Tensor& q,
-                                           const RotaryEmbeddingForwardOptions& where) {
+RotaryEmbeddingImpl::Rotation RotaryEmbeddingImpl::prepare(const at::Tensor& q,
+                                                           const Where& where) {
   TORCH_CHECK_VALUE(q.dim() > 0 && q.size(-1) == options.head_dim(),
                     "RotaryEmbedding: expected q with D=", options.head_dim(), ", got ", q.sizes());
   const auto& positions = where.positions();
-  const bool rows_known =
-      !positions.has_value() && !where.cu_seqlens().has_value() && !where.offsets().has_value();
+  std::optional<int64_t> rows;
+  if (!positions.has_value() && !where.cu_seqlens().has_value() && !where.offsets().has_value()) {
+    rows = q.size(sequence_dim(options.layout())) + where.offset();
+  }
   move(q.device());
-  if (rows_known) reserve(q.size(sequence_dim(options.layout())) + where.offset());
 
   auto rotation = RotateOptions()
                       .layout(options.layout())
-                      .positions(positions)
-                      .offset(where.offset())
-                      .offsets(where.offsets())
-                      .cu_seqlens(where.cu_seqlens())
                       .rotary_offset(options.rotary_offset())
                       .interleaved(options.interleaved())
                       .blocks(options.blocks())
                       .precision(options.precision());
   if (positions.has_value() && positions_have_axes(*positions, q)) rotation.axes(options.axes());
-  return rotation;
+  if (needs_rows_of_its_own(q, rows, where)) {
+    return with_rows_of_its_own(q, where, std::move(rotation));
+  }
+  if (rows.has_value()) reserve(*rows);
+  rotation.positions(positions)
+      .offset(where.offset())
+      .offsets(where.offsets())
+      .cu_seqlens(where.cu_seqlens());
+  return {cos, sin, std::move(rotation)};
+}
+
+// Whether the frequencies of a call for `rows`, where they are known, are no table's. Meta tensors
+// ask for shapes, and without Python they lack some of the functions that would compute rows.
+bool RotaryEmbeddingImpl::needs_rows_of_its_own(const at::Tensor& q, std::optional<int64_t> rows,
+                                                const Where& where) const {
+  const bool to_be_refused = where.cu_seqlens().has_value() && options.layout() != Layout::kTHD;
+  if (!varying_.defined() || q.is_meta() || q.numel() == 0 || to_be_refused) return false;
+  if (!rows.has_value()) return true;
+  return options.scaling().rope_type() == RopeType::kDynamic && is_past_training(*rows);
+}
+
+// A table of a row for each token (and axis), computed on the device, and positions that name
+// these.
+RotaryEmbeddingImpl::Rotation RotaryEmbeddingImpl::with_rows_of_its_own(
+    const at::Tensor& q, const Where& where, RotateOptions rotation) const {
+  const at::Tensor positions =
+      positions_of(q.size(sequence_dim(options.layout())), where, q.device());
+  const at::Tensor inv_freq = varying_frequencies(positions.max() + 1, varying_, options.scaling());
+  const at::Tensor angle = positions.reshape({-1, 1}).to(at::kDouble) * inv_freq;
+  const at::Tensor numbers =
+      at::arange(positions.numel(), positions.options()).view(positions.sizes());
+  rotation.positions(at::where(positions < 0, positions, numbers));
+  return {(angle.cos() * scale_).to(at::kFloat), (angle.sin() * scale_).to(at::kFloat),
+          std::move(rotation)};
 }
 
 bool RotaryEmbeddingImpl::positions_have_axes(const at::Tensor& positions,
@@ -218,12 +197,37 @@ bool RotaryEmbeddingImpl::positions_have_axes(const at::Tensor& positions,
   return !one_for_all;
 }
 
+bool RotaryEmbeddingImpl::is_past_training(int64_t rows) const {
+  return static_cast<double>(rows) >
+         options.scaling().original_max_position_embeddings().value_or(HUGE_VAL);
+}
+
+// Whether the table for so many rows is longrope's other one.
+bool RotaryEmbeddingImpl::is_long(int64_t rows) const {
+  return options.scaling().rope_type() == RopeType::kLongRope && is_past_training(rows);
+}
+
+void RotaryEmbeddingImpl::choose_frequencies(int64_t rows) {
+  at::Tensor inv_freq;
+  std::tie(inv_freq, scale_) = frequencies(rotary_dim_of(options) / options.blocks(),
+                                           options.base(), options.scaling(), rows);
+  const c10::InferenceMode no_inference_tensors(false);
+  inv_freq_ = inv_freq.repeat({options.blocks()});
+  long_ = is_long(rows);
+}
+
 void RotaryEmbeddingImpl::move(at::Device device) {
   if (device != cos.device()) build(cos.size(0), device);
 }
 
 void RotaryEmbeddingImpl::build(int64_t rows, at::Device device) {
   std::tie(cos, sin) = cos_sin_table(inv_freq_, rows, /*first=*/0, scale_, at::kFloat, device);
+  if (varies(options.scaling()) && (!varying_.defined() || varying_.device() != device)) {
+    const at::Tensor constants = varying_constants(rotary_dim_of(options) / options.blocks(),
+                                                   options.base(), options.scaling());
+    const c10::InferenceMode no_inference_tensors(false);
+    varying_ = constants.repeat({1, options.blocks()}).to(device, /*non_blocking=*/true);
+  }
 }
 
 }  // namespace fused_rope

@@ -13,37 +13,10 @@
 #include <tuple>
 #include <vector>
 
+#include "fused_rope/frequencies.h"
 #include "fused_rope/ops.h"
 
 namespace fused_rope {
-
-// How frequencies are stretched so that a model reads longer texts than it was trained on.
-enum class RopeType { kDefault, kLinear, kYarn, kLlama3 };
-
-// A kind of scaling and its keys, named as in Hugging Face configs; what a kind needs has no
-// default: linear factor; yarn factor, original_max_position_embeddings; llama3 these,
-// low_freq_factor, high_freq_factor.
-//   RopeScaling(RopeType::kYarn).factor(8).original_max_position_embeddings(4096)
-struct RopeScaling {
-  RopeScaling(RopeType rope_type = RopeType::kDefault) : rope_type_(rope_type) {}  // NOLINT
-
-  TORCH_ARG(RopeType, rope_type);
-  TORCH_ARG(std::optional<double>, factor);
-  TORCH_ARG(std::optional<double>, original_max_position_embeddings);
-  TORCH_ARG(std::optional<double>, low_freq_factor);
-  TORCH_ARG(std::optional<double>, high_freq_factor);
-  TORCH_ARG(double, beta_fast) = 32;
-  TORCH_ARG(double, beta_slow) = 1;
-  TORCH_ARG(std::optional<double>, attention_factor);
-  TORCH_ARG(std::optional<double>, mscale);
-  TORCH_ARG(std::optional<double>, mscale_all_dim);
-  TORCH_ARG(bool, truncate) = true;
-};
-
-// The inverse frequencies of R lanes, float64 [P] on the CPU, and the factor that scales cosine and
-// sine. ValueError for an odd R or a key that is missing.
-FUSED_ROPE_API std::tuple<at::Tensor, double> frequencies(int64_t rotary_dim, double base = 10000.0,
-                                                          const RopeScaling& scaling = {});
 
 struct RotaryEmbeddingOptions {
   RotaryEmbeddingOptions(int64_t head_dim) : head_dim_(head_dim) {}  // NOLINT
@@ -64,6 +37,8 @@ struct RotaryEmbeddingOptions {
   // M-RoPE: the position axis that each of the P pairs follows.
   TORCH_ARG(std::optional<std::vector<int64_t>>, axes);
   TORCH_ARG(Precision, precision) = Precision::kFp32;
+  // Where the table lies to begin with.
+  TORCH_ARG(at::Device, device) = at::kCPU;
 };
 
 // Where the tokens of one call are: rope(q, k, 17), or
@@ -87,6 +62,12 @@ struct RotaryEmbeddingForwardOptions {
 // does a call with q elsewhere. Where the rows are known on the host (no tensor says where tokens
 // are) it grows by itself; otherwise it has max_seq_len rows until reserve(rows). After a change of
 // `options`, reset() builds it anew.
+//
+// The frequencies of dynamic and longrope scaling follow from the largest position of the very
+// call, and from nothing before it. Where only the device knows that position, and wherever they
+// change from row to row (dynamic, past the trained length), the call computes a row for each of
+// its tokens on the device, in float64, without waiting: then no row is too far, and positions need
+// no reserve().
 //
 //   fused_rope::RotaryEmbedding rope(RotaryEmbeddingOptions(64).layout(Layout::kBHSD).base(5e5));
 //   const auto [q_rotated, k_rotated] = rope(q, k);
@@ -118,13 +99,32 @@ class FUSED_ROPE_API RotaryEmbeddingImpl : public torch::nn::Cloneable<RotaryEmb
   at::Tensor cos, sin;
 
  private:
-  RotateOptions prepare(const at::Tensor& q, const RotaryEmbeddingForwardOptions& where);
+  // What the operator is called with.
+  struct Rotation {
+    at::Tensor cos, sin;
+    RotateOptions options;
+  };
+  using Where = RotaryEmbeddingForwardOptions;
+
+  Rotation prepare(const at::Tensor& q, const Where& where);
+  bool needs_rows_of_its_own(const at::Tensor& q, std::optional<int64_t> rows,
+                             const Where& where) const;
+  Rotation with_rows_of_its_own(const at::Tensor& q, const Where& where,
+                                RotateOptions rotation) const;
+  bool is_past_training(int64_t rows) const;
+  bool is_long(int64_t rows) const;
+  void choose_frequencies(int64_t rows);
   bool positions_have_axes(const at::Tensor& positions, const at::Tensor& q) const;
   void move(at::Device device);
   void build(int64_t rows, at::Device device);
 
+  // float64 [P], and the factor of cosine and sine.
   at::Tensor inv_freq_;
   double scale_ = 1.0;
+  // float64 [2, P] beside the table, where frequencies vary; and whether inv_freq_ is of a text
+  // that is longer than the trained length.
+  at::Tensor varying_;
+  bool long_ = false;
 };
 
 // A shared handle to RotaryEmbeddingImpl, as all of libtorch's modules.

@@ -356,6 +356,11 @@ def _positions(
     device: torch.device,
 ) -> Tensor:
     """The position of every token as the operator finds it, offset added; -1 for no rotation."""
+    for name, given in (("positions", positions), ("offset", offset), ("cu_seqlens", cu_seqlens)):
+        if isinstance(given, Tensor) and given.dtype not in (torch.int32, torch.int64):
+            raise TypeError(
+                f"RotaryEmbedding: expected {name} of dtype int32 or int64, got {given.dtype}"
+            )
     counted = torch.arange(tokens, device=device)
     skipped = None if positions is None else positions == -1
     if cu_seqlens is not None:

@@ -323,7 +323,10 @@ def _llama3(R: int, base: float, keys: _Keys, rows: int | None) -> _Frequencies:
     inv_freq = []
     for f in _series(R, base):
         turns = trained * f / (2 * math.pi)
-        kept = min(max((turns - slow) / (fast - slow), 0.0), 1.0)
+        if fast > slow:
+            kept = min(max((turns - slow) / (fast - slow), 0.0), 1.0)
+        else:  # nothing to blend, as in transformers
+            kept = 1.0 if turns >= slow else 0.0
         inv_freq.append((1 - kept) * f / factor + kept * f)
     return inv_freq, 1.0
 

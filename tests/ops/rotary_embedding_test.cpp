@@ -4,6 +4,8 @@
 #include <torch/nn/modules/linear.h>
 #include <torch/serialize.h>
 
+#include <cmath>
+#include <numbers>
 #include <sstream>
 
 #include "testing.h"
@@ -32,6 +34,23 @@ RopeScaling llama3() {
 
 RopeScaling yarn() {
   return RopeScaling(RopeType::kYarn).factor(8).original_max_position_embeddings(4096);
+}
+
+RopeScaling dynamic() {
+  return RopeScaling(RopeType::kDynamic).factor(2).original_max_position_embeddings(32);
+}
+
+RopeScaling longrope() {
+  std::vector<double> short_factor, long_factor;
+  for (int j = 0; j < 16; ++j) {
+    short_factor.push_back(1 + 0.1 * j);
+    long_factor.push_back(2 + 0.3 * j);
+  }
+  return RopeScaling(RopeType::kLongRope)
+      .factor(4)
+      .original_max_position_embeddings(32)
+      .short_factor(short_factor)
+      .long_factor(long_factor);
 }
 
 // What ROPE_INIT_FUNCTIONS of transformers 5.17 gives for 32 lanes, in float32.
@@ -85,12 +104,68 @@ TEST(Frequencies, AreAGeometricSeries) {
   }
 }
 
+TEST(Frequencies, FollowTheRows) {
+  const at::Tensor usual = series(32, 1e4);
+  const auto at_rows = [](const RopeScaling& scaling, int64_t rows) {
+    return std::get<0>(frequencies(32, 1e4, scaling, rows));
+  };
+  for (const int64_t rows : {0, 1, 32}) {
+    EXPECT_TRUE(at::allclose(at_rows(dynamic(), rows), usual, 1e-14, 0));
+    EXPECT_TRUE(at::allclose(at_rows(longrope(), rows),
+                             usual / at::tensor(*longrope().short_factor(), at::kDouble), 1e-14,
+                             0));
+  }
+  const double stretched = 1e4 * std::pow(2.0 * 96 / 32 - 1, 32.0 / 30);
+  EXPECT_TRUE(at::allclose(at_rows(dynamic(), 96), series(32, stretched), 1e-14, 0));
+  EXPECT_TRUE(at::allclose(at_rows(longrope(), 33),
+                           usual / at::tensor(*longrope().long_factor(), at::kDouble), 1e-14, 0));
+  EXPECT_EQ(std::get<1>(frequencies(32, 1e4, dynamic(), 96)), 1);
+  EXPECT_DOUBLE_EQ(std::get<1>(frequencies(32, 1e4, longrope(), 1)),
+                   std::sqrt(1 + std::log(4.0) / std::log(32.0)));
+  EXPECT_EQ(std::get<1>(frequencies(32, 1e4, longrope().attention_factor(1.25))), 1.25);
+}
+
+TEST(Frequencies, MayNotTurn) {
+  const auto of = [](const RopeScaling& scaling) {
+    return std::get<0>(frequencies(8, 81, scaling));
+  };
+  const auto is = [](const at::Tensor& got, const std::vector<double>& expected) {
+    return at::allclose(got, at::tensor(expected, at::kDouble), 1e-14, 0);
+  };
+  EXPECT_TRUE(is(of(RopeScaling(RopeType::kProportional).partial_rotary_factor(0.5).factor(2)),
+                 {0.5, 1.0 / 6, 0, 0}));
+  EXPECT_TRUE(is(of(RopeType::kProportional), {1, 1.0 / 3, 1.0 / 9, 1.0 / 27}));
+  EXPECT_TRUE(is(of(RopeType::kHalfTruncated), {1, 1.0 / 81, 0, 0}));
+  EXPECT_TRUE(is(of(RopeType::kAxial), {1, 1.0 / 9, 1, 1.0 / 9}));
+  for (const RopeType kind : {RopeType::kHalfTruncated, RopeType::kAxial}) {
+    EXPECT_THROW(frequencies(6, 1e4, kind), c10::ValueError);
+  }
+}
+
+// transformers' own result, but for a wave that turns just as often: there it divides 0 by 0.
+TEST(Frequencies, StepWhereLlama3HasNoBlend) {
+  const at::Tensor usual = series(32, 1e4);
+  const at::Tensor turns = 8192 * usual / (2 * std::numbers::pi);
+  for (const double fast : {4.0, 2.0}) {
+    const RopeScaling scaling = llama3().low_freq_factor(4).high_freq_factor(fast);
+    EXPECT_TRUE(at::allclose(std::get<0>(frequencies(32, 1e4, scaling)),
+                             at::where(turns < 4, usual / 8, usual), 1e-14, 0));
+  }
+  const double once = 8192 / (2 * std::numbers::pi);
+  const RopeScaling exact = llama3().low_freq_factor(once).high_freq_factor(once);
+  EXPECT_EQ(std::get<0>(frequencies(2, 1e4, exact)).item<double>(), 1);
+}
+
 TEST(Frequencies, NameWhatIsMissing) {
   EXPECT_THROW(frequencies(3), c10::ValueError);
   EXPECT_THROW(frequencies(-2), c10::ValueError);
   for (const RopeScaling& scaling :
        {RopeScaling(RopeType::kLinear), RopeScaling(RopeType::kYarn).factor(2),
-        yarn().factor(std::nullopt), llama3().high_freq_factor(std::nullopt)}) {
+        yarn().factor(std::nullopt), llama3().high_freq_factor(std::nullopt),
+        RopeScaling(RopeType::kDynamic).factor(2), dynamic().factor(std::nullopt),
+        longrope().factor(std::nullopt), longrope().long_factor(std::nullopt),
+        longrope().short_factor(std::vector<double>{1, 2}),
+        longrope().original_max_position_embeddings(std::nullopt)}) {
     EXPECT_THROW(frequencies(32, 1e4, scaling), c10::ValueError);
   }
   try {
@@ -205,6 +280,94 @@ TEST_P(Module, GrowsWhereRowsAreKnown) {
   const at::Tensor positions = integers({201, 0, 1, 2, 3, 4, -1});
   expect_same_bits(rope->rotate(q, Where().positions(positions)),
                    roomy->rotate(q, Where().positions(positions)));
+}
+
+// Frequencies that follow from the call's own rows.
+class Varying : public Module {
+ protected:
+  // x rotated by the table that `rows` positions in use ask for.
+  void expect_rotated_for(int64_t rows, const at::Tensor& got, const at::Tensor& x,
+                          const RopeScaling& scaling, RotateOptions where) {
+    const auto [inv_freq, scale] = frequencies(32, 1e4, scaling, rows);
+    const auto [cos, sin] = cos_sin_table(inv_freq, 200, 0, scale, at::kFloat, GetParam());
+    EXPECT_TRUE(at::allclose(got, fused_rope::rotate(x, cos, sin, where), 0, 2e-6));
+  }
+};
+FUSED_ROPE_ON_DEVICES(Varying);
+
+TEST_P(Varying, DependsOnThisCallAlone) {
+  for (const RopeScaling& scaling : {dynamic(), longrope()}) {
+    RotaryEmbedding rope = make(Options(32).scaling(scaling).max_seq_len(4));
+    for (const int64_t longest : {9, 31, 32, 100, 9}) {
+      const at::Tensor x = randn({2, 7, 3, 32});
+      const int64_t offset = longest - 6;
+      expect_rotated_for(longest + 1, rope->rotate(x, offset), x, scaling,
+                         RotateOptions().offset(offset));
+      const at::Tensor positions = at::randint(-1, longest, {2, 7}, at::kLong).to(GetParam());
+      positions[1][3] = longest;
+      const at::Tensor got = rope->rotate(x, Where().positions(positions));
+      expect_rotated_for(longest + 1, got, x, scaling, RotateOptions().positions(positions));
+      const at::Tensor shifted = at::where(positions < 0, positions, positions + 3);
+      EXPECT_TRUE(at::allclose(rope->rotate(x, Where(-3).positions(shifted)), got, 0, 2e-6));
+      const at::Tensor offsets = integers({3, offset}, at::kInt);
+      expect_rotated_for(longest + 1, rope->rotate(x, Where().offsets(offsets)), x, scaling,
+                         RotateOptions().offsets(offsets));
+    }
+    const at::Tensor long_text = randn({1, 150, 2, 32});
+    expect_rotated_for(150, rope->rotate(long_text), long_text, scaling, RotateOptions());
+  }
+}
+
+TEST_P(Varying, KnowsPackedSequences) {
+  const at::Tensor x = randn({13, 2, 32}), starts = integers({0, 5, 5, 11}, at::kInt);
+  const at::Tensor offsets = integers({50, 3, 40});
+  const auto where = RotateOptions().layout(Layout::kTHD).cu_seqlens(starts);
+  for (const RopeScaling& scaling : {dynamic(), longrope()}) {
+    RotaryEmbedding rope = make(Options(32).scaling(scaling).layout(Layout::kTHD));
+    expect_rotated_for(6, rope->rotate(x, Where().cu_seqlens(starts)), x, scaling, where);
+    const at::Tensor got = rope->rotate(x, Where().cu_seqlens(starts).offsets(offsets));
+    expect_rotated_for(55, got, x, scaling, RotateOptions(where).offsets(offsets));
+    expect_same_bits(got.slice(0, 11), x.slice(0, 11));
+    RotaryEmbedding other = make(Options(32).scaling(scaling));
+    EXPECT_THROW(other->rotate(randn({2, 5, 1, 32}), Where().cu_seqlens(starts)), c10::ValueError);
+  }
+}
+
+TEST_P(Varying, KnowsAxes) {
+  std::vector<int64_t> axes(16);
+  for (size_t j = 0; j < axes.size(); ++j) axes[j] = static_cast<int64_t>(j % 3);
+  const at::Tensor x = randn({2, 7, 3, 32});
+  const at::Tensor positions = at::randint(-1, 99, {3, 2, 7}, at::kLong).to(GetParam());
+  positions[2][0][0] = 99;
+  for (const RopeScaling& scaling : {dynamic(), longrope()}) {
+    RotaryEmbedding rope = make(Options(32).scaling(scaling).axes(axes));
+    expect_rotated_for(100, rope->rotate(x, Where().positions(positions)), x, scaling,
+                       RotateOptions().positions(positions).axes(axes));
+  }
+}
+
+TEST_P(Varying, RefusesWhatIsNoRow) {
+  RotaryEmbedding rope = make(Options(32).scaling(dynamic()));
+  const at::Tensor x = randn({2, 3, 1, 32});
+  EXPECT_THROW(rope->rotate(x, Where().positions(at::ones({3}, x.options()))), c10::TypeError);
+  EXPECT_THROW(rope->rotate(x, Where().offsets(at::ones({2}, x.options()))), c10::TypeError);
+  if (GetParam().is_cuda()) return;
+  EXPECT_THROW(rope->rotate(x, Where().positions(integers({0, -3, 1}))), c10::IndexError);
+  EXPECT_THROW(rope->rotate(x, Where(-2).positions(integers({0, 3, 1}))), c10::IndexError);
+}
+
+TEST_P(Varying, SurvivesMovesAndClones) {
+  const at::Tensor x = randn({1, 7, 2, 32}), positions = at::arange(90, 97).to(GetParam());
+  for (const RopeScaling& scaling : {dynamic(), longrope()}) {
+    RotaryEmbedding rope(Options(32).scaling(scaling).device(at::kMeta));
+    EXPECT_TRUE(rope->cos.is_meta());
+    rope->rotate(x.to(at::kMeta), Where().positions(positions.to(at::kMeta)));
+    const auto copy = std::dynamic_pointer_cast<RotaryEmbeddingImpl>(rope->clone());
+    for (RotaryEmbeddingImpl* module : {rope.get(), copy.get()}) {
+      expect_rotated_for(97, module->rotate(x, Where().positions(positions)), x, scaling,
+                         RotateOptions().positions(positions));
+    }
+  }
 }
 
 TEST(ModuleOnTheHost, RefusesRowsItDoesNotHave) {

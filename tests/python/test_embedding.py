@@ -401,6 +401,9 @@ def test_rows_that_are_none_are_refused():
     with pytest.raises(IndexError):
         rope(x, positions=torch.tensor([0, 3, 1]), offset=-2)
     assert rope(x[:, :0], positions=torch.zeros(0, dtype=torch.int64)).numel() == 0
+    for where in ({"positions": torch.ones(3)}, {"offset": torch.ones(2)}):
+        with pytest.raises(TypeError, match=next(iter(where))):
+            rope(x, **where)
 
 
 @pytest.mark.parametrize("kind", VARYING)

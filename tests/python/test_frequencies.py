@@ -1,5 +1,6 @@
 """Inverse frequencies: Hugging Face's numbers, papers' formulas, and no influence from outside."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -40,6 +41,16 @@ SCALINGS = [
         "original_max_position_embeddings": 8192,
     },
     {"rope_type": "proportional", "partial_rotary_factor": 0.25},
+    *(
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 4.0,
+            "high_freq_factor": high,
+            "original_max_position_embeddings": 8192,
+        }
+        for high in (4.0, 2.0)
+    ),
 ]
 
 
@@ -75,6 +86,13 @@ def test_equals_hugging_face(scaling, rows):
     )
     torch.testing.assert_close(got.float(), want, rtol=2e-6, atol=0)
     assert factor == pytest.approx(want_factor, rel=1e-7)
+
+
+def test_llama3_steps_where_it_has_no_blend():
+    """A wave that turns just as often as both factors say is kept; transformers divides 0 by 0."""
+    once = 8192 / (2 * math.pi)
+    scaling = {**SCALINGS[6], "low_freq_factor": once, "high_freq_factor": once}
+    assert frequencies(2, scaling=scaling)[0].tolist() == [1.0]
 
 
 def test_half_truncated():

@@ -1,0 +1,73 @@
+// Inverse frequencies of every scaling: the C++ form of Python's fused_rope.frequencies, with the
+// same numbers.
+//
+// Letters: R rotary_dim, P = R/2 pairs.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <torch/arg.h>
+
+#include <cstdint>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "fused_rope/ops.h"
+
+namespace fused_rope {
+
+// How frequencies are stretched so that a model reads longer texts than it was trained on.
+enum class RopeType {
+  kDefault,
+  kLinear,
+  kDynamic,
+  kYarn,
+  kLongRope,
+  kLlama3,
+  kProportional,
+  kHalfTruncated,
+  kAxial
+};
+
+// A kind of scaling and its keys, named as in Hugging Face configs. What a kind needs has no
+// default:
+//
+//   kLinear         factor
+//   kDynamic        factor, original_max_position_embeddings
+//   kYarn           factor, original_max_position_embeddings; or also beta_fast, beta_slow,
+//                   attention_factor, mscale, mscale_all_dim, truncate
+//   kLongRope       short_factor, long_factor (P each), original_max_position_embeddings, and
+//                   factor or attention_factor
+//   kLlama3         factor, low_freq_factor, high_freq_factor, original_max_position_embeddings
+//   kProportional   or also partial_rotary_factor, factor
+//   kHalfTruncated  (R/4 frequencies from 1 down to 1/base, then R/4 zeros)
+//   kAxial          (the frequencies of R/2 lanes, once for each of two axes)
+//
+//   RopeScaling(RopeType::kYarn).factor(8).original_max_position_embeddings(4096)
+struct RopeScaling {
+  RopeScaling(RopeType rope_type = RopeType::kDefault) : rope_type_(rope_type) {}  // NOLINT
+
+  TORCH_ARG(RopeType, rope_type);
+  TORCH_ARG(std::optional<double>, factor);
+  TORCH_ARG(std::optional<double>, original_max_position_embeddings);
+  TORCH_ARG(std::optional<double>, low_freq_factor);
+  TORCH_ARG(std::optional<double>, high_freq_factor);
+  TORCH_ARG(double, beta_fast) = 32;
+  TORCH_ARG(double, beta_slow) = 1;
+  TORCH_ARG(std::optional<double>, attention_factor);
+  TORCH_ARG(std::optional<double>, mscale);
+  TORCH_ARG(std::optional<double>, mscale_all_dim);
+  TORCH_ARG(bool, truncate) = true;
+  TORCH_ARG(std::optional<std::vector<double>>, short_factor);
+  TORCH_ARG(std::optional<std::vector<double>>, long_factor);
+  TORCH_ARG(double, partial_rotary_factor) = 1;
+};
+
+// The inverse frequencies of R lanes, float64 [P] on the CPU, and the factor that scales cosine and
+// sine. `rows` says how many positions are in use, on which kDynamic and kLongRope depend.
+// ValueError for an R that does not fit, a key that is missing or a list of another length than P.
+FUSED_ROPE_API std::tuple<at::Tensor, double> frequencies(int64_t rotary_dim, double base = 10000.0,
+                                                          const RopeScaling& scaling = {},
+                                                          int64_t rows = 0);
+
+}  // namespace fused_rope
