@@ -426,6 +426,84 @@ def test_rows_of_this_call_compile(kind, device):
     assert counter.frame_count <= 3
 
 
+# An int and three kinds of tensors say where 7 tokens are, for a longest position in use.
+PLACES = {
+    "int offset": lambda longest: {"offset": longest - 6},
+    "offsets": lambda longest: {"offset": torch.tensor([3, longest - 6])},
+    "positions": lambda longest: {"positions": torch.arange(longest - 6, longest + 1)},
+    "positions of each": lambda longest: {
+        "positions": torch.tensor([[3] * 7, [-1, longest] + [0] * 5])
+    },
+}
+LONGEST = (9, TRAINED - 1, TRAINED, 100, 20)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("kind", VARYING)
+def test_rows_of_this_call_compile_wherever_tokens_are(kind, place):
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    rope = varying(kind)
+    compiled = torch.compile(rope, backend=counter, fullgraph=True)
+    x = tensor("bshd", 7, D=32)
+    for longest in LONGEST:
+        where = PLACES[place](longest)
+        close(compiled(x, **where), bits(x, *at_rows(kind, longest + 1), **where))
+    assert counter.frame_count <= (2 if place == "int offset" else 1)
+
+
+@pytest.mark.parametrize("kind", VARYING)
+def test_packed_rows_of_this_call_compile(kind):
+    torch._dynamo.reset()
+    rope = varying(kind, layout="thd")
+    compiled = torch.compile(rope, backend="aot_eager", fullgraph=True)
+    x, cu = tensor("thd", 13, D=32), torch.tensor([0, 5, 5, 11])
+    for offset in (torch.tensor([50, 3, 40]), torch.tensor([2, 0, 1])):
+        where = {"cu_seqlens": cu, "offset": offset}
+        close(compiled(x, **where), rope(x, **where))
+
+
+class Calls(torch.nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.rope = varying(kind)
+
+    def forward(self, q, k, where):
+        return self.rope(q, k, **where)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("kind", VARYING)
+def test_rows_of_this_call_export(kind, place, strict):
+    """One exported program serves both sides of the trained length."""
+    q, k = tensor("bshd", 7, D=32), tensor("bshd", 7, 1, D=32)
+    where = PLACES[place](9)
+    shapes = dict.fromkeys(where, torch.export.Dim.DYNAMIC if place == "int offset" else None)
+    exported = torch.export.export(
+        Calls(kind), (q, k, where), dynamic_shapes=(None, None, shapes), strict=strict
+    ).module()
+    for longest in LONGEST:
+        where = PLACES[place](longest)
+        cos, sin = at_rows(kind, longest + 1)
+        for got, x in zip(exported(q, k, where), (q, k), strict=True):
+            close(got, bits(x, cos, sin, **where))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("kind", VARYING)
+def test_rows_of_this_call_export_of_any_length(kind, strict):
+    S = torch.export.Dim("S", min=2, max=4096)
+    q, k = tensor("bshd", 9, D=32), tensor("bshd", 9, 1, D=32)
+    exported = torch.export.export(
+        Calls(kind), (q, k, {}), dynamic_shapes=({1: S}, {1: S}, {}), strict=strict
+    ).module()
+    for rows in (2, TRAINED, TRAINED + 1, 100, 9):
+        q, k = tensor("bshd", rows, D=32), tensor("bshd", rows, 1, D=32)
+        for got, x in zip(exported(q, k, {}), (q, k), strict=True):
+            close(got, bits(x, *at_rows(kind, rows)))
+
+
 @pytest.mark.parametrize("kind", VARYING)
 def test_rows_of_this_call_survive_moves(kind):
     with torch.device("meta"):
