@@ -102,6 +102,34 @@ def audio():
     return {"input_values": torch.randn(2, 400)}
 
 
+def waveform():
+    return {"input_values": torch.randn(2, 1, 400)}
+
+
+def mel_features():
+    return {"input_features": torch.randn(2, 19, 32)}
+
+
+def song(frames=40, tokens=10):
+    """Text around one window of audio, which the encoder makes a token of every four frames."""
+    ids = torch.randint(3, VOCABULARY - 1, (1, 19))
+    ids[:, 4 : 4 + tokens] = VOCABULARY - 1
+    mask = torch.ones(1, frames, dtype=torch.int64)
+    features = torch.randn(1, 16, frames)
+    return {"input_ids": ids, "input_features": features, "input_features_mask": mask}
+
+
+def noise_after_context(block=4, context=7):
+    return {
+        "noise_embeds": torch.randn(2, block, 64),
+        "context_hidden_states": torch.randn(2, context, 2 * 64),
+    }
+
+
+def grey_pair_of_images():
+    return {"pixel_values": torch.randn(1, 2, 3, 32, 32)}
+
+
 def pair_of_images():
     return {"pixel_values": torch.randn(1, 2, 3, 64, 64)}
 
@@ -141,7 +169,8 @@ class Case:
                     parameter.normal_(0, 1.5 * parameter[0].numel() ** -0.5)
                 else:
                     parameter.add_(0.1 * torch.randn_like(parameter))
-        return model.to(device, dtype).eval()
+        # model.to(dtype) would make complex tables real.
+        return model._apply(lambda t: t.to(device, dtype if t.is_floating_point() else None)).eval()
 
     def arguments(self, dtype=torch.float32, device="cpu"):
         torch.manual_seed(1)
@@ -188,6 +217,49 @@ MEMORY = {
     "memory_attention_rope_k_sizes": [2, 2],
 }
 ERNIE_VL = {"moe_intermediate_size": [32, 32], "moe_k": 2, "moe_num_experts": 4}
+MUSIC = {
+    "audio_config": {
+        "model_type": "audioflamingo3_encoder",
+        "num_mel_bins": 16,
+        "hidden_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "intermediate_size": 96,
+        "max_source_positions": 20,
+    },
+    "text_config": {"model_type": "qwen2", **SIZES},
+    "audio_token_id": VOCABULARY - 1,
+}
+QWEN4 = {
+    **MOE,
+    "shared_expert_intermediate_size": 32,
+    "layer_types": ["linear_attention", "qwen_sparse_attention"],
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "hc_lowrank": 8,
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 32,
+    "indexer_budget": 8,
+    "indexer_compress_ratio": 4,
+}
+DAC = {"encoder_hidden_size": 8, "downsampling_ratios": [2, 4], "codebook_dim": 8}
+GLUE = {
+    "keypoint_detector_config": {
+        "encoder_hidden_sizes": [16, 16, 32, 32],
+        "decoder_hidden_size": 32,
+        "descriptor_decoder_dim": 64,
+        "max_keypoints": 20,
+        "keypoint_threshold": 0.0,
+    },
+    "descriptor_dim": 64,
+    "num_hidden_layers": 2,
+    "depth_confidence": -1.0,
+    "width_confidence": -1.0,
+    "filter_threshold": 0.0,
+}
 LOFTR = {"hidden_size": 64, "out_features": [16, 16, 32, 64], "stage_num_blocks": [1, 1, 1, 1]}
 
 CASES = {
@@ -220,6 +292,12 @@ CASES = {
         "Glm4vTextConfig",
         rope(mrope_section=[1, 1, 2], partial_rotary_factor=0.5),
     ),
+    "V9-glm4v_moe": Case(
+        "glm4v_moe",
+        "Glm4vMoeTextModel",
+        "Glm4vMoeTextConfig",
+        {**MOE, **rope(mrope_section=[1, 1, 2], partial_rotary_factor=0.5)},
+    ),
     "V10-ernie4_5_vl_moe": Case(
         "ernie4_5_vl_moe",
         "Ernie4_5_VLMoeTextModel",
@@ -234,6 +312,16 @@ CASES = {
         {**MOE, "intermediate_size_mlp": 96},
         bitwise=False,
         generates=True,
+    ),
+    "V12-llama4-vision": vision(
+        "llama4",
+        "Llama4VisionModel",
+        "Llama4VisionConfig",
+        image,
+        intermediate_size=256,
+        vision_output_dim=64,
+        projector_input_dim=64,
+        projector_output_dim=64,
     ),
     "V13-deepseek_v2": replace(causal("deepseek_v2", "DeepseekV2", **MLA), bitwise=False),
     "V14-deepseek_v3": replace(causal("deepseek_v3", "DeepseekV3", **MLA), bitwise=False),
@@ -283,6 +371,13 @@ CASES = {
         CONFORMER,
         inputs=audio,
     ),
+    "V24-wav2vec2_bert": Case(
+        "wav2vec2_bert",
+        "Wav2Vec2BertModel",
+        "Wav2Vec2BertConfig",
+        {**CONFORMER, "feature_projection_input_dim": 32},
+        inputs=mel_features,
+    ),
     "V26-sam3": vision(
         "sam3", "Sam3ViTModel", "Sam3ViTConfig", image, global_attn_indexes=[1], window_size=4
     ),
@@ -302,4 +397,35 @@ CASES = {
     ),
     "V28-modernbert": Case("modernbert", "ModernBertModel", "ModernBertConfig"),
     "nanochat": causal("nanochat", "NanoChat"),
+    "clvp": Case(
+        "clvp", "ClvpEncoder", "ClvpEncoderConfig", {"hidden_size": 128, "projection_dim": 64}
+    ),
+    "musicflamingo": Case(
+        "musicflamingo", "MusicFlamingoModel", "MusicFlamingoConfig", MUSIC, {}, song
+    ),
+    "muse_glimmer": vision(
+        "muse_glimmer", "MuseGlimmerVisionModel", "MuseGlimmerVisionConfig", pixels
+    ),
+    "muse_glimmer_text": Case("muse_glimmer", "MuseGlimmerTextModel", "MuseGlimmerTextConfig"),
+    "muse_glimmer_assistant": Case(
+        "muse_glimmer_assistant",
+        "MuseGlimmerAssistantModel",
+        "MuseGlimmerAssistantConfig",
+        {"target_layer_ids": [0, 1], "block_size": 4},
+        inputs=noise_after_context,
+    ),
+    "qwen4_exp": Case(
+        "qwen4_exp", "Qwen4ExpForCausalLM", "Qwen4ExpTextConfig", QWEN4, generates=True
+    ),
+    "pe_audio": Case(
+        "pe_audio", "PeAudioEncoder", "PeAudioEncoderConfig", {"dac_config": DAC}, inputs=waveform
+    ),
+    "lightglue": Case(
+        "lightglue",
+        "LightGlueForKeypointMatching",
+        "LightGlueConfig",
+        GLUE,
+        {},
+        grey_pair_of_images,
+    ),
 }

@@ -77,14 +77,20 @@ INTERLEAVED_FLOAT32 = Style("half", interleaved=True, float32=True)
 REPEATED_FLOAT32 = Style("repeated", interleaved=True, float32=True)
 
 
-def layout_of(cos: Tensor, unsqueeze_dim: int) -> str:
-    """The layout of q and k beside which cos, unsqueezed there, broadcasts."""
+def layout_of(x: Tensor, cos: Tensor, unsqueeze_dim: int) -> str:
+    """The layout of x beside which cos, unsqueezed there, broadcasts."""
     heads = unsqueeze_dim if unsqueeze_dim < 0 else unsqueeze_dim - cos.dim() - 1
-    layout = {-3: "bhsd", -2: "bshd"}.get(heads)
-    if layout is None or cos.dim() not in (2, 3):
+    layout = {
+        (4, 2, -3): "bhsd",
+        (4, 3, -3): "bhsd",
+        (4, 2, -2): "bshd",
+        (4, 3, -2): "bshd",
+        (3, 2, -2): "thd",
+    }.get((x.dim(), cos.dim(), heads))
+    if layout is None:
         raise ValueError(
             "apply_rotary_pos_emb: expected unsqueeze_dim 1 or 2 and cos of [B or 1, S, R], got "
-            f"unsqueeze_dim={unsqueeze_dim} and cos {list(cos.shape)}"
+            f"unsqueeze_dim={unsqueeze_dim} and cos {list(cos.shape)} for q {list(x.shape)}"
         )
     return layout
 
@@ -95,7 +101,10 @@ def batched(table: Tensor) -> Tensor:
 
 
 def pair(style: Style) -> Shim:
-    """q and k [B, H, S, D], or [B, S, H, D] where unsqueeze_dim is 2; cos [B or 1, S, R]."""
+    """q and k [B, H, S, D], or [B, S, H, D] where unsqueeze_dim is 2; cos [B or 1, S, R].
+
+    Without batches, cos [T, R] and unsqueeze_dim 1, also [T, H, D].
+    """
 
     def rotate(
         q: Tensor,
@@ -106,7 +115,7 @@ def pair(style: Style) -> Shim:
         *,
         precision: str = "model",
     ) -> Pair:
-        layout = layout_of(cos, unsqueeze_dim)
+        layout = layout_of(q, cos, unsqueeze_dim)
         return style.rotate_qk(q, k, batched(cos), batched(sin), precision, layout=layout)
 
     return rotate
@@ -123,7 +132,7 @@ def single(style: Style) -> Shim:
         *,
         precision: str = "model",
     ) -> Tensor:
-        layout = layout_of(cos, unsqueeze_dim)
+        layout = layout_of(x, cos, unsqueeze_dim)
         return style.rotate(x, batched(cos), batched(sin), precision, layout=layout)
 
     return rotate
@@ -171,7 +180,7 @@ def last_queries(style: Style) -> Shim:
         *,
         precision: str = "model",
     ) -> Pair:
-        layout = layout_of(cos, unsqueeze_dim)
+        layout = layout_of(q, cos, unsqueeze_dim)
         cos, sin, S = batched(cos), batched(sin), q.shape[-2]
         q = style.rotate(q, cos[:, -S:], sin[:, -S:], precision, layout=layout)
         return q, style.rotate(k, cos, sin, precision, layout=layout)
@@ -196,7 +205,7 @@ def sections(style: Style) -> Shim:
             parts = table[..., : table.shape[-1] // 2].split(list(mrope_section), dim=-1)
             return torch.cat([part[axis % 3] for axis, part in enumerate(parts)], dim=-1)
 
-        layout = layout_of(cos[0], unsqueeze_dim)
+        layout = layout_of(q, cos[0], unsqueeze_dim)
         return style.rotate_qk(q, k, select(cos), select(sin), precision, layout=layout)
 
     return rotate
@@ -295,7 +304,7 @@ def blocks(
         spans: Tensor = table.unflatten(-1, (A, -1))
         return spans[..., : spans.shape[-1] // 2].flatten(-2)
 
-    layout = layout_of(cos, unsqueeze_dim)
+    layout = layout_of(x, cos, unsqueeze_dim)
     cos, sin = batched(halves(cos)), batched(halves(sin))
     return Style("half").rotate(x, cos, sin, precision, layout=layout, blocks=A)
 
@@ -354,11 +363,22 @@ def _gathered_layout(unsqueeze_dim: int) -> str:
     return {1: "bhsd", 2: "bshd"}[unsqueeze_dim]
 
 
+def parts(freqs: Tensor, device: torch.device) -> Pair:
+    """The real and the imaginary part of a complex table: cosine and sine."""
+    if not freqs.is_complex():
+        raise TypeError(
+            f"apply_rotary_emb: expected a complex table, got {freqs.dtype}: a cast of the whole "
+            "model, as .to(dtype), has made it real and left no sine"
+        )
+    freqs = freqs.to(device)
+    return freqs.real, freqs.imag
+
+
 def complex_rows(layout: str) -> Shim:
     """Complex tables [B or 1, S, P]: the cosine is their real part, the sine the imaginary one."""
 
     def rotate(xq: Tensor, xk: Tensor, freqs_cis: Tensor, *, precision: str = "model") -> Pair:
-        cos, sin = freqs_cis.to(xq.device).real, freqs_cis.to(xq.device).imag
+        cos, sin = parts(freqs_cis, xq.device)
         return INTERLEAVED_FLOAT32.rotate_qk(xq, xk, cos, sin, precision, layout=layout)
 
     return rotate
@@ -368,10 +388,9 @@ def complex_plane(
     query: Tensor, key: Tensor, freqs_ci: Tensor, *, precision: str = "model"
 ) -> Pair:
     """query and key [B, S, H, D]; freqs_ci complex, S rows of P."""
-    freqs = freqs_ci.to(query.device).reshape(1, query.shape[1], query.shape[-1] // 2)
-    return INTERLEAVED_FLOAT32.rotate_qk(
-        query, key, freqs.real, freqs.imag, precision, layout="bshd"
-    )
+    freqs_ci = freqs_ci.reshape(1, query.shape[1], query.shape[-1] // 2)
+    cos, sin = parts(freqs_ci, query.device)
+    return INTERLEAVED_FLOAT32.rotate_qk(query, key, cos, sin, precision, layout="bshd")
 
 
 def before_projection(
