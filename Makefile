@@ -10,7 +10,7 @@ build:  # .venv, and the library in python/ ready to import
 	scripts/build.sh
 demo: build  # train a small Llama stock and patched, and compare
 	.venv/bin/python examples/train_llama.py
-test:  # ctest, pytest, and the transformers tests once more with the older transformers
+test:  # ctest, pytest, and the transformers tests once more with the older transformers and with `kernels`
 	scripts/test.sh
 bench: build  # time every case on the device that is there; ARGS= options of benchmarks/run.py
 	.venv/bin/python benchmarks/run.py --plots $(ARGS)

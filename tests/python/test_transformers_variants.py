@@ -1,10 +1,7 @@
 """Every variant of rotary embedding in transformers: a small real model, stock against patched."""
 
 import importlib
-import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -272,62 +269,6 @@ def test_patch_every_family():
     finally:
         report = unpatch()
     assert len(report.restored) >= len(families)
-
-
-# --- use_kernels ---------------------------------------------------------------------------------
-
-KERNELS = """
-import kernels, torch, transformers, sys, warnings
-warnings.simplefilter("ignore")
-sys.path.insert(0, {folder!r})
-from fused_rope.compat.transformers import patch, unpatch
-from fused_rope.compat.transformers.kernel_layers import kernel_config, kernel_mapping
-from kernels import Mode
-from torch.profiler import profile
-from transformers_models import CASES
-
-def uses_ours(model, ids, want):
-    with profile() as run:
-        out = model(ids)[0]
-    assert torch.equal(out, want)
-    return any("fused_rope" in event.key for event in run.key_averages())
-
-for name in ("V1-llama", "V3-gpt_oss", "nanochat", "V22-esm"):
-    model, ids = CASES[name].build(), CASES[name].arguments()["input_ids"]
-    want = model(ids)[0]
-    assert not uses_ours(model, ids, want)
-    with kernels.use_kernel_mapping(kernel_mapping(model), inherit_mapping=False):
-        kernels.kernelize(model, device="cpu", mode=Mode.TRAINING | Mode.TORCH_COMPILE)
-    assert uses_ours(model, ids, want)
-    model(ids)[0].sum().backward()
-    kernels.kernelize(model, device="cpu", mode=Mode.INFERENCE)
-    assert not uses_ours(model, ids, want)
-    patch(model)
-    assert uses_ours(model, ids, want)
-    unpatch(model)
-    assert not uses_ours(model, ids, want)
-
-model, ids = CASES["V1-llama"].build(), CASES["V1-llama"].arguments()["input_ids"]
-want = model(ids)[0]
-kernels.register_kernel_mapping(kernel_mapping(model))
-model.set_use_kernels(True)
-assert uses_ours(model, ids, want)
-assert kernel_config(model).use_local_kernel
-print("done")
-"""
-
-
-def test_use_kernels():
-    """In a process of its own: the `kernels` package registers for good."""
-    pytest.importorskip("kernels", minversion="0.16")
-    code = KERNELS.format(folder=str(Path(__file__).parent))
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "done" in run.stdout, run.stderr
-
-
-def test_kernel_repository_says_what_it_is():
-    metadata = json.loads((coverage.HERE / "kernel_repository" / "metadata.json").read_text())
-    assert {"name", "id", "version", "license", "backend"} <= metadata.keys()
 
 
 # --- coverage -----------------------------------------------------------------------------------

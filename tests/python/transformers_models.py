@@ -230,6 +230,13 @@ MUSIC = {
     "text_config": {"model_type": "qwen2", **SIZES},
     "audio_token_id": VOCABULARY - 1,
 }
+COMPRESSED = {
+    "layer_types": ["compressed_sparse_attention", "heavily_compressed_attention"],
+    "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4},
+    "index_n_heads": 2,
+    "index_head_dim": 32,
+    "index_topk": 4,
+}
 QWEN4 = {
     **MOE,
     "shared_expert_intermediate_size": 32,
@@ -333,7 +340,7 @@ CASES = {
         ),
         bitwise=False,
     ),
-    "V15-deepseek_v4": causal("deepseek_v4", "DeepseekV4", **{**MLA, "head_dim": 32}),
+    "V15-deepseek_v4": causal("deepseek_v4", "DeepseekV4", **{**MLA, "head_dim": 32, **COMPRESSED}),
     "V16-gemma4": Case(
         "gemma4",
         "Gemma4ForCausalLM",
