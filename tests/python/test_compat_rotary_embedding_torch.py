@@ -27,6 +27,20 @@ def written_out(t, angle, start=0, scale=1.0):
 
 # --- the function -------------------------------------------------------------------------------
 
+
+def test_results_are_contiguous(device):
+    """As the original's, whatever t's strides: its callers may view them."""
+    t = torch.randn(B, S, H, D, device=device).transpose(1, 2)
+    rotary = RotaryEmbedding(R).to(device)
+    for got in (
+        rotary.rotate_queries_or_keys(t),
+        apply_rotary_emb(torch.randn(B, 1, S, R, device=device), t),
+        rotary.rotate_queries_or_keys(t.bfloat16()),
+    ):
+        assert got.is_contiguous()
+    same(rotary.rotate_queries_or_keys(t), rotary.rotate_queries_or_keys(t.contiguous()))
+
+
 SHAPES = {  # angles, and what they turn
     "sequence": ((S,), (B, H, S, D)),
     "sequence before heads": ((S, 1), (B, S, H, D)),

@@ -134,6 +134,15 @@ def test_compiles():
     compiles(VisionRotaryPositionalEmbeddings(10, 20, D), torch.randn(B, 10, H, D))
 
 
+@pytest.mark.parametrize("module", [RotaryPositionalEmbeddings, Llama3ScaledRoPE])
+def test_results_are_contiguous(module, device):
+    """As the original's, whatever x's strides: its callers may view them."""
+    x = torch.randn(B, H, S, D, device=device).transpose(1, 2)
+    y = module(D, max_seq_len=M).to(device)(x)
+    assert y.is_contiguous()
+    same(y, module(D, max_seq_len=M).to(device)(x.contiguous()))
+
+
 def test_original():
     pytest.importorskip("torchtune", exc_type=ImportError)
     from torchtune.models.llama3_1._position_embeddings import Llama3ScaledRoPE as Llama3

@@ -36,6 +36,19 @@ def mirrored(length, cp_size, cp_rank):
     return torch.cat([chunks[cp_rank], chunks[2 * cp_size - 1 - cp_rank]])
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("swapped", [(0, 1), (1, 2)])
+def test_results_are_contiguous(swapped, fused, device):
+    """As the original's, whatever t's strides: its callers may view them."""
+    freqs, _ = angles(device=device)
+    for layout in ("sbhd", "bshd"):
+        t = tensor(layout, device)
+        strided = t.transpose(*swapped).contiguous().transpose(*swapped)
+        got = apply_rotary_pos_emb(strided, freqs, tensor_format=layout, fused=fused)
+        assert got.is_contiguous()
+        same(got, apply_rotary_pos_emb(t, freqs, tensor_format=layout, fused=fused))
+
+
 # --- [S, B, H, D] and [B, S, H, D] --------------------------------------------------------------
 
 

@@ -44,7 +44,7 @@ def apply_rotary_emb(
             first dimension where freqs has two or t three, and else that all are taken.
 
     Returns:
-        A tensor of t's shape and dtype; differentiable in t, freqs and scale.
+        A contiguous tensor of t's shape and dtype; differentiable in t, freqs and scale.
 
     Raises:
         ValueError: shapes that do not fit.
@@ -342,4 +342,4 @@ def _rotate_broadcast(t: Tensor, cos: Tensor, sin: Tensor, rotary_offset: int) -
     else:
         cos, sin = (table.transpose(1, 2) for table in (cos, sin))
     y = functional.rotate(x, cos, sin, layout=layout, rotary_offset=rotary_offset, interleaved=True)
-    return y.view(shape)
+    return y.contiguous().view(shape)

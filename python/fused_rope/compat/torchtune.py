@@ -71,7 +71,7 @@ class RotaryPositionalEmbeddings(_Module):
             IndexError: a position that is no row (on CUDA a device-side assertion).
         """
         rotated: Tensor = self.rope(x, positions=input_pos)
-        return rotated
+        return rotated.contiguous()
 
 
 class Llama3ScaledRoPE(_Module):
@@ -110,7 +110,7 @@ class Llama3ScaledRoPE(_Module):
     def forward(self, x: Tensor, *, input_pos: Tensor | None = None) -> Tensor:
         """x [B, S, H, D] rotated; see `RotaryPositionalEmbeddings.forward`."""
         rotated: Tensor = self.rope(x, positions=input_pos)
-        return rotated
+        return rotated.contiguous()
 
 
 class Phi3RotaryPositionalEmbeddings(_Module):
@@ -210,4 +210,4 @@ class VisionRotaryPositionalEmbeddings(_Module):
         """
         tiles = x.shape[1] // self.seq_len
         rotated: Tensor = self.rope(x, positions=self.positions.repeat(1, 1, tiles))
-        return rotated
+        return rotated.contiguous()

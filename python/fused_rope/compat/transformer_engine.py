@@ -51,7 +51,7 @@ def apply_rotary_pos_emb(
             2*cp_size chunks of each sequence.
 
     Returns:
-        A tensor of t's shape and dtype; differentiable in t.
+        A contiguous tensor of t's shape and dtype; differentiable in t.
 
     Raises:
         ValueError: shapes that do not fit; fewer rows than the host knows to be needed; "thd"
@@ -92,7 +92,7 @@ def apply_rotary_pos_emb(
         if start_positions is None:  # only the rows that are read need cosine and sine
             angle, positions = angle[:S] if positions is None else angle[positions], None
     angle = angle[:, 0] if shared else angle.transpose(0, 1)
-    return functional.rotate(
+    rotated = functional.rotate(
         t,
         angle.cos(),
         angle.sin(),
@@ -103,6 +103,7 @@ def apply_rotary_pos_emb(
         interleaved=interleaved,
         precision="fp32" if fused else "model",
     )
+    return rotated.contiguous()
 
 
 def _positions(S: int, angle: Tensor, cp_size: int, cp_rank: int) -> Tensor:
