@@ -176,8 +176,6 @@ def config_arguments(config: Any, layer_type: str | None = None) -> dict[str, An
     Raises:
         ValueError: the config's layer types differ, and `layer_type` names none of them.
     """
-    length = config.max_position_embeddings
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     parameters = getattr(config, "rope_parameters", None)
     if parameters is None:
         scaling = _version_4_scaling(config)
@@ -189,6 +187,9 @@ def config_arguments(config: Any, layer_type: str | None = None) -> dict[str, An
     else:
         scaling = dict(parameters)
 
+    config = _of_layer_type(config, layer_type)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    length = config.max_position_embeddings
     kind = rope_type(scaling)
     if kind == "dynamic":
         scaling["original_max_position_embeddings"] = length
@@ -207,6 +208,14 @@ def config_arguments(config: Any, layer_type: str | None = None) -> dict[str, An
         "scaling": scaling,
         "axes": mrope_axes(sections, scaling.get("mrope_interleaved", False)) if sections else None,
     }
+
+
+def _of_layer_type(config: Any, layer_type: str | None) -> Any:
+    """The config of one layer type, where these differ in more than their parameters (Gemma 4)."""
+    try:
+        return config if layer_type is None else config.per_layer_config[layer_type]
+    except (AttributeError, KeyError, ValueError):
+        return config
 
 
 def _version_4_scaling(config: Any) -> dict[str, Any]:

@@ -88,6 +88,22 @@ def test_equals_hugging_face(scaling, rows):
     assert factor == pytest.approx(want_factor, rel=1e-7)
 
 
+@pytest.mark.parametrize("layer_type", ["sliding_attention", "full_attention"])
+def test_layer_types_with_head_dims_of_their_own(layer_type):
+    """Gemma 4's layers of full attention have wider heads, of which p-RoPE turns a part."""
+    gemma4 = pytest.importorskip("transformers.models.gemma4")
+    from transformers.models.gemma4.modeling_gemma4 import Gemma4TextRotaryEmbedding
+
+    config = gemma4.Gemma4TextConfig(num_hidden_layers=6, head_dim=32, global_head_dim=64)
+    want = getattr(Gemma4TextRotaryEmbedding(config), f"{layer_type}_inv_freq")
+    arguments = config_arguments(config, layer_type)
+    assert arguments["head_dim"] == (64 if layer_type == "full_attention" else 32)
+    got, _ = frequencies(arguments["rotary_dim"], arguments["base"], arguments["scaling"])
+    torch.testing.assert_close(got.float(), want, rtol=2e-6, atol=0)
+    with pytest.raises(ValueError, match="layer_type"):
+        config_arguments(config)
+
+
 def test_llama3_steps_where_it_has_no_blend():
     """A wave that turns just as often as both factors say is kept; transformers divides 0 by 0."""
     once = 8192 / (2 * math.pi)
