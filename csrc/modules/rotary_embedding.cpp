@@ -172,8 +172,7 @@ bool RotaryEmbeddingImpl::needs_rows_of_its_own(const at::Tensor& q, std::option
   return options.scaling().rope_type() == RopeType::kDynamic && is_past_training(*rows);
 }
 
-// A table of a row for each token (and axis), computed on the device, and positions that name
-// these.
+// A table of a row for each token (and axis), computed on the device, and positions that name them.
 RotaryEmbeddingImpl::Rotation RotaryEmbeddingImpl::with_rows_of_its_own(
     const at::Tensor& q, const Where& where, RotateOptions rotation) const {
   const at::Tensor positions =
