@@ -7,6 +7,7 @@ import textwrap
 from pathlib import Path
 
 import fused_rope
+import pytest
 import torch
 
 FOLDER = Path(fused_rope.__file__).parent
@@ -29,6 +30,28 @@ def test_facts():
     assert fused_rope._C.with_cuda == _build.WITH_CUDA
     if torch.cuda.is_available():
         assert _build.WITH_CUDA, "a GPU is there, but the library was built without CUDA"
+
+
+@pytest.mark.parametrize("call", ["rotate(x, *table)", "cos_sin_table(x[0, 0, 0], 4096)"])
+def test_threads(call):
+    """The CPU's loops are spread over torch's threads; without OpenMP they silently are not."""
+    if not torch.backends.openmp.is_available() or not Path("/proc/self/task").exists():
+        pytest.skip("needs a torch with OpenMP, and a list of threads")
+    run = python(f"""
+        import os
+
+        import torch
+
+        import fused_rope
+
+        torch.set_num_threads(3)
+        x = torch.empty(1, 512, 8, 64)
+        table = torch.empty(512, 32), torch.empty(512, 32)
+        before = len(os.listdir("/proc/self/task"))
+        fused_rope.{call}
+        print(len(os.listdir("/proc/self/task")) - before)
+    """)
+    assert run.stdout.split() == ["2"], run.stderr
 
 
 def test_another_torch():
