@@ -1,5 +1,6 @@
 // The CPU backend: rows are checked before anything is written, tokens are spread over threads.
 #include <ATen/Parallel.h>
+#include <ATen/Version.h>
 
 #include "fused_rope/kernels/cpu.h"
 #include "ops/forms.h"
@@ -16,6 +17,15 @@ void check_rows(const Call& call, const RotateParams& p, int64_t begin, int64_t 
                     "), got ", bad->index, " at b=", bad->b, ", s=", bad->s);
 }
 
+// What PyTorch's own kernels take on this machine, so that ATEN_CPU_CAPABILITY holds for ours too.
+Isa isa_of_torch() {
+  const std::string capability = at::get_cpu_capability();
+  const Isa isa = capability.starts_with("AVX512") ? Isa::kAvx512
+                  : capability.starts_with("AVX2") ? Isa::kAvx2
+                                                   : Isa::kBaseline;
+  return has(isa) ? isa : Isa::kBaseline;
+}
+
 void launch(const Call& call, const RotateParams& p) {
   const int64_t tokens = p.B * p.S;
   const int64_t lanes = p.D * (p.tensors[0].H + (p.count > 1 ? p.tensors[1].H : 0));
@@ -28,8 +38,9 @@ void launch(const Call& call, const RotateParams& p) {
     at::parallel_for(0, tokens, kGrainLanes,
                      [&](int64_t begin, int64_t end) { check_rows(call, p, begin, end); });
   }
+  static const Isa isa = isa_of_torch();
   at::parallel_for(0, tokens, grain,
-                   [&](int64_t begin, int64_t end) { rotate_tokens(p, begin, end); });
+                   [&](int64_t begin, int64_t end) { rotate_tokens(p, begin, end, isa); });
 }
 
 }  // namespace

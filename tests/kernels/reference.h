@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "fused_rope/kernels/isa.h"
 #include "fused_rope/kernels/numeric.h"
 
 namespace fused_rope::testing {
@@ -83,12 +84,22 @@ inline std::vector<std::pair<int64_t, int64_t>> pair_lanes(int64_t R, int64_t of
   return pairs;
 }
 
+// The instruction sets of this machine beyond the baseline.
+inline std::vector<Isa> vector_isas() {
+  std::vector<Isa> isas;
+  for (const Isa isa : {Isa::kAvx2, Isa::kAvx512}) {
+    if (has(isa)) isas.push_back(isa);
+  }
+  return isas;
+}
+
 // Random numbers that repeat from run to run; tests print the seed with SCOPED_TRACE.
 class Random {
  public:
   explicit Random(uint64_t seed) : engine_(seed) {}
 
   double normal() { return std::normal_distribution<double>()(engine_); }
+  uint64_t bits() { return engine_(); }
   int64_t below(int64_t n) { return std::uniform_int_distribution<int64_t>(0, n - 1)(engine_); }
 
  private:

@@ -70,9 +70,9 @@ FUSED_ROPE_HOST_DEVICE BFloat16 to_bfloat16(float value) {
   return {__bfloat16_as_ushort(__float2bfloat16_rn(value))};
 #else
   const uint32_t bits = bits_of(value);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const uint32_t nan = (bits >> 16) | 0x0040u;
-  return {static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded)};
+  const uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  const uint32_t nan = bits | 0x00400000u;
+  return {static_cast<uint16_t>((value != value ? nan : rounded) >> 16)};
 #endif
 }
 
