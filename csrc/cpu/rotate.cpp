@@ -26,7 +26,7 @@ Isa isa_of_torch() {
   return has(isa) ? isa : Isa::kBaseline;
 }
 
-void launch(const Call& call, const RotateParams& p) {
+void launch_rotate(const Call& call, const RotateParams& p) {
   const int64_t tokens = p.B * p.S;
   const int64_t lanes = p.D * (p.tensors[0].H + (p.count > 1 ? p.tensors[1].H : 0));
   if (tokens == 0 || lanes == 0) return;
@@ -43,8 +43,18 @@ void launch(const Call& call, const RotateParams& p) {
                    [&](int64_t begin, int64_t end) { rotate_tokens(p, begin, end, isa); });
 }
 
+struct CpuBackend {
+  using Guard = NoGuard;
+
+  static at::Tensor empty(const at::Tensor& x) {
+    return allocate_output(x, c10::DispatchKey::CPU, c10::GetAllocator(c10::kCPU));
+  }
+
+  static void launch(const Call& call, const RotateParams& params) { launch_rotate(call, params); }
+};
+
 }  // namespace
 
-TORCH_LIBRARY_IMPL(fused_rope, CPU, m) { Forms<&launch>::register_in(m); }
+TORCH_LIBRARY_IMPL(fused_rope, CPU, m) { Forms<CpuBackend>::register_in(m); }
 
 }  // namespace fused_rope

@@ -1,4 +1,5 @@
 // The CUDA backend: the tensors' device and the current stream around the torch-free launch.
+#include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -9,13 +10,21 @@
 namespace fused_rope {
 namespace {
 
-void launch(const Call& call, const RotateParams& params) {
-  const c10::cuda::CUDAGuard guard(call.inputs[0]->device());
-  C10_CUDA_CHECK(launch_rotate(params, c10::cuda::getCurrentCUDAStream()));
-}
+struct CudaBackend {
+  using Guard = c10::cuda::CUDAGuard;
+
+  static at::Tensor empty(const at::Tensor& x) {
+    return allocate_output(x, c10::DispatchKey::CUDA, c10::cuda::CUDACachingAllocator::get());
+  }
+
+  static void launch(const Call& call, const RotateParams& params) {
+    const c10::DeviceIndex device = call.inputs[0]->device().index();
+    C10_CUDA_CHECK(launch_rotate(params, c10::cuda::getCurrentCUDAStream(device)));
+  }
+};
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(fused_rope, CUDA, m) { Forms<&launch>::register_in(m); }
+TORCH_LIBRARY_IMPL(fused_rope, CUDA, m) { Forms<CudaBackend>::register_in(m); }
 
 }  // namespace fused_rope

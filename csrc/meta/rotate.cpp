@@ -2,7 +2,15 @@
 #include "ops/forms.h"
 
 namespace fused_rope {
+namespace {
 
-TORCH_LIBRARY_IMPL(fused_rope, Meta, m) { Forms<nullptr>::register_in(m); }
+struct MetaBackend {
+  using Guard = NoGuard;
+  static at::Tensor empty(const at::Tensor& x) { return empty_output(x); }
+};
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fused_rope, Meta, m) { Forms<MetaBackend>::register_in(m); }
 
 }  // namespace fused_rope

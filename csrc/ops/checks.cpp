@@ -41,9 +41,9 @@ void check_index(const Call& call, const char* name, const OptionalTensor& index
                     index->device());
 }
 
-void check_tensors(const Call& call, Layout layout) {
+void check_tensors(const Call& call) {
   const at::Tensor& x = *call.inputs[0];
-  const int64_t rank = layout == Layout::kTHD ? 3 : 4;
+  const int64_t rank = call.layout == Layout::kTHD ? 3 : 4;
   for (int i = 0; i < call.count(); ++i) {
     const at::Tensor& tensor = *call.inputs[i];
     TORCH_CHECK_TYPE(is_rotatable(tensor.scalar_type()), call.op, ": expected ", call.name(i),
@@ -76,14 +76,14 @@ void check_tables(const Call& call) {
                     call.cos.sym_sizes(), ", got ", call.sin.sym_sizes());
 }
 
-void check_options(const Call& call, Layout layout) {
+void check_options(const Call& call) {
   const Arguments& a = call.arguments;
   TORCH_CHECK_VALUE(a.rotary_offset >= 0, call.op, ": expected rotary_offset >= 0, got ",
                     a.rotary_offset);
   TORCH_CHECK_VALUE(a.blocks >= 1, call.op, ": expected blocks >= 1, got ", a.blocks);
   TORCH_CHECK_VALUE(a.blocks == 1 || !a.interleaved, call.op,
                     ": expected blocks=1 beside interleaved=True, got blocks=", a.blocks);
-  TORCH_CHECK_VALUE(!a.cu_seqlens.has_value() || layout == Layout::kTHD, call.op,
+  TORCH_CHECK_VALUE(!a.cu_seqlens.has_value() || call.layout == Layout::kTHD, call.op,
                     ": expected cu_seqlens with layout thd only, got layout ", a.layout);
   TORCH_CHECK_VALUE(
       !a.cu_seqlens.has_value() || (a.cu_seqlens->dim() == 1 && a.cu_seqlens->sym_size(0) > 0),
@@ -191,16 +191,15 @@ void check_apart(const Call& call, const char* name, const at::Tensor& tensor,
 
 // The i-th output, written by out_rows.
 void check_scattered(const Call& call, int i, const at::Tensor& out) {
-  const Layout layout = parse_layout(call.op, call.arguments.layout);
-  const Extents x = extents(*call.inputs[i], layout);
+  const Extents x = extents(*call.inputs[i], call.layout);
   TORCH_CHECK_VALUE(out.size(1) == x.H && out.size(2) == x.D, call.op, ": expected ",
                     call.out_name(i), " of shape [rows, H=", x.H, ", D=", x.D,
                     "] beside out_rows, got ", out.sizes());
   const at::IntArrayRef rows = call.arguments.out_rows->sizes();
   const bool fits = rows == at::IntArrayRef({x.B, x.S}) ||
-                    (layout == Layout::kTHD && rows == at::IntArrayRef({x.S}));
+                    (call.layout == Layout::kTHD && rows == at::IntArrayRef({x.S}));
   TORCH_CHECK_VALUE(fits, call.op, ": expected out_rows of shape ",
-                    layout == Layout::kTHD ? "[T]" : "[B, S]", " with B=", x.B, ", S=", x.S,
+                    call.layout == Layout::kTHD ? "[T]" : "[B, S]", " with B=", x.B, ", S=", x.S,
                     ", got ", rows);
 }
 
@@ -234,26 +233,23 @@ Extents extents(const at::Tensor& x, Layout layout) {
 
 void check_metadata(const Call& call) {
   const Arguments& a = call.arguments;
-  const Layout layout = parse_layout(call.op, a.layout);
-  parse_precision(call.op, a.precision);
-  check_tensors(call, layout);
+  check_tensors(call);
   check_tables(call);
   check_index(call, "positions", a.positions);
   check_index(call, "offset", a.offsets);
   check_index(call, "cu_seqlens", a.cu_seqlens);
   check_index(call, "out_rows", a.out_rows);
-  check_options(call, layout);
+  check_options(call);
   if (call.cos.dim() > 2) check_gathered(call);
 }
 
 void check_sizes(const Call& call) {
-  const Layout layout = parse_layout(call.op, call.arguments.layout);
-  const Extents x = extents(*call.inputs[0], layout);
+  const Extents x = extents(*call.inputs[0], call.layout);
   TORCH_CHECK_VALUE(call.sin.sizes() == call.cos.sizes(), call.op, ": expected sin of cos's shape ",
                     call.cos.sizes(), ", got ", call.sin.sizes());
   check_span(call, x, call.cos.sizes().back());
   for (int i = 0; i < call.count(); ++i) {
-    const Extents other = extents(*call.inputs[i], layout);
+    const Extents other = extents(*call.inputs[i], call.layout);
     TORCH_CHECK_VALUE(other.B == x.B && other.S == x.S && other.D == x.D, call.op, ": expected ",
                       call.name(i), " with q's B=", x.B, ", S=", x.S, ", D=", x.D, ", got ",
                       call.inputs[i]->sizes());

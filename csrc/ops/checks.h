@@ -10,6 +10,13 @@
 
 namespace fused_rope {
 
+// ValueError naming `op` for a word that is no layout or precision.
+Layout parse_layout(const char* op, std::string_view layout);
+Precision parse_precision(const char* op, std::string_view precision);
+
+std::string_view name_of(Layout layout);
+std::string_view name_of(Precision precision);
+
 // One call of an operator: x, or q and k, with what they are rotated by.
 struct Call {
   const char* op;
@@ -17,6 +24,8 @@ struct Call {
   const at::Tensor& cos;
   const at::Tensor& sin;
   const Arguments& arguments;
+  Layout layout = parse_layout(op, arguments.layout);
+  Precision precision = parse_precision(op, arguments.precision);
 
   int count() const { return inputs[1] == nullptr ? 1 : 2; }
   const char* name(int i) const { return count() == 1 ? "x" : i == 0 ? "q" : "k"; }
@@ -31,13 +40,6 @@ struct Extents {
   int64_t B, S, H, D;
   Strides strides;
 };
-
-// ValueError naming `op` for a word that is no layout or precision.
-Layout parse_layout(const char* op, std::string_view layout);
-Precision parse_precision(const char* op, std::string_view precision);
-
-std::string_view name_of(Layout layout);
-std::string_view name_of(Precision precision);
 
 Extents extents(const at::Tensor& x, Layout layout);
 

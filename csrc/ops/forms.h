@@ -1,5 +1,4 @@
-// The six forms of the operator over one launcher: a device's whole backend is Forms<its launcher>,
-// and that of tensors without data Forms<nullptr>.
+// The six forms of the operator over one backend: what a device registers is Forms<its Backend>.
 #pragma once
 
 #include <torch/library.h>
@@ -8,10 +7,11 @@
 
 namespace fused_rope {
 
-// Runs a prepared call on the device that `call.inputs` live on.
-using Launch = void (*)(const Call& call, const RotateParams& params);
-
-template <Launch kLaunch>
+// A Backend has
+//   Guard(device)          while it lives the device is the current one;
+//   empty(x)               memory for x rotated, see params.h;
+//   launch(call, params)   runs a prepared call; absent where tensors hold no data.
+template <typename Backend>
 class Forms {
  public:
   static void register_in(torch::Library& m) {
@@ -24,11 +24,14 @@ class Forms {
   }
 
  private:
+  using Guard = typename Backend::Guard;
+
   static at::Tensor rotate(const Arguments& a, const at::Tensor& x, const at::Tensor& cos,
                            const at::Tensor& sin) {
     const Call call = {"rotate", {&x, nullptr}, cos, sin, a};
     check(call);
-    const at::Tensor out = empty_output(x);
+    const Guard guard(x.device());
+    at::Tensor out = Backend::empty(x);
     run(call, {&out, nullptr});
     return out;
   }
@@ -38,6 +41,7 @@ class Forms {
     const Call call = {"rotate_", {&x, nullptr}, cos, sin, a};
     check(call);
     if constexpr (kHasData) check_in_place(call);
+    const Guard guard(x.device());
     run(call, call.inputs);
   }
 
@@ -45,10 +49,11 @@ class Forms {
                               const at::Tensor& cos, const at::Tensor& sin) {
     const Call call = {"rotate_qk", {&q, &k}, cos, sin, a};
     check(call);
-    const at::Tensor q_out = empty_output(q);
-    const at::Tensor k_out = empty_output(k);
+    const Guard guard(q.device());
+    at::Tensor q_out = Backend::empty(q);
+    at::Tensor k_out = Backend::empty(k);
     run(call, {&q_out, &k_out});
-    return {q_out, k_out};
+    return {std::move(q_out), std::move(k_out)};
   }
 
   static void rotate_qk_(const Arguments& a, const at::Tensor& q, const at::Tensor& k,
@@ -56,6 +61,7 @@ class Forms {
     const Call call = {"rotate_qk_", {&q, &k}, cos, sin, a};
     check(call);
     if constexpr (kHasData) check_in_place(call);
+    const Guard guard(q.device());
     run(call, call.inputs);
   }
 
@@ -64,6 +70,7 @@ class Forms {
     const Call call = {"rotate_out", {&x, nullptr}, cos, sin, a};
     check(call);
     check_outputs(call, {&out, nullptr});
+    const Guard guard(x.device());
     run(call, {&out, nullptr});
   }
 
@@ -73,10 +80,11 @@ class Forms {
     const Call call = {"rotate_qk_out", {&q, &k}, cos, sin, a};
     check(call);
     check_outputs(call, {&q_out, &k_out});
+    const Guard guard(q.device());
     run(call, {&q_out, &k_out});
   }
 
-  static constexpr bool kHasData = kLaunch != nullptr;
+  static constexpr bool kHasData = requires { &Backend::launch; };
 
   static void check(const Call& call) {
     check_metadata(call);
@@ -88,12 +96,13 @@ class Forms {
   }
 
   static void run([[maybe_unused]] const Call& call, [[maybe_unused]] const Outputs& outputs) {
-    if constexpr (kHasData) {
-      PreparedCall prepared = prepare(call);
-      set_outputs(prepared.params, call, outputs);
-      kLaunch(call, prepared.params);
-    }
+    if constexpr (kHasData) Backend::launch(call, PreparedCall(call, outputs).params);
   }
+};
+
+// For devices of which there is only one.
+struct NoGuard {
+  explicit NoGuard(at::Device) {}
 };
 
 }  // namespace fused_rope

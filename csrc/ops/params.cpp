@@ -1,5 +1,6 @@
 #include "ops/params.h"
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 
@@ -20,9 +21,9 @@ DType dtype_of(const at::Tensor& x) {
 }
 
 // Tables in half precision beside another dtype are widened, which is exact.
-at::Tensor readable_table(const at::Tensor& table, at::ScalarType x) {
+bool is_widened(const at::Tensor& table, at::ScalarType x) {
   const bool half = table.scalar_type() == at::kHalf || table.scalar_type() == at::kBFloat16;
-  return half && table.scalar_type() != x ? table.to(at::kFloat) : table;
+  return half && table.scalar_type() != x;
 }
 
 TableParams table_params(const at::Tensor& table) {
@@ -77,16 +78,20 @@ RowParams row_params(const Call& call, int64_t M) {
 
 }  // namespace
 
-PreparedCall prepare(const Call& call) {
+PreparedCall::PreparedCall(const Call& call, const Outputs& outputs) {
   const Arguments& a = call.arguments;
   const at::Tensor& x = *call.inputs[0];
-  PreparedCall prepared = {
-      {}, readable_table(call.cos, x.scalar_type()), readable_table(call.sin, x.scalar_type())};
-  RotateParams& p = prepared.params;
-  const Layout layout = parse_layout(call.op, a.layout);
+  const at::Tensor* cos = &call.cos;
+  const at::Tensor* sin = &call.sin;
+  if (is_widened(*cos, x.scalar_type())) {
+    widened_ = {cos->to(at::kFloat), sin->to(at::kFloat)};
+    cos = &widened_[0];
+    sin = &widened_[1];
+  }
+  RotateParams& p = params;
   p.count = call.count();
   for (int i = 0; i < p.count; ++i) {
-    const Extents e = extents(*call.inputs[i], layout);
+    const Extents e = extents(*call.inputs[i], call.layout);
     p.B = e.B;
     p.S = e.S;
     p.D = e.D;
@@ -94,26 +99,26 @@ PreparedCall prepare(const Call& call) {
   }
   const int64_t P = call.cos.sizes().back();
   p.lanes = {P, a.rotary_offset, a.interleaved ? 1 : P / a.blocks};
-  p.cos = table_params(prepared.cos);
-  p.sin = table_params(prepared.sin);
+  p.cos = table_params(*cos);
+  p.sin = table_params(*sin);
   p.rows = row_params(call, call.cos.size(0));
   p.axes = a.axes.has_value() ? a.axes->data() : nullptr;
   p.dtype = dtype_of(x);
-  p.table_dtype = dtype_of(prepared.cos);
-  p.precision = parse_precision(call.op, a.precision);
+  p.table_dtype = dtype_of(*cos);
+  p.precision = call.precision;
   p.inverse = a.inverse;
   p.per_head = call.cos.dim() == 4;
-  return prepared;
+  set_outputs(call, outputs);
 }
 
-void set_outputs(RotateParams& p, const Call& call, const Outputs& outputs) {
-  const Layout layout = parse_layout(call.op, call.arguments.layout);
+void PreparedCall::set_outputs(const Call& call, const Outputs& outputs) {
+  RotateParams& p = params;
   p.in_place = outputs[0] == call.inputs[0];
   for (int i = 0; i < p.count; ++i) {
     TensorParams& t = p.tensors[i];
     t.scattered = i == p.count - 1 && call.arguments.out_rows.has_value();
     t.out = outputs[i]->mutable_data_ptr();
-    t.out_strides = extents(*outputs[i], t.scattered ? Layout::kTHD : layout).strides;
+    t.out_strides = extents(*outputs[i], t.scattered ? Layout::kTHD : call.layout).strides;
     if (t.scattered) p.rows.out_rows_limit = outputs[i]->size(0);
   }
 }
@@ -121,6 +126,15 @@ void set_outputs(RotateParams& p, const Call& call, const Outputs& outputs) {
 at::Tensor empty_output(const at::Tensor& x) {
   if (x.is_non_overlapping_and_dense()) return at::empty_like(x);
   return at::empty_symint(x.sym_sizes(), x.options());
+}
+
+at::Tensor allocate_output(const at::Tensor& x, c10::DispatchKey key, c10::Allocator* allocator) {
+  const c10::DispatchKeySet keys(key);
+  const at::ScalarType type = x.scalar_type();
+  return at::Tensor(
+      x.is_non_overlapping_and_dense()
+          ? at::detail::empty_strided_generic(x.sizes(), x.strides(), allocator, keys, type)
+          : at::detail::empty_generic(x.sizes(), allocator, keys, type, std::nullopt));
 }
 
 }  // namespace fused_rope

@@ -6,18 +6,25 @@
 namespace fused_rope {
 
 // Plain data, and what must live until it is used.
-struct PreparedCall {
-  RotateParams params;
-  at::Tensor cos, sin;  // as the kernels read them
+class PreparedCall {
+ public:
+  // The call must have passed its checks. In place the outputs are the inputs.
+  PreparedCall(const Call& call, const Outputs& outputs);
+
+  RotateParams params = {};
+
+ private:
+  void set_outputs(const Call& call, const Outputs& outputs);
+
+  std::array<at::Tensor, 2>
+      widened_;  // cos and sin, where the kernels cannot read them as they are
 };
-
-// Everything but the outputs. The call must have passed its checks.
-PreparedCall prepare(const Call& call);
-
-// Adds the outputs; in place they are the inputs.
-void set_outputs(RotateParams& params, const Call& call, const Outputs& outputs);
 
 // Memory for the result of rotating x: x's own strides where x is dense, row-major otherwise.
 at::Tensor empty_output(const at::Tensor& x);
+
+// The same straight from the allocator of x's device, for a tensor with memory on the current one:
+// the dispatcher's way there takes as long as all else that a small call does.
+at::Tensor allocate_output(const at::Tensor& x, c10::DispatchKey key, c10::Allocator* allocator);
 
 }  // namespace fused_rope

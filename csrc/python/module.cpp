@@ -1,42 +1,243 @@
 // fused_rope._C: a short way from Python to the operators, and facts of the build. The only file
-// that knows pybind11.
+// that knows pybind11. Arguments are read by hand: pybind11's own reading of sixteen of them takes
+// as long as all that an operator does before its launch.
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
+#include <torch/csrc/utils/python_numbers.h>
+
+#include <string>
+#include <utility>
+#include <vector>
 
 #include "fused_rope/version.h"
 #include "ops/arguments.h"
+#include "ops/wide_tables.h"
 
 namespace fused_rope {
 namespace {
 
 namespace py = pybind11;
 
-using Axes = std::optional<std::vector<int64_t>>;
+// The arguments of one call, taken in order. TypeError for one of another type.
+class Reader {
+ public:
+  Reader(const char* op, PyObject* const* arguments, Py_ssize_t count)
+      : op_(op), begin_(arguments), next_(arguments), end_(arguments + count) {}
 
-// Entry<&f>::call takes what the Python functions pass: the schema's flat list with containers that
-// pybind11 can fill.
+  // Borrowed: the caller holds the arguments.
+  const at::Tensor& tensor() {
+    PyObject* object = next();
+    if (!THPVariable_Check(object)) refuse();
+    return THPVariable_Unpack(object);
+  }
+
+  OptionalTensor optional_tensor() { return skip_none() ? std::nullopt : OptionalTensor(tensor()); }
+
+  std::string_view text() {
+    PyObject* object = next();
+    if (!PyUnicode_Check(object)) refuse();
+    Py_ssize_t length = 0;
+    const char* text = PyUnicode_AsUTF8AndSize(object, &length);
+    if (text == nullptr) throw python_error();
+    return {text, static_cast<size_t>(length)};
+  }
+
+  bool flag() {
+    PyObject* object = next();
+    return object == Py_True || (object != Py_False && convert<bool>(object));
+  }
+
+  template <typename Integer = int64_t>
+  Integer integer() {
+    PyObject* object = next();
+    if (PyLong_CheckExact(object)) return THPUtils_unpackLong(object);
+    return convert<Integer>(object);
+  }
+
+  std::optional<std::vector<int64_t>> optional_integers() {
+    if (skip_none()) return std::nullopt;
+    return convert<std::vector<int64_t>>(next());
+  }
+
+  Reader tuple() {
+    PyObject* object = next();
+    if (!PyTuple_Check(object)) refuse();
+    return {op_, PySequence_Fast_ITEMS(object), PyTuple_GET_SIZE(object)};
+  }
+
+  bool is_at_tensor() const { return THPVariable_Check(peek()); }
+
+ private:
+  PyObject* peek() const {
+    if (next_ == end_) refuse();
+    return *next_;
+  }
+
+  PyObject* next() {
+    PyObject* object = peek();
+    ++next_;
+    return object;
+  }
+
+  bool skip_none() {
+    const bool is_none = peek() == Py_None;
+    next_ += is_none;
+    return is_none;
+  }
+
+  template <typename T>
+  T convert(PyObject* object) {
+    py::detail::make_caster<T> caster;
+    if (!caster.load(object, /*convert=*/true)) refuse();
+    return py::detail::cast_op<T>(std::move(caster));
+  }
+
+  [[noreturn]] void refuse() const {
+    std::string got;
+    for (PyObject* const* object = begin_; object != end_; ++object) {
+      const std::string name = py::str(py::type::of(*object).attr("__name__"));
+      got += (got.empty() ? "" : ", ") + name;
+    }
+    TORCH_CHECK_TYPE(false, op_, ": expected arguments of the documented types, got (", got, ")");
+  }
+
+  const char* op_;
+  PyObject* const* begin_;
+  PyObject* const* next_;
+  PyObject* const* end_;
+};
+
+// Where tokens are: positions, offset (an int or a tensor), cu_seqlens, out_rows.
+struct Rows {
+  explicit Rows(Reader& reader)
+      : positions(reader.optional_tensor()),
+        offsets(reader.is_at_tensor() ? OptionalTensor(reader.tensor()) : std::nullopt),
+        offset(offsets.has_value() ? c10::SymInt(0) : reader.integer<c10::SymInt>()),
+        cu_seqlens(reader.optional_tensor()),
+        out_rows(reader.optional_tensor()) {}
+
+  OptionalTensor positions, offsets;
+  c10::SymInt offset;
+  OptionalTensor cu_seqlens, out_rows;
+};
+
+// The tuple of layout, axes, rotary_offset, interleaved, blocks, inverse, precision.
+struct Options {
+  explicit Options(Reader reader)
+      : layout(reader.text()),
+        axes(reader.optional_integers()),
+        rotary_offset(reader.integer()),
+        interleaved(reader.flag()),
+        blocks(reader.integer()),
+        inverse(reader.flag()),
+        precision(reader.text()) {}
+
+  std::string_view layout;
+  std::optional<std::vector<int64_t>> axes;
+  int64_t rotary_offset;
+  bool interleaved;
+  int64_t blocks;
+  bool inverse;
+  std::string_view precision;
+};
+
+Arguments arguments_of(const Rows& rows, const Options& o) {
+  at::OptionalIntArrayRef axes;
+  if (o.axes.has_value()) axes = at::IntArrayRef(*o.axes);
+  return {rows.positions, rows.offsets, rows.cu_seqlens, rows.out_rows, rows.offset,
+          o.layout,       axes,         o.rotary_offset, o.interleaved, o.blocks,
+          o.inverse,      o.precision};
+}
+
+PyObject* wrap(at::Tensor&& tensor) { return THPVariable_Wrap(std::move(tensor)); }
+
+PyObject* wrap(TensorPair&& tensors) {
+  THPObjectPtr pair(PyTuple_New(2));
+  if (!pair) throw python_error();
+  PyTuple_SET_ITEM(pair.get(), 0, wrap(std::move(std::get<0>(tensors))));
+  PyTuple_SET_ITEM(pair.get(), 1, wrap(std::move(std::get<1>(tensors))));
+  return pair.release();
+}
+
+// Entry<&f>::call is what Python calls for f(arguments, tensors...): with the tensors, then what
+// Rows and Options read. Under a transformation of torch.func, which could not follow it, it does
+// nothing and returns NotImplemented.
 template <auto kFunction>
 struct Entry;
 
 template <typename Result, typename... Tensors, Result (*kFunction)(const Arguments&, Tensors...)>
 struct Entry<kFunction> {
-  static Result call(Tensors... tensors, const OptionalTensor& positions,
-                     const OptionalTensor& offsets, const OptionalTensor& cu_seqlens,
-                     const OptionalTensor& out_rows, c10::SymInt offset, std::string_view layout,
-                     const Axes& axes, int64_t rotary_offset, bool interleaved, int64_t blocks,
-                     bool inverse, std::string_view precision) {
-    const py::gil_scoped_release no_gil;
-    at::OptionalIntArrayRef axes_ref;
-    if (axes.has_value()) axes_ref = at::IntArrayRef(*axes);
-    return kFunction({positions, offsets, cu_seqlens, out_rows, std::move(offset), layout, axes_ref,
-                      rotary_offset, interleaved, blocks, inverse, precision},
-                     tensors...);
+  inline static PyMethodDef method = {};
+
+  static PyObject* call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+    HANDLE_TH_ERRORS
+    if (c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode)) {
+      Py_RETURN_NOTIMPLEMENTED;
+    }
+    Reader reader(method.ml_name, arguments, count);
+    const std::tuple<Tensors...> tensors{next<Tensors>(reader)...};
+    const Rows rows(reader);
+    const Options options(reader.tuple());
+    const auto run = [&] {
+      const py::gil_scoped_release no_gil;
+      return std::apply([&](Tensors... t) { return kFunction(arguments_of(rows, options), t...); },
+                        tensors);
+    };
+    if constexpr (std::is_void_v<Result>) {
+      run();
+      Py_RETURN_NONE;
+    } else {
+      return wrap(run());
+    }
+    END_HANDLE_TH_ERRORS
+  }
+
+ private:
+  template <typename Tensor>
+  static Tensor next(Reader& reader) {
+    return reader.tensor();
   }
 };
 
-template <auto kFunction>
+// rotate_qk_wide with q, k, cos, sin, positions, a tuple of WideTables' members, and Options.
+// NotImplemented where it does nothing.
+struct WideEntry {
+  inline static PyMethodDef method = {};
+
+  static PyObject* call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+    HANDLE_TH_ERRORS
+    Reader reader("rotate_qk", arguments, count);
+    const at::Tensor& q = reader.tensor();
+    const at::Tensor& k = reader.tensor();
+    const at::Tensor& cos = reader.tensor();
+    const at::Tensor& sin = reader.tensor();
+    const OptionalTensor positions = reader.optional_tensor();
+    Reader tables = reader.tuple();
+    const WideTables form = {tables.integer(), tables.text(), tables.flag()};
+    const Options o(reader.tuple());
+    const auto run = [&] {
+      const py::gil_scoped_release no_gil;
+      const Arguments a = {positions, kNoTensor,  kNoTensor,       kNoTensor,     0,
+                           o.layout,  {},         o.rotary_offset, o.interleaved, o.blocks,
+                           o.inverse, o.precision};
+      return rotate_qk_wide(a, form, q, k, cos, sin);
+    };
+    std::optional<TensorPair> rotated = run();
+    if (!rotated.has_value()) Py_RETURN_NOTIMPLEMENTED;
+    return wrap(std::move(*rotated));
+    END_HANDLE_TH_ERRORS
+  }
+};
+
+template <typename E>
 void def(py::module_& m, const char* name) {
-  m.def(name, torch::wrap_pybind_function(&Entry<kFunction>::call));
+  E::method = {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&E::call)),
+               METH_FASTCALL, nullptr};
+  PyObject* function = PyCFunction_New(&E::method, nullptr);
+  if (function == nullptr) throw py::error_already_set();
+  m.add_object(name, py::reinterpret_steal<py::object>(function));
 }
 
 PYBIND11_MODULE(_C, m) {
@@ -49,12 +250,13 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("with_cuda") = false;
 #endif
-  def<&call_rotate>(m, "rotate");
-  def<&call_rotate_>(m, "rotate_");
-  def<&call_rotate_qk>(m, "rotate_qk");
-  def<&call_rotate_qk_>(m, "rotate_qk_");
-  def<&call_rotate_out>(m, "rotate_out");
-  def<&call_rotate_qk_out>(m, "rotate_qk_out");
+  def<Entry<&call_rotate>>(m, "rotate");
+  def<Entry<&call_rotate_>>(m, "rotate_");
+  def<Entry<&call_rotate_qk>>(m, "rotate_qk");
+  def<Entry<&call_rotate_qk_>>(m, "rotate_qk_");
+  def<Entry<&call_rotate_out>>(m, "rotate_out");
+  def<Entry<&call_rotate_qk_out>>(m, "rotate_qk_out");
+  def<WideEntry>(m, "rotate_qk_wide");
 }
 
 }  // namespace

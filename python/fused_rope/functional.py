@@ -16,7 +16,7 @@ from torch import Tensor
 from . import _C, _functorch
 
 _ops = torch.ops.fused_rope
-_functorch_level = torch._C._functorch.peek_interpreter_stack
+_in_dynamo = torch.compiler.is_dynamo_compiling
 # Set by fused_rope.distributed: suits the arguments of a call to DTensors among them.
 _beside_dtensors: Callable[..., Any] | None = None
 
@@ -98,12 +98,15 @@ def rotate(
         torch.Size([2, 128, 32, 64])
     """
     options = (layout, axes, rotary_offset, interleaved, blocks, inverse, precision)
+    rotated: Tensor
+    if out is None is out_rows and _beside_dtensors is None and not _in_dynamo():
+        rotated = _C.rotate(x, cos, sin, positions, offset, cu_seqlens, None, options)
+        if rotated is not NotImplemented:
+            return rotated
     if out is not None:
         _call("rotate_out", (x, cos, sin, out), positions, offset, cu_seqlens, options, out_rows)
         return out
-    rotated: Tensor = _call(
-        "rotate", (x, cos, sin), positions, offset, cu_seqlens, options, out_rows
-    )
+    rotated = _call("rotate", (x, cos, sin), positions, offset, cu_seqlens, options, out_rows)
     return rotated
 
 
@@ -141,6 +144,10 @@ def rotate_(
         >>> q = fused_rope.rotate_(qkv[:, :, 0], cos, sin)
     """
     options = (layout, axes, rotary_offset, interleaved, blocks, inverse, precision)
+    if _beside_dtensors is None and not _in_dynamo():
+        done = _C.rotate_(x, cos, sin, positions, offset, cu_seqlens, None, options)
+        if done is not NotImplemented:
+            return x
     _call("rotate_", (x, cos, sin), positions, offset, cu_seqlens, options)
     return x
 
@@ -179,6 +186,11 @@ def rotate_qk(
         >>> q, k = fused_rope.rotate_qk(q, k, cos, sin, layout="bhsd", offset=17)
     """
     options = (layout, axes, rotary_offset, interleaved, blocks, inverse, precision)
+    rotated: tuple[Tensor, Tensor]
+    if out is None is out_rows and _beside_dtensors is None and not _in_dynamo():
+        rotated = _C.rotate_qk(q, k, cos, sin, positions, offset, cu_seqlens, None, options)
+        if rotated is not NotImplemented:
+            return rotated
     if out is not None:
         if isinstance(out, Tensor):
             raise TypeError("rotate_qk: expected out to be a pair of tensors, got one tensor")
@@ -192,9 +204,7 @@ def rotate_qk(
             out_rows,
         )
         return out
-    rotated: tuple[Tensor, Tensor] = _call(
-        "rotate_qk", (q, k, cos, sin), positions, offset, cu_seqlens, options, out_rows
-    )
+    rotated = _call("rotate_qk", (q, k, cos, sin), positions, offset, cu_seqlens, options, out_rows)
     return rotated
 
 
@@ -228,6 +238,10 @@ def rotate_qk_(
         >>> q, k = fused_rope.rotate_qk_(qkv[:, :, :8], qkv[:, :, 8:10], cos, sin)
     """
     options = (layout, axes, rotary_offset, interleaved, blocks, inverse, precision)
+    if _beside_dtensors is None and not _in_dynamo():
+        done = _C.rotate_qk_(q, k, cos, sin, positions, offset, cu_seqlens, None, options)
+        if done is not NotImplemented:
+            return q, k
     _call("rotate_qk_", (q, k, cos, sin), positions, offset, cu_seqlens, options)
     return q, k
 
@@ -290,6 +304,36 @@ def _(
     )
 
 
+def rotate_qk_wide(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+    tables: tuple[int, str, bool],
+    options: tuple[Any, ...],
+) -> tuple[Tensor, Tensor] | None:
+    """`rotate_qk` for facades whose tables are views away from the operator's.
+
+    The views are made on the way to the operator: for its own cost, Python's would buy four calls.
+
+    Args:
+        tables: how many dimensions the operator's tables have; of full-width tables the columns
+            that it reads: "tiled" or "first" (the first half), "repeated" (every second), "half"
+            (all), "either" (the first D/2, which may be all); whether the last lanes turn.
+        options: layout, axes, rotary_offset, interleaved, blocks, inverse, precision; where the
+            tables' dtype is wider than q's, "fp32" takes the place of "model".
+
+    Returns:
+        None where it cannot be done: the caller then makes the views and calls `rotate_qk`.
+    """
+    if _in_dynamo():
+        return None
+    rotated: tuple[Tensor, Tensor]
+    rotated = _C.rotate_qk_wide(q, k, cos, sin, positions, tables, options)
+    return None if rotated is NotImplemented else rotated
+
+
 def _call(
     name: str,
     tensors: tuple[Tensor, ...],
@@ -299,28 +343,19 @@ def _call(
     options: tuple[Any, ...],
     out_rows: Tensor | None = None,
 ) -> Any:
-    """Calls operator `name` in the cheapest way that this moment allows."""
+    """Calls operator `name` the way that this moment asks for."""
     if out_rows is not None and not name.endswith("_out"):
         raise ValueError(f"{name}: expected out beside out_rows, got none")
     if _beside_dtensors is not None:
         tensors, positions, offset, cu_seqlens = _beside_dtensors(
             name, tensors, positions, offset, cu_seqlens, options[0]
         )
-    number, offsets = (0, offset) if isinstance(offset, Tensor) else (offset, None)
-    rows = (positions, offsets, cu_seqlens)
-    if torch.compiler.is_compiling():  # first: Dynamo can follow none of what comes after
+    if _in_dynamo():
+        number, offsets = (0, offset) if isinstance(offset, Tensor) else (offset, None)
         extra = (out_rows,) if name.endswith("_out") else ()
-        return getattr(_ops, name)(*tensors, *rows, *extra, number, *options)
-    if _functorch_level() is not None:
+        rows = (positions, offsets, cu_seqlens, *extra)
+        return getattr(_ops, name)(*tensors, *rows, number, *options)
+    done = getattr(_C, name)(*tensors, positions, offset, cu_seqlens, out_rows, options)
+    if done is NotImplemented:
         return _functorch.call(_call, name, tensors, (positions, offset, cu_seqlens), options)
-    try:
-        return getattr(_C, name)(*tensors, *rows, out_rows, number, *options)
-    except TypeError as error:
-        if "incompatible function arguments" not in str(error):
-            raise
-        got = ", ".join(
-            type(value).__name__ for value in (*tensors, *rows, out_rows, number, *options)
-        )
-        raise TypeError(
-            f"{name}: expected arguments of the documented types, got ({got})"
-        ) from None
+    return done

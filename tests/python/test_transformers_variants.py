@@ -82,7 +82,10 @@ def test_outputs_and_gradients(name, dtype, device, patched, monkeypatch):
     assert distance(grads.values(), stock_grads.values()) < (3e-6 if exact else 2e-2)
 
     # A rotation by nothing must show: else the model never came here, or it did not matter.
-    still = SimpleNamespace(rotate=lambda x, *a, **o: +x, rotate_qk=lambda q, k, *a, **o: (+q, +k))
+    def both(q, k, *a, **o):
+        return +q, +k
+
+    still = SimpleNamespace(rotate=lambda x, *a, **o: +x, rotate_qk=both, rotate_qk_wide=both)
     monkeypatch.setattr(shims, "functional", still)
     assert distance([o.detach() for o in tensors(model(**arguments))], stock) > 1e-3
 

@@ -22,6 +22,9 @@ __all__ = [
     "inplace_rope_embedding",
 ]
 
+_TABLES = (2, "either", False)
+_OPTIONS = ("bhsd", None, 0, False, 1, False, "fp32")
+
 
 def fast_rope_embedding(
     Q: Tensor,
@@ -54,11 +57,15 @@ def fast_rope_embedding(
         >>> Q, K = torch.randn(2, 4, 9, 64), torch.randn(2, 2, 9, 64)
         >>> Q, K = fast_rope_embedding(Q, K, angle.cos(), angle.sin())
     """
-    B, S, D = Q.shape[0], Q.shape[-2], Q.shape[-1]
     positions = rope_embedding_indices
-    if positions is not None and positions.numel() == B * S:
-        positions = positions.reshape(B, S)
+    if positions is not None and positions.numel() == Q.shape[0] * Q.shape[-2]:
+        positions = positions.reshape(Q.shape[0], Q.shape[-2])
+    if not inplace:
+        rotated = functional.rotate_qk_wide(Q, K, cos, sin, positions, _TABLES, _OPTIONS)
+        if rotated is not None:
+            return rotated
     form = functional.rotate_qk_ if inplace else functional.rotate_qk
+    D = Q.shape[-1]
     tables = (_table("cos", cos, D), _table("sin", sin, D))
     return form(Q, K, *tables, layout="bhsd", positions=positions)
 

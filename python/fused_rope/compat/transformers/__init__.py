@@ -65,5 +65,5 @@ def apply_rotary_pos_emb(
         >>> angle = torch.cat([angle, angle], -1).expand(2, 9, 64)
         >>> q, k = apply_rotary_pos_emb(q, k, angle.cos(), angle.sin())
     """
-    q, k = _half(q, k, cos, sin, unsqueeze_dim, precision=precision)
-    return q, k
+    rotated: tuple[Tensor, Tensor] = _half(q, k, cos, sin, unsqueeze_dim, precision=precision)
+    return rotated

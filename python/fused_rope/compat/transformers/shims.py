@@ -77,16 +77,21 @@ INTERLEAVED_FLOAT32 = Style("half", interleaved=True, float32=True)
 REPEATED_FLOAT32 = Style("repeated", interleaved=True, float32=True)
 
 
+# By the dimensions of x and of cos, and the place of the heads counted from the last.
+_LAYOUTS = {
+    (4, 2, -3): "bhsd",
+    (4, 3, -3): "bhsd",
+    (4, 2, -2): "bshd",
+    (4, 3, -2): "bshd",
+    (3, 2, -2): "thd",
+}
+
+
 def layout_of(x: Tensor, cos: Tensor, unsqueeze_dim: int) -> str:
     """The layout of x beside which cos, unsqueezed there, broadcasts."""
-    heads = unsqueeze_dim if unsqueeze_dim < 0 else unsqueeze_dim - cos.dim() - 1
-    layout = {
-        (4, 2, -3): "bhsd",
-        (4, 3, -3): "bhsd",
-        (4, 2, -2): "bshd",
-        (4, 3, -2): "bshd",
-        (3, 2, -2): "thd",
-    }.get((x.dim(), cos.dim(), heads))
+    dims = cos.dim()
+    heads = unsqueeze_dim if unsqueeze_dim < 0 else unsqueeze_dim - dims - 1
+    layout = _LAYOUTS.get((x.dim(), dims, heads))
     if layout is None:
         raise ValueError(
             "apply_rotary_pos_emb: expected unsqueeze_dim 1 or 2 and cos of [B or 1, S, R], got "
@@ -105,6 +110,7 @@ def pair(style: Style) -> Shim:
 
     Without batches, cos [T, R] and unsqueeze_dim 1, also [T, H, D].
     """
+    tables = (3, style.width, style.trailing)
 
     def rotate(
         q: Tensor,
@@ -116,6 +122,11 @@ def pair(style: Style) -> Shim:
         precision: str = "model",
     ) -> Pair:
         layout = layout_of(q, cos, unsqueeze_dim)
+        rounding = "fp32" if style.float32 else precision
+        options = (layout, None, 0, style.interleaved, 1, style.inverse, rounding)
+        rotated = functional.rotate_qk_wide(q, k, cos, sin, None, tables, options)
+        if rotated is not None:
+            return rotated
         return style.rotate_qk(q, k, batched(cos), batched(sin), precision, layout=layout)
 
     return rotate
