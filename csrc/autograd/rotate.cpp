@@ -1,5 +1,6 @@
 // Autograd: backward is the operator itself with `inverse` flipped, called through the dispatcher,
 // so that it can be differentiated again. Calls that need no gradient never meet a Function.
+#include <ATen/FuncTorchTLS.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/_make_dual.h>
 #include <ATen/ops/_unpack_dual.h>
@@ -8,6 +9,9 @@
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
+
+#include <memory>
+#include <type_traits>
 
 #include "autograd/saved.h"
 #include "autograd/table_gradient.h"
@@ -27,6 +31,23 @@ bool needs_grad(const Tensors&... tensors) {
 template <typename... Tensors>
 bool has_tangent(const Tensors&... tensors) {
   return (... || (tensors.defined() && tensors._fw_grad(0).defined()));
+}
+
+// A node of the graph, held as the graph holds it: by a shared_ptr until torch 2.12.
+template <typename Node>
+auto make_node() {
+  using Pointer = decltype(torch::autograd::Edge::function);
+  if constexpr (std::is_same_v<Pointer, std::shared_ptr<torch::autograd::Node>>) {
+    return std::shared_ptr<Node>(new Node(), [](Node* node) { deleteNode(node); });
+  } else {
+    return c10::make_intrusive<Node>();
+  }
+}
+
+// functorch cannot follow a node of C++ and would miss its gradients.
+void refuse_functorch() {
+  const auto& functorch = at::functorch::functorchTLSAccessor();
+  if (functorch) functorch->checkSupportsCppAutogradFunction();
 }
 
 at::Tensor sum_or_either(const at::Tensor& x, const at::Tensor& y) {
@@ -51,35 +72,48 @@ TensorPair table_gradients(const Arguments& forward, const variable_list& lanes,
 struct Rotate : public torch::autograd::Function<Rotate> {
   static constexpr bool is_traceable = true;
 
-  static variable_list forward(AutogradContext* context, const at::Tensor& x,
-                               const OptionalTensor& k, const at::Tensor& cos,
-                               const at::Tensor& sin, const Arguments& a) {
+  // What Function::apply does after forward, less what no rotation needs: it describes all inputs
+  // and outputs once more, to fill in gradients that ours leave undefined, and looks for views and
+  // inputs among fresh outputs. That would cost more than the call.
+  static void record(const Arguments& a, const at::Tensor& x, const at::Tensor* k,
+                     const at::Tensor& cos, const at::Tensor& sin, const at::Tensor& x_out,
+                     const at::Tensor* k_out) {
     const bool trains_table = cos.requires_grad() || sin.requires_grad();
-    variable_list out;
-    {
-      const at::AutoDispatchBelowADInplaceOrView below;
-      if (k.has_value()) {
-        auto [x_out, k_out] = call_rotate_qk(a, x, *k, cos, sin);
-        out = {std::move(x_out), std::move(k_out)};
-        if (!trains_table && !k->requires_grad()) context->mark_non_differentiable({out[1]});
-        if (!trains_table && !x.requires_grad()) context->mark_non_differentiable({out[0]});
-      } else {
-        out = {call_rotate(a, x, cos, sin)};
-      }
+    auto node = make_node<torch::autograd::CppNode<Rotate>>();
+    torch::autograd::edge_list edges;
+    edges.reserve(4);
+    edges.push_back(torch::autograd::impl::gradient_edge(x));
+    if (k != nullptr) edges.push_back(torch::autograd::impl::gradient_edge(*k));
+    if (trains_table) {
+      edges.push_back(torch::autograd::impl::gradient_edge(cos));
+      edges.push_back(torch::autograd::impl::gradient_edge(sin));
     }
-    context->set_materialize_grads(false);
-    Saved::save(context, a, cos, sin, trains_table ? x : at::Tensor(),
-                trains_table && k.has_value() ? *k : at::Tensor());
-    return out;
+    node->is_variable_input_.assign(edges.size(), true);
+    node->set_next_edges(std::move(edges));
+    node->set_ctx_grad_fn(node);
+    node->ctx_.set_materialize_grads(false);
+    Saved::save(&node->ctx_, a, cos, sin, trains_table ? x : at::Tensor(),
+                trains_table && k != nullptr ? *k : at::Tensor());
+    node->save_variables_to_ctx();
+    const auto set_history = [&](const at::Tensor& in, const at::Tensor& out) {
+      if (trains_table || in.requires_grad()) {
+        torch::autograd::impl::set_gradient_edge(out, {node, node->add_input_metadata(out)});
+      } else {
+        node->add_input_metadata(torch::autograd::Node::undefined_input());
+      }
+    };
+    set_history(x, x_out);
+    if (k != nullptr) set_history(*k, *k_out);
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& grads) {
     const Saved saved(context);
     const Arguments inverse = saved.arguments(/*flipped=*/true);
     const at::Tensor none;
+    const size_t inputs = grads.size();
     const at::Tensor& x_grad = context->needs_input_grad(0) ? grads[0] : none;
-    const at::Tensor& k_grad = grads.size() > 1 && context->needs_input_grad(1) ? grads[1] : none;
-    variable_list result(5);
+    const at::Tensor& k_grad = inputs > 1 && context->needs_input_grad(1) ? grads[1] : none;
+    variable_list result(saved.x().defined() ? inputs + 2 : inputs);
     if (x_grad.defined() && k_grad.defined()) {
       std::tie(result[0], result[1]) =
           call_rotate_qk(inverse, x_grad, k_grad, saved.cos(), saved.sin());
@@ -92,7 +126,8 @@ struct Rotate : public torch::autograd::Function<Rotate> {
       const Arguments forward = saved.arguments(/*flipped=*/false);
       variable_list lanes = {rotated_lanes(forward, saved.x(), saved.cos())};
       if (saved.k().defined()) lanes.push_back(rotated_lanes(forward, saved.k(), saved.cos()));
-      std::tie(result[2], result[3]) = table_gradients(forward, lanes, grads, saved.cos());
+      std::tie(result[inputs], result[inputs + 1]) =
+          table_gradients(forward, lanes, grads, saved.cos());
     }
     return result;
   }
@@ -161,9 +196,17 @@ at::Tensor rotate(const Arguments& a, const at::Tensor& x, const at::Tensor& cos
     const at::Tensor tangent = tangent_of(a, dx, dcos, dsin);
     return join(call_rotate(a, dx.primal, dcos.primal, dsin.primal), tangent);
   }
-  if (needs_grad(x, cos, sin)) return Rotate::apply(x, kNoTensor, cos, sin, a)[0];
-  const at::AutoDispatchBelowAutograd below;
-  return call_rotate(a, x, cos, sin);
+  if (!needs_grad(x, cos, sin)) {
+    const at::AutoDispatchBelowAutograd below;
+    return call_rotate(a, x, cos, sin);
+  }
+  refuse_functorch();
+  at::Tensor out = [&] {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return call_rotate(a, x, cos, sin);
+  }();
+  Rotate::record(a, x, nullptr, cos, sin, out, nullptr);
+  return out;
 }
 
 TensorPair rotate_qk(const Arguments& a, const at::Tensor& q, const at::Tensor& k,
@@ -173,12 +216,17 @@ TensorPair rotate_qk(const Arguments& a, const at::Tensor& q, const at::Tensor& 
     const auto [q_out, k_out] = call_rotate_qk(a, dq.primal, dk.primal, dcos.primal, dsin.primal);
     return {join(q_out, tangent_of(a, dq, dcos, dsin)), join(k_out, tangent_of(a, dk, dcos, dsin))};
   }
-  if (needs_grad(q, k, cos, sin)) {
-    const variable_list out = Rotate::apply(q, OptionalTensor(k), cos, sin, a);
-    return {out[0], out[1]};
+  if (!needs_grad(q, k, cos, sin)) {
+    const at::AutoDispatchBelowAutograd below;
+    return call_rotate_qk(a, q, k, cos, sin);
   }
-  const at::AutoDispatchBelowAutograd below;
-  return call_rotate_qk(a, q, k, cos, sin);
+  refuse_functorch();
+  TensorPair out = [&] {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return call_rotate_qk(a, q, k, cos, sin);
+  }();
+  Rotate::record(a, q, &k, cos, sin, std::get<0>(out), &std::get<1>(out));
+  return out;
 }
 
 // In place with a tangent: the primal is a view of x, the tangent is replaced.
