@@ -48,4 +48,5 @@ int main() {
   const auto leaf = torch::randn({1, 1, 1, 2}, torch::requires_grad());
   report("torch::neg, recorded", [&] { leaf.neg(); });
   report("rotate, recorded", [&] { fused_rope::rotate(leaf, cos, sin); });
+  report("rotate_qk, recorded", [&] { fused_rope::rotate_qk(leaf, leaf, cos, sin); });
 }

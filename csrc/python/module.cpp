@@ -67,7 +67,8 @@ class Reader {
     return {op_, PySequence_Fast_ITEMS(object), PyTuple_GET_SIZE(object)};
   }
 
-  bool is_at_tensor() const { return THPVariable_Check(peek()); }
+  // Python's own numbers first: isinstance is slow to say no.
+  bool is_at_tensor() const { return !PyLong_CheckExact(peek()) && THPVariable_Check(peek()); }
 
  private:
   PyObject* peek() const {
@@ -151,7 +152,11 @@ Arguments arguments_of(const Rows& rows, const Options& o) {
           o.inverse,      o.precision};
 }
 
-PyObject* wrap(at::Tensor&& tensor) { return THPVariable_Wrap(std::move(tensor)); }
+PyObject* wrap(at::Tensor&& tensor) {
+  PyObject* object = THPVariable_Wrap(std::move(tensor));
+  if (object == nullptr) throw python_error();
+  return object;
+}
 
 PyObject* wrap(TensorPair&& tensors) {
   THPObjectPtr pair(PyTuple_New(2));
