@@ -9,14 +9,16 @@ import pytest
 import torch
 from oracle import bits, same
 
-transformers = pytest.importorskip("transformers", minversion="5.17")
+transformers = pytest.importorskip("transformers", minversion="4.57")
 
 from fused_rope.compat.transformers import coverage, patch, shims, unpatch  # noqa: E402
 from fused_rope.compat.transformers.forms import FORMS, find_form  # noqa: E402
 from fused_rope.compat.transformers.patching import modules_of, rotary_functions  # noqa: E402
 from transformers_models import CASES  # noqa: E402
 
+CASES = {name: case for name, case in CASES.items() if case.installed}
 TEXT = [name for name, case in CASES.items() if case.generates]
+ON_CUDA_ONLY = "its form can be told on CUDA only"  # version 4's ModernBERT beside flash-attn
 DOCS = Path(__file__).parents[2] / "docs" / "transformers.md"
 
 
@@ -57,7 +59,7 @@ def patched():
     def patch_once(model, **options):
         report = patch(model, **options)
         models.append(model)
-        assert report.patched and not report.left_alone
+        assert report.patched and not set(report.left_alone.values()) - {ON_CUDA_ONLY}
         return report
 
     yield patch_once
@@ -135,6 +137,8 @@ def test_generate(name, device, patched):
 )
 def test_generate_compiled_with_a_static_cache(name, options, device, patched):
     """transformers compiles the decode step itself, on the CPU only if it is told to."""
+    if name == "V14-deepseek_v3" and transformers.__version__ < "5":
+        pytest.skip("static caches of transformers 4 want values as wide as keys")
     torch._dynamo.reset()
     case = CASES[name]
     model = case.build(device=device)
@@ -152,19 +156,19 @@ def test_generate_compiled_with_a_static_cache(name, options, device, patched):
     assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "V1-llama",
-        "V3-gpt_oss",
-        "V5-glm",
-        "V14-deepseek_v3",
-        "V19-dinov3_vit",
-        "V20-pixtral",
-        "V24-wav2vec2_conformer",
-        "V26-sam3",
-    ],
+WITHOUT_A_BREAK = (
+    "V1-llama",
+    "V3-gpt_oss",
+    "V5-glm",
+    "V14-deepseek_v3",
+    "V19-dinov3_vit",
+    "V20-pixtral",
+    "V24-wav2vec2_conformer",
+    "V26-sam3",
 )
+
+
+@pytest.mark.parametrize("name", [name for name in WITHOUT_A_BREAK if name in CASES])
 def test_adds_no_graph_break(name, device, patched):
     case = CASES[name]
     model, arguments = case.build(device=device), case.arguments(device=device)
@@ -191,6 +195,8 @@ def test_tokens_without_a_batch(device, patched):
 
 def test_complex_tables_that_a_cast_made_real():
     model = CASES["V12-llama4-vision"].build()
+    if not any(buffer.is_complex() for buffer in model.buffers()):
+        pytest.skip(f"transformers {transformers.__version__} keeps the table out of casts' reach")
     patch(model)
     try:
         with pytest.raises(TypeError, match="complex"), pytest.warns(UserWarning):
@@ -246,7 +252,10 @@ def test_a_form_is_the_only_one(name):
     """No function passes for two forms, unless the first does more or trusts the tables less."""
     for site in rotary_functions(modules_of(CASES[name].build(device="meta"))):
         forms = [f for f in FORMS if site.name in f.functions and f.fit(site.function)]
-        assert find_form(site.name, site.function)[0] is forms[0]
+        found = find_form(site.name, site.function)
+        if found == ON_CUDA_ONLY:
+            continue
+        assert found[0] is forms[0]
         assert len(forms) == 1 or forms[0].name.endswith(("optional", "queries", "in place"))
 
 

@@ -1,11 +1,13 @@
 """The smallest real models, one for each variant of rotary embedding, and inputs for them."""
 
 import importlib
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import transformers
 
 VOCABULARY = 97
 SIZES = {
@@ -156,12 +158,28 @@ class Case:
     bitwise: bool = True
     generates: bool = False
 
+    @property
+    def module(self):
+        return f"transformers.models.{self.family}"
+
+    @property
+    def installed(self):
+        """Whether the installed transformers has the family."""
+        return importlib.util.find_spec(self.module) is not None
+
     def build(self, dtype=torch.float32, device="cpu"):
-        package = importlib.import_module(f"transformers.models.{self.family}")
-        modeling = importlib.import_module(f"{package.__name__}.modeling_{self.family}")
-        config = getattr(package, self.config)(**{**self.sizes, **self.options})
+        modeling, configuration = (
+            importlib.import_module(f"{self.module}.{kind}_{self.family}")
+            for kind in ("modeling", "configuration")
+        )
+        options = {**self.sizes, **self.options}
+        if int(transformers.__version__.split(".")[0]) < 5:
+            options = in_version_4(options)
+        config = getattr(configuration, self.config)(**options)
         kind = getattr(modeling, self.model)
         torch.manual_seed(0)
+        if not hasattr(kind, "_from_config"):
+            config._attn_implementation = "eager"
         model = getattr(kind, "_from_config", kind)(config)
         with torch.no_grad():  # large enough that attention, and so rotation, matters
             for parameter in model.parameters():
@@ -180,6 +198,19 @@ class Case:
             else value
             for name, value in self.inputs().items()
         }
+
+
+def in_version_4(options):
+    """The options of a config of transformers 4, which names rotary parameters one by one."""
+    options = dict(options)
+    parameters = options.pop("rope_parameters", {})
+    for name in ("rope_theta", "partial_rotary_factor"):
+        if name in parameters:
+            options[name] = parameters[name]
+    if "mrope_section" in parameters:
+        sections = parameters["mrope_section"]
+        options["rope_scaling"] = {"rope_type": "default", "mrope_section": sections}
+    return options
 
 
 def causal(family, prefix, **options):
