@@ -242,11 +242,14 @@ TEST(Plan, FollowsOverridesWithinReason) {
   EXPECT_EQ(make_plan(p, kLargeCache, {.heads = 2}).heads_per_thread, 1) << "of single lanes";
 }
 
-TEST(Plan, SharesLookUpsWhereThreadsAbound) {
+TEST(Plan, SharesRowsOfSeveralAxesWhereThreadsAbound) {
   RotateParams p = call(2, 64, 4, 64, 64);
   const int64_t bytes = 2 * 64 * 4 * 64 * 2;
-  EXPECT_EQ(make_plan(p, {bytes - 1, 132}).heads_per_thread, 1) << "nothing to share";
+  const int64_t axes[32] = {};
+  EXPECT_EQ(make_plan(p, {bytes - 1, 132}).heads_per_thread, 1);
   p.rows.positions = {memory, true};
+  EXPECT_EQ(make_plan(p, {bytes - 1, 132}).heads_per_thread, 1);
+  p.axes = axes;
   EXPECT_EQ(make_plan(p, {bytes - 1, 132}).heads_per_thread, 2);
   EXPECT_EQ(make_plan(p, {bytes, 132}).heads_per_thread, 1);
 }

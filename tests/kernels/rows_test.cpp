@@ -128,7 +128,9 @@ TYPED_TEST(Rows, FindsTheSequenceOfEveryToken) {
     int64_t token = 0;
     for (int64_t n = 0; n < rows.N; ++n) {
       for (; token < starts[n + 1]; ++token) {
-        EXPECT_EQ(sequence_of(rows, token), n) << "token " << token << " of N=" << rows.N;
+        const InSequence found = locate_token(rows, token);
+        EXPECT_EQ(found.sequence, n) << "token " << token << " of N=" << rows.N;
+        EXPECT_EQ(found.position, token - starts[n]) << "token " << token << " of N=" << rows.N;
       }
     }
   }

@@ -71,27 +71,30 @@ struct Address {
   }
 };
 
-// A box of one tensor and the part of linear tables that belongs to it.
+// A box of one tensor and the part of linear tables that belongs to it. What every thread reads
+// comes first, so that it shares few lines of the constant cache.
 struct Side {
-  Address in, out, cos, sin, positions;  // of a scattered tensor, out is that of row 0
-  int64_t next_in, next_out;             // bytes between the heads of one thread
-  int64_t in_d, out_d, out_row;          // strides of lanes and of scattered rows
-  int64_t first[3];                      // by Axis
-  uint32_t threads, heads, head_step;    // the heads of one thread are head_step apart
-  Axis order[2];
+  uint32_t threads, heads;
   Divider fast, middle;
+  Address in, cos, sin, out;  // of a scattered tensor, out is that of row 0
+  uint32_t head_step;         // the heads of one thread are head_step apart
+  Axis order[2];
   bool scattered;
+  int64_t next_in, next_out;     // bytes between the heads of one thread
+  int64_t in_d, out_d, out_row;  // strides of lanes and of scattered rows
+  int64_t first[3];              // by Axis
+  Address positions;
 
   Side() = default;
 
   Side(const RotateParams& p, const TensorParams& t, const Plan& plan, const Box& box)
-      : in_d(t.in_strides.d),
+      : heads(static_cast<uint32_t>(box.size[kHead])),
+        head_step(static_cast<uint32_t>(ceil_divide(box.size[kHead], plan.heads_per_thread))),
+        scattered(t.scattered),
+        in_d(t.in_strides.d),
         out_d(t.out_strides.d),
         out_row(t.out_strides.s),
-        first{box.first[0], box.first[1], box.first[2]},
-        heads(static_cast<uint32_t>(box.size[kHead])),
-        head_step(static_cast<uint32_t>(ceil_divide(box.size[kHead], plan.heads_per_thread))),
-        scattered(t.scattered) {
+        first{box.first[0], box.first[1], box.first[2]} {
     const std::array<Axis, 3> axes = memory_order(p, t);
     const std::array<int64_t, 3> sizes = {box.size[kBatch], box.size[kSequence], head_step};
     const Strides out_strides =
@@ -138,32 +141,32 @@ struct Side {
 
 // All that one launch is told: q's box in its first blocks, k's in the rest.
 struct Work {
-  Side sides[kMaxTensors];
   unsigned second_block;  // the first block of the second side
   Divider units, distance;
-  Lanes lanes;
-  TableParams cos, sin;
-  RowParams rows;
   uint32_t rotating_units;                 // threads of a head that rotate
   uint32_t rotated_vectors;                // kAdjacent: vectors that hold rotated lanes
   uint32_t copying_units, copied_vectors;  // threads of a head that copy, and what they copy
   bool inverse, in_place, vector_tables;
+  Lanes lanes;
+  Side sides[kMaxTensors];
+  TableParams cos, sin;
+  RowParams rows;
 
   Work(const RotateParams& p, const Plan& plan)
       : second_block(0),
         units(plan.units),
         distance(std::max<int64_t>(p.lanes.distance, 1)),
-        lanes(p.lanes),
-        cos(p.cos),
-        sin(p.sin),
-        rows(p.rows),
         rotating_units(static_cast<uint32_t>(plan.rotating_units)),
         rotated_vectors(static_cast<uint32_t>(2 * p.lanes.P / plan.vector)),
         copying_units(static_cast<uint32_t>(plan.units - plan.rotating_units)),
         copied_vectors(static_cast<uint32_t>((p.D - 2 * p.lanes.P) / plan.vector)),
         inverse(p.inverse),
         in_place(p.in_place),
-        vector_tables(plan.vector_tables) {}
+        vector_tables(plan.vector_tables),
+        lanes(p.lanes),
+        cos(p.cos),
+        sin(p.sin),
+        rows(p.rows) {}
 };
 
 // The token at a place, as table_row asks for it: coordinates are put together only when needed.

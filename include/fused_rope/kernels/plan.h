@@ -161,10 +161,10 @@ inline Plan make_plan(const RotateParams& p, const DeviceFacts& device,
   plan.rotating_units = static_cast<int>(ceil_divide(rotated, 2 * plan.vector));
   plan.units = plan.rotating_units + static_cast<int>(ceil_divide(copied, 2 * plan.vector));
 
-  // Two heads share what was looked up, where that leaves threads enough: when more is moved than
-  // the cache holds. Without a look-up, or with a table for each head, there is little to share.
+  // Rows of several axes are worth sharing by two heads, where that leaves threads enough: when
+  // more is moved than the cache holds. One row is not, and with a table for each head none can be.
   const int64_t bytes = p.B * p.S * total_heads(p) * p.D * size_of(p.dtype);
-  const bool shares = plan.rows != Rows::kLinear && bytes > device.l2_bytes;
+  const bool shares = plan.rows == Rows::kAxes && bytes > device.l2_bytes;
   const int heads = std::clamp(choose(overrides.heads, shares ? 2 : 1), 1, kMaxHeads);
   plan.heads_per_thread = p.per_head || plan.vector == 1 ? 1 : heads;
 

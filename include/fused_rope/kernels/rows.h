@@ -33,40 +33,50 @@ FUSED_ROPE_HOST_DEVICE int64_t sequence_start(const RowParams& rows, int64_t n) 
   return load_index(rows.cu_seqlens, n * rows.cu_seqlens_stride);
 }
 
-// The last sequence that starts at or before token t; empty ones before it are passed over.
-FUSED_ROPE_HOST_DEVICE int64_t sequence_of(const RowParams& rows, int64_t t) {
-  int64_t low = 0;
-  int64_t high = rows.N;
-  while (high - low > 1) {
-    const int64_t middle = (low + high) / 2;
-    (sequence_start(rows, middle) <= t ? low : high) = middle;
+// A sequence, and a token's place in it.
+struct InSequence {
+  int64_t sequence, position;
+};
+
+// Token t in the last sequence that starts at or before it; empty ones before it are passed over.
+FUSED_ROPE_HOST_DEVICE InSequence locate_token(const RowParams& rows, int64_t t) {
+  InSequence found = {0, t - sequence_start(rows, 0)};
+  int64_t end = rows.N;
+  while (end - found.sequence > 1) {
+    const int64_t middle = found.sequence + ((end - found.sequence) >> 1);
+    const int64_t position = t - sequence_start(rows, middle);
+    if (position >= 0) {
+      found = {middle, position};
+    } else {
+      end = middle;
+    }
   }
-  return low;
+  return found;
 }
 
 // The row of a shared table that a token reads. Asks the token for what is needed only: b(), s()
 // and position(), what positions in memory say of it. Gathered tables have nothing to look up.
+// Every number is put to use where it is loaded: what another basic block waits for, the compiler
+// lets wait for the lanes that are on their way as well.
 template <typename Token>
 FUSED_ROPE_HOST_DEVICE Row table_row(const RowParams& rows, const Token& token) {
   if (rows.gathered) return {0, false};
   const bool packed = rows.cu_seqlens.data != nullptr;
-  int64_t sequence = 0;
-  int64_t position = 0;
+  InSequence here = {0, 0};
   if (packed) {
     const int64_t s = token.s();
     if (rows.N == 0 || s >= sequence_start(rows, rows.N)) return {0, true};
-    sequence = sequence_of(rows, s);
-    position = s - sequence_start(rows, sequence);
+    here = locate_token(rows, s);
   }
   if (rows.positions.data != nullptr) {
-    position = token.position();
-    if (position == -1) return {0, true};
+    here.position = token.position();
+    if (here.position == -1) return {0, true};
   } else if (!packed) {
-    position = token.s();
+    here.position = token.s();
   }
-  int64_t index = add_rows(position, rows.offset);
+  int64_t index = add_rows(here.position, rows.offset);
   if (rows.offsets.data != nullptr) {
-    if (!packed) sequence = token.b();
+    const int64_t sequence = packed ? here.sequence : token.b();
     index = add_rows(index, load_index(rows.offsets, sequence * rows.offsets_stride));
   }
   return {index, false};
