@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 transformers = pytest.importorskip("transformers")
 
 from fused_rope.compat.transformers import patch, unpatch  # noqa: E402
+from fused_rope.frequencies import config_arguments, frequencies  # noqa: E402
 
 MODERN = int(transformers.__version__.split(".")[0]) >= 5
 SIZES = {
@@ -256,6 +257,96 @@ def test_kept_rows_are_no_state_of_the_model(device, patched):
     same(model(ids).logits, want)
 
 
+# --- rows of float64 angles ---------------------------------------------------------------------
+
+
+def exact_frequencies(rotary, layer_type=None):
+    said = config_arguments(rotary.config, layer_type)
+    return frequencies(said["rotary_dim"], said["base"], said["scaling"])[0]
+
+
+def exact_pair(inv_freq, ids, scale=1.0, family="llama"):
+    """Float64 cosines and sines, in the columns of this family."""
+    angles = ids.cpu().double()[..., None] * inv_freq.cpu().double()
+    if family == "cohere":
+        angles = angles.repeat_interleave(2, -1)
+    elif family != "gpt_oss":
+        angles = torch.cat([angles, angles], -1)
+    return angles.cos() * scale, angles.sin() * scale
+
+
+def within_an_ulp(got, want):
+    """By got's dtype, and by what float64 angles of far positions lose themselves (1e-11)."""
+    for a, b in zip(got, want, strict=True):
+        eps = torch.finfo(a.dtype).eps
+        torch.testing.assert_close(a.cpu().double(), b, rtol=eps, atol=1e-10)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["default", "linear", "yarn", "llama3"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_float64_rows(family, kind, dtype, device, patched):
+    rotary = rotary_of(family, kind, device)
+    x = torch.zeros(1, 1, 64, device=device, dtype=dtype)
+    ids = torch.tensor([[0, 1, 2, 77], [999, 65537, 99_999, 131_071]], device=device)
+    stock = rotary(x, ids)
+    patched(rotary, rows=131_072, table="float64")
+    got = rotary(x, ids)
+    assert [a.dtype for a in got] == [b.dtype for b in stock]
+    want = exact_pair(exact_frequencies(rotary), ids, rotary.attention_scaling, family)
+    within_an_ulp(got, want)
+    assert not {"cos", "bmm"} & set(operators(rotary, x, ids))
+
+
+def test_float64_rows_of_far_positions_are_closer_to_the_truth(device, patched):
+    rotary = rotary_of(device=device)
+    x, far = torch.zeros(1, 1, 64, device=device), torch.tensor([[131_071]], device=device)
+    stock = rotary(x, far)
+    patched(rotary, rows=131_072, table="float64")
+    truth = exact_pair(10000.0 ** -(torch.arange(0, 16, 2, dtype=torch.float64) / 16), far)
+    for ours, theirs, true in zip(rotary(x, far), stock, truth, strict=True):
+        off, stock_off = ((a.cpu() - true).abs().max() for a in (ours, theirs))
+        assert off < 1e-7 and stock_off > 1e-4
+
+
+def test_float64_rows_follow_the_module_s_frequencies(device, patched):
+    rotary = rotary_of(device=device)
+    x, p = torch.zeros(1, 1, 64, device=device), torch.arange(64, device=device)[None]
+    patched(rotary, rows=64, table="float64")
+    rotary.bfloat16()  # what a cast lost, the config still knows
+    within_an_ulp(rotary(x, p), exact_pair(exact_frequencies(rotary), p))
+    rotary.float().inv_freq.mul_(0.5)
+    within_an_ulp(rotary(x, p), exact_pair(rotary.inv_freq, p))
+    rotary.inv_freq, rotary.config = rotary.inv_freq * 4, None
+    within_an_ulp(rotary(x, p), exact_pair(rotary.inv_freq, p))
+
+
+@pytest.mark.skipif(not MODERN, reason="transformers 4 has one module for each layer type")
+def test_float64_rows_of_layer_types(device, patched):
+    config = transformers.Gemma3TextConfig(**SIZES | {"num_hidden_layers": 6})
+    rotary = modeling("gemma3").Gemma3RotaryEmbedding(config).to(device)
+    x, p = torch.zeros(1, 1, 64, device=device), torch.tensor([[3, 4095]], device=device)
+    patched(rotary, rows=4096, table="float64")
+    full, sliding = "full_attention", "sliding_attention"
+    for kind in (full, sliding):
+        within_an_ulp(rotary(x, p, kind), exact_pair(exact_frequencies(rotary, kind), p))
+    assert not torch.equal(rotary(x, p, full)[0], rotary(x, p, sliding)[0])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_float64_rows_in_a_model(family, device):
+    model = model_of(family, device)
+    ids = torch.randint(1, 97, (2, 19), device=device)
+    want = model(ids).logits
+    patch(model, rows=64, table="float64")
+    try:
+        got = model(ids).logits
+    finally:
+        unpatch(model)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    same(model(ids).logits, want)
+
+
 # --- models -------------------------------------------------------------------------------------
 
 
@@ -353,16 +444,29 @@ def test_patching_again_compiles_nothing_anew(device):
     assert graphs.fused() == [0, 2, 0]
 
 
-@pytest.mark.parametrize("option", [{"compiled": "eager"}, {"rows": 0}])
-def test_unknown_options_are_refused(option):
-    with pytest.raises(ValueError, match=next(iter(option))):
+@pytest.mark.parametrize(
+    "option,message",
+    [
+        ({"compiled": "eager"}, "expected compiled .* got 'eager'"),
+        ({"rows": 0}, "expected rows >= 1 or None, got 0"),
+        ({"table": "float32"}, "expected table 'stock' or 'float64', got 'float32'"),
+        ({"table": "float64"}, "expected rows >= 1 with table 'float64', got None"),
+    ],
+)
+def test_unknown_options_are_refused(option, message):
+    with pytest.raises(ValueError, match=message):
         patch(model_of(), **option)
 
 
 def test_one_choice_for_a_family(patched):
     model = model_of()
     patched(model, rows=8)
-    for option in ({"rows": 9}, {"rows": 8, "compiled": "fused"}, {}):
+    for option in (
+        {"rows": 9},
+        {"rows": 8, "compiled": "fused"},
+        {"rows": 8, "table": "float64"},
+        {},
+    ):
         with pytest.raises(ValueError, match="patched with"):
             patch(model, **option)
 

@@ -87,6 +87,7 @@ class Options:
     precision: str
     compiled: str
     rows: int | None
+    table: str
 
 
 @dataclass
@@ -119,7 +120,7 @@ class _Forward(_Replacement):
 
     def __init__(self, site: Site, options: Options) -> None:
         super().__init__(site, site.value, options)
-        stock, tables = site.value, Tables(site.value, options.rows)
+        stock, tables = site.value, Tables(site.value, options.rows, options.table == "float64")
 
         @functools.wraps(stock)
         def forward(
@@ -203,6 +204,7 @@ def patch(
     precision: str = "model",
     compiled: str | None = None,
     rows: int | None = None,
+    table: str = "stock",
 ) -> Report:
     """Lets Hugging Face models rotate by the fused operator.
 
@@ -227,15 +229,22 @@ def patch(
             compiler fuses with what stands around it; "fused" is the operator, which is opaque to
             it. None: "stock" where precision is "model". DeepSeek's interleaved form, whose keys
             lie otherwise in a cache, and functions written in Triton are the operator always.
-        rows: the caller's word that positions are below this. Then the rows of the table, made by
-            the model's own recipe, are kept across forwards and gathered; a position beyond is an
-            IndexError, on CUDA a device-side assertion. None: any position, rows are recomputed.
+        rows: the caller's word that positions are below this. Then the rows of the table are kept
+            across forwards and gathered; a position beyond is an IndexError, on CUDA a device-side
+            assertion. None: any position, rows are recomputed.
+        table: what rows that are kept hold. "stock": the model's own recipe, bit for bit, whose
+            angles are float32. "float64": `fused_rope.cos_sin_table` of the config's frequencies in
+            float64, or of the module's own where these are others, times the module's
+            attention_scaling, rounded once to the dtype that the module returns. It needs `rows`,
+            is made in the first forward that is not captured (this waits for the device), and is
+            not there for torch.compile, nor wherever else the module keeps its own way.
 
     Returns:
         A Report: which functions were replaced, and which were left alone, and why.
 
     Raises:
-        ValueError: an unknown option, or another than the family was patched with before.
+        ValueError: an unknown option, `table="float64"` without `rows`, or another option than the
+            family was patched with before.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -248,7 +257,7 @@ def patch(
         restored transformers.models.llama.modeling_llama.apply_rotary_pos_emb
         tables of transformers.models.llama.modeling_llama.LlamaRotaryEmbedding (its own)
     """
-    options = _options(precision, compiled, rows)
+    options = _options(precision, compiled, rows, table)
     modules = modules_of(model)
     sites = list(rotary_functions(modules))
     for site in (*sites, *_forwards(modules)):
@@ -296,14 +305,19 @@ def unpatch(model: torch.nn.Module | None = None) -> Report:
     return report
 
 
-def _options(precision: str, compiled: str | None, rows: int | None) -> Options:
+def _options(precision: str, compiled: str | None, rows: int | None, table: str) -> Options:
     if precision not in ("fp32", "model"):
         raise ValueError(f"patch: expected precision 'fp32' or 'model', got {precision!r}")
     if compiled not in (None, "stock", "fused"):
         raise ValueError(f"patch: expected compiled 'stock', 'fused' or None, got {compiled!r}")
     if rows is not None and rows < 1:
         raise ValueError(f"patch: expected rows >= 1 or None, got {rows}")
-    return Options(precision, compiled or ("stock" if precision == "model" else "fused"), rows)
+    if table not in ("stock", "float64"):
+        raise ValueError(f"patch: expected table 'stock' or 'float64', got {table!r}")
+    if table == "float64" and rows is None:
+        raise ValueError("patch: expected rows >= 1 with table 'float64', got None")
+    compiled = compiled or ("stock" if precision == "model" else "fused")
+    return Options(precision, compiled, rows, table)
 
 
 def _agree(site: Site, options: Options) -> None:

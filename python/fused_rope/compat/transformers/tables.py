@@ -5,10 +5,11 @@ names a bound; and the stock recipe is nine kernels, most of whose time is the h
 
 * the recipe is three kernels: a position times the frequencies, the cosine, the sine, each written
   in the model's dtype. Nothing but the module's own buffers is kept, any position will do;
-* with a bound, the module makes every row once and a forward gathers its own, in one kernel.
+* with a bound, every row is made once, by that recipe or of float64 angles, and a forward gathers
+  its own, in one kernel.
 
-Both are taken only where they gave the module's own bits on probes. Letters: B batch, S sequence
-length, P pairs, R = 2P or P columns, M table rows.
+Both are taken only where the recipe gave the module's own bits on probes. Letters: B batch, S
+sequence length, P pairs, R = 2P or P columns, M table rows.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from ...frequencies import config_arguments, frequencies
+from ...functional import cos_sin_table
 
 __all__ = ["RECIPES", "Recipe", "Tables", "rotary_modules"]
 
@@ -60,17 +64,24 @@ class Recipe:
     float32: bool = False
 
     def make(self, inv_freq: Tensor, scale: float, ids: Tensor, dtype: torch.dtype) -> Pair:
-        """Cosine and sine [B, S, R] of the integers `ids` [B, S]; one product, as in a matmul."""
-        inv_freq = inv_freq.float()
-        if self.width == "tiled":
-            inv_freq = inv_freq.expand(2, -1)
-        elif self.width == "repeated":
-            inv_freq = inv_freq[:, None].expand(-1, 2)
-        else:
-            inv_freq = inv_freq[None]
-        angles = (ids[..., None, None] * inv_freq).flatten(-2)
+        """Cosine and sine [..., R] of the integers `ids` [...]; one product, as in a matmul."""
+        angles = (ids[..., None, None] * self._lanes(inv_freq.float())).flatten(-2)
         dtype = torch.float32 if self.float32 else dtype
         return _scaled(torch.cos, angles, scale, dtype), _scaled(torch.sin, angles, scale, dtype)
+
+    def make_exact(
+        self, inv_freq: Tensor, scale: float, bound: int, dtype: torch.dtype, device: torch.device
+    ) -> Pair:
+        """Cosine and sine [M, R] of the rows below the bound, from float64 angles."""
+        dtype = torch.float32 if self.float32 else dtype
+        cos, sin = cos_sin_table(inv_freq, bound, scale=scale, dtype=dtype, device=device)
+        return self._lanes(cos).flatten(-2), self._lanes(sin).flatten(-2)
+
+    def _lanes(self, values: Tensor) -> Tensor:
+        """A view of [..., P] whose last two dimensions, flattened, are the R columns."""
+        if self.width == "repeated":
+            return values[..., None].expand(*values.shape, 2)
+        return values[..., None, :].expand(*values.shape[:-1], 1 + (self.width == "tiled"), -1)
 
 
 def _scaled(
@@ -105,11 +116,13 @@ class Tables:
     Args:
         stock: that forward.
         rows: a bound above every position; None where there is none.
+        exact: whether rows that are kept are made of float64 angles, not by the stock recipe.
     """
 
-    def __init__(self, stock: Callable[..., Any], rows: int | None) -> None:
+    def __init__(self, stock: Callable[..., Any], rows: int | None, exact: bool = False) -> None:
         self._stock = stock
         self._rows = rows
+        self._exact = exact
         self._recipes: dict[Key, Recipe | None] = {}
         self._kept: weakref.WeakKeyDictionary[torch.nn.Module, dict[Key, _Kept]]
         self._kept = weakref.WeakKeyDictionary()
@@ -180,9 +193,14 @@ class Tables:
             return kept.rows
         if _capturing(inv_freq.device):  # a graph's memory is not to be kept
             return None
+        device, dtype, layer_type = key[1:]
         with torch.inference_mode(False):
-            ids = torch.arange(bound, device=inv_freq.device)[None]
-            rows = torch.cat(recipe.make(inv_freq, scale, ids, key[2]), dim=-1)[0]
+            if self._exact:
+                exact = _exact_frequencies(module, inv_freq, layer_type)
+                pair = recipe.make_exact(exact, scale, bound, dtype, device)
+            else:
+                pair = recipe.make(inv_freq, scale, torch.arange(bound, device=device), dtype)
+            rows = torch.cat(pair, dim=-1)
         if rows.is_cuda:  # other streams may read them from now on
             torch.cuda.current_stream(rows.device).synchronize()
         source = weakref.ref(inv_freq)
@@ -214,6 +232,23 @@ def _frequencies(
         and torch._C._functorch.peek_interpreter_stack() is None
     )
     return (inv_freq, scale) if plain else None
+
+
+def _exact_frequencies(module: torch.nn.Module, inv_freq: Tensor, layer_type: str | None) -> Tensor:
+    """Float64 [P] on the host: the config's where the module holds these rounded, else its own.
+
+    The module's float32 frequencies alone would turn far positions as wrongly as float32 angles do.
+    """
+    held = inv_freq.double().cpu()
+    try:
+        said = config_arguments(module.config, layer_type)
+        exact, _ = frequencies(said["rotary_dim"], said["base"], said["scaling"])
+    except Exception:  # whatever it is, the module's are right
+        return held
+    # Made in float32 they are off by some ulps; in a module cast to less, by one of its dtype's.
+    rtol = max(2e-6, torch.finfo(inv_freq.dtype).eps)
+    same = exact.shape == held.shape and torch.allclose(held, exact, rtol=rtol, atol=0)
+    return exact if same else held
 
 
 def _multiplies_exactly(device: torch.device) -> bool:
