@@ -417,6 +417,15 @@ std::vector<Case> memory_cases() {
       }
     }
   }
+  // Heads that take turns, and more tokens of each than table rows are held.
+  const Case by_head = {
+      .name = "NothingRotated", .R = 0, .in = Memory::kBHSD, .out = Memory::kBHSD};
+  cases.push_back(by_head);
+  cases.push_back(by_head);
+  cases.back().name = "ManyTokens";
+  cases.back().S = 150;
+  cases.back().D = cases.back().R = 128;
+  cases.back().tables = Tables::kPerToken;
   return cases;
 }
 
@@ -428,6 +437,7 @@ std::vector<Case> row_cases() {
       {.name = "Offset", .offset = 13},
       {.name = "Offsets", .offsets = {4, 13}},
       {.name = "Positions", .positions = positions},
+      {.name = "PositionsBHSD", .in = Memory::kBHSD, .positions = positions},
       {.name = "PositionsAndNegativeOffset", .positions = {7, -1, 15, 9, 3, -1}, .offset = -3},
       {.name = "PositionsAndOffsets", .positions = {-4, -1, 8, 0, 3, -1}, .offsets = {4, 12}},
       {.name = "Packed", .B = 1, .S = 12, .cu_seqlens = {0, 0, 4, 4, 5, 10, 10}},

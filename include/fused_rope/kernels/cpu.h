@@ -82,53 +82,46 @@ void rotate_neighbours(const T* in, T* out, const Wide<T>* c, const Wide<T>* s, 
   }
 }
 
-// Neighbouring heads of one token, from a lane on.
+// Rows of lanes that are rotated one after another: the heads of a token, which share a row of the
+// table, or neighbouring tokens of a head, each with the next one.
 template <typename T>
-struct Heads {
+struct LaneRows {
   const T* in;
   T* out;
-  int64_t in_h, out_h;  // strides
+  int64_t in_step, out_step;
   int64_t count;
+  int64_t slot, slot_step;  // of the table rows
 
   template <typename F>
   void for_each(const F& f) const {
-    for (int64_t h = 0; h < count; ++h) f(in + h * in_h, out + h * out_h);
+    for (int64_t i = 0; i < count; ++i) {
+      f(in + i * in_step, out + i * out_step, slot + i * slot_step);
+    }
   }
 };
 
-// Rotates whole tokens: holds the table rows of one token, widened, while its heads pass.
+// Rotates whole tokens: holds the table rows of some tokens, widened, while their heads pass.
 template <typename T, Precision kPrecision>
 class TokenRotator {
  public:
   TokenRotator(const RotateParams& params, Isa isa)
       : p_(params),
         isa_(kGainsFromWidth ? isa : Isa::kBaseline),
-        cos_(params.lanes.P),
-        sin_(params.lanes.P),
-        lane_cos_(neighbours() ? 2 * params.lanes.P : 0),
+        slots_(slots()),
+        cos_(slots_ * params.lanes.P),
+        sin_(cos_.size()),
+        lane_cos_(neighbours() ? 2 * cos_.size() : 0),
         lane_sin_(lane_cos_.size()) {
     find_spans();
   }
 
-  void rotate(int64_t b, int64_t s) {
-    if (!p_.per_head) load_rows(b, s, 0);
-    for (int i = 0; i < p_.count; ++i) {
-      const TensorParams& t = p_.tensors[i];
-      const int64_t row = t.scattered ? output_row(p_.rows, b, s) : s;
-      if (t.scattered && row == -1) continue;
-      Heads<T> heads = {
-          static_cast<const T*>(t.in) + b * t.in_strides.b + s * t.in_strides.s,
-          static_cast<T*>(t.out) + (t.scattered ? 0 : b * t.out_strides.b) + row * t.out_strides.s,
-          t.in_strides.h, t.out_strides.h, t.H};
-      if (!p_.per_head) {
-        rotate_heads(heads, t);
-        continue;
-      }
-      heads.count = 1;
-      for (int64_t h = 0; h < t.H; ++h, heads.in += heads.in_h, heads.out += heads.out_h) {
-        load_rows(b, s, h);
-        rotate_heads(heads, t);
-      }
+  // Tokens [begin, end) of the B*S tokens.
+  void rotate(int64_t begin, int64_t end) {
+    while (begin < end) {
+      const int64_t s = begin % p_.S;
+      const int64_t n = std::min({slots_, end - begin, p_.S - s});
+      rotate_block(begin / p_.S, s, n);
+      begin += n;
     }
   }
 
@@ -149,6 +142,19 @@ class TokenRotator {
 
   bool neighbours() const { return p_.lanes.distance == 1; }
 
+  // Whether the tokens of a head lie closer together than the heads of a token.
+  static bool by_head(const TensorParams& t) {
+    return !t.scattered && t.in_strides.s < t.in_strides.h;
+  }
+
+  // How many tokens' table rows are held: several where the tokens of a head pass one by one.
+  int64_t slots() const {
+    constexpr int64_t kEntries = 8192;  // of cos and of sin: what stays in an L2 cache
+    const bool several = !p_.per_head && std::any_of(p_.tensors, p_.tensors + p_.count, by_head);
+    if (!several) return 1;
+    return std::clamp<int64_t>(kEntries / std::max<int64_t>(p_.lanes.P, 1), 1, p_.S);
+  }
+
   void find_spans() {
     const int64_t length = neighbours() ? p_.lanes.P : p_.lanes.distance;
     for (int64_t j = 0; j < p_.lanes.P; ++j) {
@@ -160,19 +166,71 @@ class TokenRotator {
     }
   }
 
-  void load_rows(int64_t b, int64_t s, int64_t h) {
+  // Tokens [s, s + n) of batch entry b: one by one where some of them are not rotated.
+  void rotate_block(int64_t b, int64_t s, int64_t n) {
+    bool copied = false;
+    for (int64_t i = 0; i < n && !p_.per_head; ++i) copied |= load_rows(b, s + i, 0, i);
+    if (copied && n > 1) {
+      for (int64_t i = 0; i < n; ++i) rotate_block(b, s + i, 1);
+      return;
+    }
+    for (int i = 0; i < p_.count; ++i) {
+      const TensorParams& t = p_.tensors[i];
+      if (n > 1 && by_head(t)) {
+        for (int64_t h = 0; h < t.H; ++h) {
+          rotate_rows(
+              t, {input(t, b, s, h), output(t, b, s, h), t.in_strides.s, t.out_strides.s, n, 0, 1});
+        }
+      } else {
+        for (int64_t slot = 0; slot < n; ++slot) rotate_token(t, b, s + slot, slot);
+      }
+    }
+  }
+
+  void rotate_token(const TensorParams& t, int64_t b, int64_t s, int64_t slot) {
+    const int64_t row = t.scattered ? output_row(p_.rows, b, s) : s;
+    if (t.scattered && row == -1) return;
+    const auto rotate_heads = [&](int64_t h, int64_t count) {
+      rotate_rows(t, {input(t, b, s, h), output(t, b, row, h), t.in_strides.h, t.out_strides.h,
+                      count, slot, 0});
+    };
+    if (!p_.per_head) return rotate_heads(0, t.H);
+    for (int64_t h = 0; h < t.H; ++h) {
+      load_rows(b, s, h, slot);
+      rotate_heads(h, 1);
+    }
+  }
+
+  static const T* input(const TensorParams& t, int64_t b, int64_t s, int64_t h) {
+    const Strides& strides = t.in_strides;
+    return static_cast<const T*>(t.in) + b * strides.b + s * strides.s + h * strides.h;
+  }
+
+  static T* output(const TensorParams& t, int64_t b, int64_t row, int64_t h) {
+    const Strides& strides = t.out_strides;
+    return static_cast<T*>(t.out) + (t.scattered ? 0 : b * strides.b) + row * strides.s +
+           h * strides.h;
+  }
+
+  // Whether there are pairs that the token does not rotate.
+  bool load_rows(int64_t b, int64_t s, int64_t h, int64_t slot) {
+    bool copied = false;
+    Wide<T>* const cos_row = cos_.data() + slot * p_.lanes.P;
+    Wide<T>* const sin_row = sin_.data() + slot * p_.lanes.P;
     visit(p_.table_dtype, [&]<typename Table>() {
       const auto* cos = static_cast<const Table*>(p_.cos.data);
       const auto* sin = static_cast<const Table*>(p_.sin.data);
       for (Span& span : spans_) {
         const Row row = table_row(p_.rows, b, s, span.axis);
         span.copied = row.copied;
+        copied |= row.copied;
         if (row.copied) continue;
-        load_entries(cos + table_offset(p_.cos, row.index, b, s, h), p_.cos.j, span, cos_.data());
-        load_entries(sin + table_offset(p_.sin, row.index, b, s, h), p_.sin.j, span, sin_.data());
-        finish_entries(span);
+        load_entries(cos + table_offset(p_.cos, row.index, b, s, h), p_.cos.j, span, cos_row);
+        load_entries(sin + table_offset(p_.sin, row.index, b, s, h), p_.sin.j, span, sin_row);
+        finish_entries(span, slot);
       }
     });
+    return copied;
   }
 
   template <typename Table>
@@ -186,38 +244,43 @@ class TokenRotator {
   }
 
   // What follows from the entries: the inverse's sign, and what lanes of neighbouring pairs take.
-  void finish_entries(const Span& span) {
+  void finish_entries(const Span& span, int64_t slot) {
+    const int64_t first = slot * p_.lanes.P;
     if (p_.inverse) {
-      for (int64_t j = span.begin; j < span.end; ++j) sin_[j] = -sin_[j];
+      for (int64_t j = first + span.begin; j < first + span.end; ++j) sin_[j] = -sin_[j];
     }
     if (!neighbours()) return;
-    for (int64_t j = span.begin; j < span.end; ++j) {
+    for (int64_t j = first + span.begin; j < first + span.end; ++j) {
       lane_cos_[2 * j] = lane_cos_[2 * j + 1] = cos_[j];
       lane_sin_[2 * j] = -sin_[j];
       lane_sin_[2 * j + 1] = sin_[j];
     }
   }
 
-  void rotate_heads(const Heads<T>& heads, const TensorParams& t) const {
+  // Only rows whose lanes lie side by side are worth an instruction set of their own.
+  void rotate_rows(const TensorParams& t, const LaneRows<T>& rows) const {
     const int64_t in_d = t.in_strides.d;
     const int64_t out_d = t.out_strides.d;
     if (in_d == 1 && out_d == 1) {
-      rotate_spans(heads, One(), One());
+      run_on(isa_, [this, rows](auto) {
+        rows.for_each(
+            [this](const T* in, T* out, int64_t slot) { rotate_row(in, out, One(), One(), slot); });
+      });
     } else {
-      rotate_spans(heads, in_d, out_d);
+      rows.for_each(
+          [&](const T* in, T* out, int64_t slot) { rotate_row(in, out, in_d, out_d, slot); });
     }
   }
 
   template <typename Step>
-  void rotate_spans(const Heads<T>& heads, Step in_d, Step out_d) const {
-    const auto copy = [&](int64_t begin, int64_t end) {
-      if (!p_.in_place) copy_lanes(heads, in_d, out_d, begin, end);
+  void rotate_row(const T* in, T* out, Step in_d, Step out_d, int64_t slot) const {
+    const auto copy = [=, this](int64_t begin, int64_t end) {
+      if (begin != end && !p_.in_place) copy_lanes(in, out, in_d, out_d, begin, end);
     };
     copy(0, p_.lanes.offset);
-    copy(p_.lanes.end(), p_.D);
     for (const Span& span : spans_) {
       if (!span.copied) {
-        rotate_span(heads, in_d, out_d, span);
+        rotate_span(in + span.lane * in_d, out + span.lane * out_d, in_d, out_d, span, slot);
       } else if (neighbours()) {
         copy(span.lane, span.lane + 2 * span.size());
       } else {
@@ -225,60 +288,42 @@ class TokenRotator {
         copy(span.lane + p_.lanes.distance, span.lane + p_.lanes.distance + span.size());
       }
     }
-  }
-
-  // Only this is worth an instruction set of its own, and only where lanes lie side by side. All is
-  // captured by value: the loop over heads must not fetch it anew for each.
-  void rotate_span(const Heads<T>& heads, One, One, const Span& span) const {
-    const int64_t a = span.lane;
-    const int64_t b = a + p_.lanes.distance;
-    const int64_t n = span.size();
-    if (neighbours()) {
-      const Wide<T>* c = lane_cos_.data() + 2 * span.begin;
-      const Wide<T>* s = lane_sin_.data() + 2 * span.begin;
-      run_on(isa_, [=](auto) {
-        heads.for_each([=](const T* in, T* out) {
-          rotate_neighbours<T, kPrecision>(in + a, out + a, c, s, n);
-        });
-      });
-    } else {
-      const Wide<T>* c = cos_.data() + span.begin;
-      const Wide<T>* s = sin_.data() + span.begin;
-      run_on(isa_, [=](auto) {
-        heads.for_each([=](const T* in, T* out) {
-          rotate_run<T, kPrecision>(in + a, in + b, One(), out + a, out + b, One(), c, s, n);
-        });
-      });
-    }
-  }
-
-  void rotate_span(const Heads<T>& heads, int64_t in_d, int64_t out_d, const Span& span) const {
-    const int64_t a = span.lane;
-    const int64_t b = a + p_.lanes.distance;
-    const int64_t step = neighbours() ? 2 : 1;
-    heads.for_each([&](const T* in, T* out) {
-      rotate_run<T, kPrecision>(in + a * in_d, in + b * in_d, step * in_d, out + a * out_d,
-                                out + b * out_d, step * out_d, cos_.data() + span.begin,
-                                sin_.data() + span.begin, span.size());
-    });
+    copy(p_.lanes.end(), p_.D);
   }
 
   template <typename Step>
-  static void copy_lanes(const Heads<T>& heads, Step in_d, Step out_d, int64_t begin, int64_t end) {
-    if (begin == end) return;
-    heads.for_each([&](const T* in, T* out) {
-      if constexpr (std::is_same_v<Step, One>) {
-        std::memcpy(out + begin, in + begin, static_cast<size_t>(end - begin) * sizeof(T));
-      } else {
-        for (int64_t lane = begin; lane < end; ++lane) out[lane * out_d] = in[lane * in_d];
-      }
-    });
+  void rotate_span(const T* in, T* out, Step in_d, Step out_d, const Span& span,
+                   int64_t slot) const {
+    const int64_t first = slot * p_.lanes.P + span.begin;
+    const Wide<T>* c = cos_.data() + first;
+    const Wide<T>* s = sin_.data() + first;
+    const int64_t b = p_.lanes.distance;
+    if (!neighbours()) {
+      rotate_run<T, kPrecision>(in, in + b * in_d, in_d, out, out + b * out_d, out_d, c, s,
+                                span.size());
+    } else if constexpr (std::is_same_v<Step, One>) {
+      rotate_neighbours<T, kPrecision>(in, out, lane_cos_.data() + 2 * first,
+                                       lane_sin_.data() + 2 * first, span.size());
+    } else {
+      rotate_run<T, kPrecision>(in, in + in_d, 2 * in_d, out, out + out_d, 2 * out_d, c, s,
+                                span.size());
+    }
+  }
+
+  template <typename Step>
+  static void copy_lanes(const T* in, T* out, Step in_d, Step out_d, int64_t begin, int64_t end) {
+    if constexpr (std::is_same_v<Step, One>) {
+      std::memcpy(out + begin, in + begin, static_cast<size_t>(end - begin) * sizeof(T));
+    } else {
+      for (int64_t lane = begin; lane < end; ++lane) out[lane * out_d] = in[lane * in_d];
+    }
   }
 
   const RotateParams& p_;
   const Isa isa_;
-  std::vector<Wide<T>> cos_, sin_;            // [P], sin negated for the inverse
-  std::vector<Wide<T>> lane_cos_, lane_sin_;  // [2P], of neighbours
+  const int64_t slots_;
+  std::vector<Wide<T>> cos_, sin_;            // [slots, P], sin negated for the inverse
+  std::vector<Wide<T>> lane_cos_, lane_sin_;  // [slots, 2P], of neighbours
   std::vector<Span> spans_;
 };
 
@@ -287,8 +332,7 @@ class TokenRotator {
 inline void rotate_tokens(const RotateParams& p, int64_t begin, int64_t end, Isa isa = best_isa()) {
   visit(p.dtype, [&]<typename T>() {
     const auto run = [&]<Precision kPrecision>() {
-      TokenRotator<T, kPrecision> rotator(p, isa);
-      for (int64_t token = begin; token < end; ++token) rotator.rotate(token / p.S, token % p.S);
+      TokenRotator<T, kPrecision>(p, isa).rotate(begin, end);
     };
     if constexpr (sizeof(T) == 2) {  // in float32 and float64 the two precisions are one
       if (p.precision == Precision::kModel) return run.template operator()<Precision::kModel>();
