@@ -89,6 +89,33 @@ TYPED_TEST(Conversions, NarrowToTheSameBits) {
   }
 }
 
+// F16C's conversions against one conversion by itself.
+TEST(Float16Lanes, WidenEveryPatternToTheSameBitsButQuiet) {
+  if (!has(Isa::kAvx2)) GTEST_SKIP() << "needs F16C";
+  std::vector<Float16> values(1 << 16);
+  for (uint32_t i = 0; i < values.size(); ++i) values[i].bits = static_cast<uint16_t>(i);
+  std::vector<float> got(values.size());
+  widen_lanes(values.data(), got.data(), static_cast<int64_t>(got.size()));
+  for (uint32_t i = 0; i < got.size(); ++i) {
+    const uint32_t expected = widened<Float16>(values[i].bits);
+    const uint32_t quiet = std::isnan(float_of(expected)) ? 0x00400000u : 0;
+    ASSERT_EQ(bits_of(got[i]), expected | quiet) << "of pattern " << i;
+  }
+}
+
+TEST(Float16Lanes, NarrowToTheSameBits) {
+  if (!has(Isa::kAvx2)) GTEST_SKIP() << "needs F16C";
+  SCOPED_TRACE(kSeed);
+  const std::vector<uint32_t> patterns = float_patterns();
+  std::vector<float> values(patterns.size());
+  std::memcpy(values.data(), patterns.data(), patterns.size() * sizeof(float));
+  std::vector<Float16> got(patterns.size());
+  narrow_lanes(values.data(), got.data(), static_cast<int64_t>(got.size()));
+  for (size_t i = 0; i < got.size(); ++i) {
+    ASSERT_EQ(got[i].bits, narrowed<Float16>(patterns[i])) << "of pattern " << patterns[i];
+  }
+}
+
 template <typename T>
 class AnyBits : public ::testing::Test {
  protected:

@@ -6,6 +6,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "fused_rope/kernels/f16c.h"
 #include "fused_rope/kernels/isa.h"
 #include "fused_rope/kernels/rows.h"
 
@@ -55,30 +56,54 @@ inline std::optional<BadRow> find_bad_row(const RotateParams& p, int64_t begin, 
 // A stride of one that the compiler knows, which lets it vectorise; others are int64_t.
 using One = std::integral_constant<int64_t, 1>;
 
-// Rotates pairs [0, n) whose members start at a and b and follow each other at `step` lanes. Inputs
-// and outputs are the same lanes or disjoint.
-template <typename T, Precision kPrecision, typename Step>
-void rotate_run(const T* a, const T* b, Step in_step, T* out_a, T* out_b, Step out_step,
+// Rotates pairs [0, n) whose members start at a and b and follow each other at `step` lanes, as T
+// does it. Inputs and outputs are the same lanes or disjoint.
+template <typename T, Precision kPrecision, typename Lane, typename Step>
+void rotate_run(const Lane* a, const Lane* b, Step in_step, Lane* out_a, Lane* out_b, Step out_step,
                 const Wide<T>* c, const Wide<T>* s, int64_t n) {
   FUSED_ROPE_INDEPENDENT_ITERATIONS
   for (int64_t j = 0; j < n; ++j) {
     const Pair<T> pair =
         rotate_pair<T, kPrecision>(widen(a[j * in_step]), widen(b[j * in_step]), c[j], s[j]);
-    out_a[j * out_step] = narrow<T>(pair.a);
-    out_b[j * out_step] = narrow<T>(pair.b);
+    out_a[j * out_step] = narrow<Lane>(pair.a);
+    out_b[j * out_step] = narrow<Lane>(pair.b);
   }
 }
 
 // The same for n pairs of neighbouring lanes. c and s hold one value a lane, signed as
 // rotate_member takes it: all lanes do the same, and only the partner's takes a shuffle.
-template <typename T, Precision kPrecision>
-void rotate_neighbours(const T* in, T* out, const Wide<T>* c, const Wide<T>* s, int64_t n) {
+template <typename T, Precision kPrecision, typename Lane>
+void rotate_neighbours(const Lane* in, Lane* out, const Wide<T>* c, const Wide<T>* s, int64_t n) {
   FUSED_ROPE_INDEPENDENT_ITERATIONS
   for (int64_t i = 0; i < 2 * n; i += 2) {
     const Wide<T> a = widen(in[i]);
     const Wide<T> b = widen(in[i + 1]);
-    out[i] = narrow<T>(rotate_member<T, kPrecision>(a, b, c[i], s[i]));
-    out[i + 1] = narrow<T>(rotate_member<T, kPrecision>(b, a, c[i + 1], s[i + 1]));
+    out[i] = narrow<Lane>(rotate_member<T, kPrecision>(a, b, c[i], s[i]));
+    out[i + 1] = narrow<Lane>(rotate_member<T, kPrecision>(b, a, c[i + 1], s[i + 1]));
+  }
+}
+
+// Rotates n pairs of float16 whose members lie side by side, `distance` apart, in float32 buffers:
+// for machines with F16C. c and s are those of rotate_run or, of neighbours, of rotate_neighbours.
+template <Precision kPrecision>
+void rotate_f16c(const Float16* in, Float16* out, int64_t distance, const float* c, const float* s,
+                 int64_t n) {
+  constexpr int64_t kPairs = 128;
+  float a[2 * kPairs];
+  float* const b = a + kPairs;
+  for (int64_t j = 0; j < n; j += kPairs) {
+    const int64_t m = std::min(kPairs, n - j);
+    if (distance == 1) {
+      widen_lanes(in + 2 * j, a, 2 * m);
+      rotate_neighbours<Float16, kPrecision>(a, a, c + 2 * j, s + 2 * j, m);
+      narrow_lanes(a, out + 2 * j, 2 * m);
+    } else {
+      widen_lanes(in + j, a, m);
+      widen_lanes(in + distance + j, b, m);
+      rotate_run<Float16, kPrecision>(a, b, One(), a, b, One(), c + j, s + j, m);
+      narrow_lanes(a, out + j, m);
+      narrow_lanes(b, out + distance + j, m);
+    }
   }
 }
 
@@ -106,7 +131,7 @@ class TokenRotator {
  public:
   TokenRotator(const RotateParams& params, Isa isa)
       : p_(params),
-        isa_(kGainsFromWidth ? isa : Isa::kBaseline),
+        isa_(widest(isa)),
         slots_(slots()),
         cos_(slots_ * params.lanes.P),
         sin_(cos_.size()),
@@ -126,9 +151,13 @@ class TokenRotator {
   }
 
  private:
-  // In float32, baseline code keeps up with memory, and wider vectors fell behind it
-  // (benchmarks/NOTES.md).
-  static constexpr bool kGainsFromWidth = !std::is_same_v<T, float>;
+  // What gains from `isa` at most. In float32, baseline code keeps up with memory, and wider
+  // vectors fell behind it (benchmarks/NOTES.md); float16 is converted eight lanes at a time.
+  static Isa widest(Isa isa) {
+    if (std::is_same_v<T, float>) return Isa::kBaseline;
+    const bool converts_only = std::is_same_v<T, Float16> && kPrecision == Precision::kFp32;
+    return converts_only ? std::min(isa, Isa::kAvx2) : isa;
+  }
 
   // Pairs [begin, end), whose members follow each other evenly and whose positions are of one axis.
   struct Span {
@@ -262,25 +291,28 @@ class TokenRotator {
     const int64_t in_d = t.in_strides.d;
     const int64_t out_d = t.out_strides.d;
     if (in_d == 1 && out_d == 1) {
-      run_on(isa_, [this, rows](auto) {
-        rows.for_each(
-            [this](const T* in, T* out, int64_t slot) { rotate_row(in, out, One(), One(), slot); });
+      run_on(isa_, [this, rows](auto isa) {
+        rows.for_each([this, isa](const T* in, T* out, int64_t slot) {
+          rotate_row(isa, in, out, One(), One(), slot);
+        });
       });
     } else {
-      rows.for_each(
-          [&](const T* in, T* out, int64_t slot) { rotate_row(in, out, in_d, out_d, slot); });
+      rows.for_each([&](const T* in, T* out, int64_t slot) {
+        rotate_row(IsaConstant<Isa::kBaseline>(), in, out, in_d, out_d, slot);
+      });
     }
   }
 
-  template <typename Step>
-  void rotate_row(const T* in, T* out, Step in_d, Step out_d, int64_t slot) const {
+  template <Isa kIsa, typename Step>
+  void rotate_row(IsaConstant<kIsa> isa, const T* in, T* out, Step in_d, Step out_d,
+                  int64_t slot) const {
     const auto copy = [=, this](int64_t begin, int64_t end) {
       if (begin != end && !p_.in_place) copy_lanes(in, out, in_d, out_d, begin, end);
     };
     copy(0, p_.lanes.offset);
     for (const Span& span : spans_) {
       if (!span.copied) {
-        rotate_span(in + span.lane * in_d, out + span.lane * out_d, in_d, out_d, span, slot);
+        rotate_span(isa, in + span.lane * in_d, out + span.lane * out_d, in_d, out_d, span, slot);
       } else if (neighbours()) {
         copy(span.lane, span.lane + 2 * span.size());
       } else {
@@ -291,22 +323,28 @@ class TokenRotator {
     copy(p_.lanes.end(), p_.D);
   }
 
-  template <typename Step>
-  void rotate_span(const T* in, T* out, Step in_d, Step out_d, const Span& span,
+  template <Isa kIsa, typename Step>
+  void rotate_span(IsaConstant<kIsa>, const T* in, T* out, Step in_d, Step out_d, const Span& span,
                    int64_t slot) const {
+    const int64_t distance = p_.lanes.distance;
     const int64_t first = slot * p_.lanes.P + span.begin;
     const Wide<T>* c = cos_.data() + first;
     const Wide<T>* s = sin_.data() + first;
-    const int64_t b = p_.lanes.distance;
-    if (!neighbours()) {
-      rotate_run<T, kPrecision>(in, in + b * in_d, in_d, out, out + b * out_d, out_d, c, s,
-                                span.size());
-    } else if constexpr (std::is_same_v<Step, One>) {
-      rotate_neighbours<T, kPrecision>(in, out, lane_cos_.data() + 2 * first,
-                                       lane_sin_.data() + 2 * first, span.size());
+    const int64_t n = span.size();
+    if constexpr (std::is_same_v<Step, One>) {
+      if (neighbours()) {
+        c = lane_cos_.data() + 2 * first;
+        s = lane_sin_.data() + 2 * first;
+      }
+      if constexpr (std::is_same_v<T, Float16> && kIsa != Isa::kBaseline) {
+        return rotate_f16c<kPrecision>(in, out, distance, c, s, n);
+      }
+      if (neighbours()) return rotate_neighbours<T, kPrecision>(in, out, c, s, n);
+      rotate_run<T, kPrecision>(in, in + distance, in_d, out, out + distance, out_d, c, s, n);
     } else {
-      rotate_run<T, kPrecision>(in, in + in_d, 2 * in_d, out, out + out_d, 2 * out_d, c, s,
-                                span.size());
+      const int64_t step = neighbours() ? 2 : 1;
+      rotate_run<T, kPrecision>(in, in + distance * in_d, step * in_d, out, out + distance * out_d,
+                                step * out_d, c, s, n);
     }
   }
 
