@@ -4,9 +4,10 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/object_ptr.h>
 #include <torch/csrc/utils/pybind.h>
-#include <torch/csrc/utils/python_numbers.h>
 
+#include <array>
 #include <string>
 #include <utility>
 #include <vector>
@@ -20,92 +21,95 @@ namespace {
 
 namespace py = pybind11;
 
-// The arguments of one call, taken in order. TypeError for one of another type.
+// The arguments of one call, taken in order, each by its name. TypeError for one of another type.
 class Reader {
  public:
   Reader(const char* op, PyObject* const* arguments, Py_ssize_t count)
-      : op_(op), begin_(arguments), next_(arguments), end_(arguments + count) {}
+      : op_(op), next_(arguments), end_(arguments + count) {}
 
   // Borrowed: the caller holds the arguments.
-  const at::Tensor& tensor() {
-    PyObject* object = next();
-    if (!THPVariable_Check(object)) refuse();
+  const at::Tensor& tensor(const char* name) {
+    PyObject* object = next(name);
+    if (!THPVariable_Check(object)) refuse(name, "a Tensor", object);
     return THPVariable_Unpack(object);
   }
 
-  OptionalTensor optional_tensor() { return skip_none() ? std::nullopt : OptionalTensor(tensor()); }
+  OptionalTensor optional_tensor(const char* name) {
+    return skip_none(name) ? std::nullopt : OptionalTensor(tensor(name));
+  }
 
-  std::string_view text() {
-    PyObject* object = next();
-    if (!PyUnicode_Check(object)) refuse();
+  std::string_view text(const char* name) {
+    PyObject* object = next(name);
+    if (!PyUnicode_Check(object)) refuse(name, "a str", object);
     Py_ssize_t length = 0;
     const char* text = PyUnicode_AsUTF8AndSize(object, &length);
     if (text == nullptr) throw python_error();
     return {text, static_cast<size_t>(length)};
   }
 
-  bool flag() {
-    PyObject* object = next();
-    return object == Py_True || (object != Py_False && convert<bool>(object));
+  bool flag(const char* name) {
+    PyObject* object = next(name);
+    return object == Py_True || (object != Py_False && convert<bool>(name, "a bool", object));
   }
 
   template <typename Integer = int64_t>
-  Integer integer() {
-    PyObject* object = next();
-    if (PyLong_CheckExact(object)) return THPUtils_unpackLong(object);
-    return convert<Integer>(object);
+  Integer integer(const char* name) {
+    PyObject* object = next(name);
+    if (!PyLong_CheckExact(object)) return convert<Integer>(name, "an int", object);
+    int overflow = 0;
+    const int64_t number = PyLong_AsLongLongAndOverflow(object, &overflow);
+    TORCH_CHECK_VALUE(overflow == 0, op_, ": expected ", name, " of 64 bits, got ",
+                      std::string(py::str(object)));
+    return number;
   }
 
-  std::optional<std::vector<int64_t>> optional_integers() {
-    if (skip_none()) return std::nullopt;
-    return convert<std::vector<int64_t>>(next());
+  std::optional<std::vector<int64_t>> optional_integers(const char* name) {
+    if (skip_none(name)) return std::nullopt;
+    return convert<std::vector<int64_t>>(name, "a sequence of ints", next(name));
   }
 
-  Reader tuple() {
-    PyObject* object = next();
-    if (!PyTuple_Check(object)) refuse();
+  Reader tuple(const char* name) {
+    PyObject* object = next(name);
+    if (!PyTuple_Check(object)) refuse(name, "a tuple", object);
     return {op_, PySequence_Fast_ITEMS(object), PyTuple_GET_SIZE(object)};
   }
 
   // Python's own numbers first: isinstance is slow to say no.
-  bool is_at_tensor() const { return !PyLong_CheckExact(peek()) && THPVariable_Check(peek()); }
+  bool is_at_tensor(const char* name) const {
+    return !PyLong_CheckExact(peek(name)) && THPVariable_Check(peek(name));
+  }
 
  private:
-  PyObject* peek() const {
-    if (next_ == end_) refuse();
+  PyObject* peek(const char* name) const {
+    TORCH_CHECK_TYPE(next_ != end_, op_, ": expected ", name, ", got no such argument");
     return *next_;
   }
 
-  PyObject* next() {
-    PyObject* object = peek();
+  PyObject* next(const char* name) {
+    PyObject* object = peek(name);
     ++next_;
     return object;
   }
 
-  bool skip_none() {
-    const bool is_none = peek() == Py_None;
+  bool skip_none(const char* name) {
+    const bool is_none = peek(name) == Py_None;
     next_ += is_none;
     return is_none;
   }
 
   template <typename T>
-  T convert(PyObject* object) {
+  T convert(const char* name, const char* expected, PyObject* object) const {
     py::detail::make_caster<T> caster;
-    if (!caster.load(object, /*convert=*/true)) refuse();
+    if (!caster.load(object, /*convert=*/true)) refuse(name, expected, object);
     return py::detail::cast_op<T>(std::move(caster));
   }
 
-  [[noreturn]] void refuse() const {
-    std::string got;
-    for (PyObject* const* object = begin_; object != end_; ++object) {
-      const std::string name = py::str(py::type::of(*object).attr("__name__"));
-      got += (got.empty() ? "" : ", ") + name;
-    }
-    TORCH_CHECK_TYPE(false, op_, ": expected arguments of the documented types, got (", got, ")");
+  [[noreturn]] void refuse(const char* name, const char* expected, PyObject* object) const {
+    TORCH_CHECK_TYPE(false, op_, ": expected ", name, " to be ", expected, ", got ",
+                     Py_TYPE(object)->tp_name);
   }
 
   const char* op_;
-  PyObject* const* begin_;
   PyObject* const* next_;
   PyObject* const* end_;
 };
@@ -113,11 +117,12 @@ class Reader {
 // Where tokens are: positions, offset (an int or a tensor), cu_seqlens, out_rows.
 struct Rows {
   explicit Rows(Reader& reader)
-      : positions(reader.optional_tensor()),
-        offsets(reader.is_at_tensor() ? OptionalTensor(reader.tensor()) : std::nullopt),
-        offset(offsets.has_value() ? c10::SymInt(0) : reader.integer<c10::SymInt>()),
-        cu_seqlens(reader.optional_tensor()),
-        out_rows(reader.optional_tensor()) {}
+      : positions(reader.optional_tensor("positions")),
+        offsets(reader.is_at_tensor("offset") ? OptionalTensor(reader.tensor("offset"))
+                                              : std::nullopt),
+        offset(offsets.has_value() ? c10::SymInt(0) : reader.integer<c10::SymInt>("offset")),
+        cu_seqlens(reader.optional_tensor("cu_seqlens")),
+        out_rows(reader.optional_tensor("out_rows")) {}
 
   OptionalTensor positions, offsets;
   c10::SymInt offset;
@@ -127,13 +132,13 @@ struct Rows {
 // The tuple of layout, axes, rotary_offset, interleaved, blocks, inverse, precision.
 struct Options {
   explicit Options(Reader reader)
-      : layout(reader.text()),
-        axes(reader.optional_integers()),
-        rotary_offset(reader.integer()),
-        interleaved(reader.flag()),
-        blocks(reader.integer()),
-        inverse(reader.flag()),
-        precision(reader.text()) {}
+      : layout(reader.text("layout")),
+        axes(reader.optional_integers("axes")),
+        rotary_offset(reader.integer("rotary_offset")),
+        interleaved(reader.flag("interleaved")),
+        blocks(reader.integer("blocks")),
+        inverse(reader.flag("inverse")),
+        precision(reader.text("precision")) {}
 
   std::string_view layout;
   std::optional<std::vector<int64_t>> axes;
@@ -174,7 +179,10 @@ struct Entry;
 
 template <typename Result, typename... Tensors, Result (*kFunction)(const Arguments&, Tensors...)>
 struct Entry<kFunction> {
+  using Names = std::array<const char*, sizeof...(Tensors)>;  // of the tensors
+
   inline static PyMethodDef method = {};
+  inline static Names names = {};
 
   static PyObject* call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     HANDLE_TH_ERRORS
@@ -182,9 +190,10 @@ struct Entry<kFunction> {
       Py_RETURN_NOTIMPLEMENTED;
     }
     Reader reader(method.ml_name, arguments, count);
-    const std::tuple<Tensors...> tensors{next<Tensors>(reader)...};
+    const char* const* name = names.data();
+    const std::tuple<Tensors...> tensors{next<Tensors>(reader, name)...};
     const Rows rows(reader);
-    const Options options(reader.tuple());
+    const Options options(reader.tuple("options"));
     const auto run = [&] {
       const py::gil_scoped_release no_gil;
       return std::apply([&](Tensors... t) { return kFunction(arguments_of(rows, options), t...); },
@@ -201,8 +210,8 @@ struct Entry<kFunction> {
 
  private:
   template <typename Tensor>
-  static Tensor next(Reader& reader) {
-    return reader.tensor();
+  static Tensor next(Reader& reader, const char* const*& name) {
+    return reader.tensor(*name++);
   }
 };
 
@@ -214,14 +223,14 @@ struct WideEntry {
   static PyObject* call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     HANDLE_TH_ERRORS
     Reader reader("rotate_qk", arguments, count);
-    const at::Tensor& q = reader.tensor();
-    const at::Tensor& k = reader.tensor();
-    const at::Tensor& cos = reader.tensor();
-    const at::Tensor& sin = reader.tensor();
-    const OptionalTensor positions = reader.optional_tensor();
-    Reader tables = reader.tuple();
-    const WideTables form = {tables.integer(), tables.text(), tables.flag()};
-    const Options o(reader.tuple());
+    const at::Tensor& q = reader.tensor("q");
+    const at::Tensor& k = reader.tensor("k");
+    const at::Tensor& cos = reader.tensor("cos");
+    const at::Tensor& sin = reader.tensor("sin");
+    const OptionalTensor positions = reader.optional_tensor("positions");
+    Reader tables = reader.tuple("tables");
+    const WideTables form = {tables.integer("dims"), tables.text("width"), tables.flag("trailing")};
+    const Options o(reader.tuple("options"));
     const auto run = [&] {
       const py::gil_scoped_release no_gil;
       const Arguments a = {positions, kNoTensor,  kNoTensor,       kNoTensor,     0,
@@ -245,6 +254,12 @@ void def(py::module_& m, const char* name) {
   m.add_object(name, py::reinterpret_steal<py::object>(function));
 }
 
+template <typename E>
+void def(py::module_& m, const char* name, const typename E::Names& tensors) {
+  E::names = tensors;
+  def<E>(m, name);
+}
+
 PYBIND11_MODULE(_C, m) {
   m.doc() =
       "Low-overhead entry to the operators of fused_rope; use the functions of the package "
@@ -255,12 +270,12 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("with_cuda") = false;
 #endif
-  def<Entry<&call_rotate>>(m, "rotate");
-  def<Entry<&call_rotate_>>(m, "rotate_");
-  def<Entry<&call_rotate_qk>>(m, "rotate_qk");
-  def<Entry<&call_rotate_qk_>>(m, "rotate_qk_");
-  def<Entry<&call_rotate_out>>(m, "rotate_out");
-  def<Entry<&call_rotate_qk_out>>(m, "rotate_qk_out");
+  def<Entry<&call_rotate>>(m, "rotate", {"x", "cos", "sin"});
+  def<Entry<&call_rotate_>>(m, "rotate_", {"x", "cos", "sin"});
+  def<Entry<&call_rotate_qk>>(m, "rotate_qk", {"q", "k", "cos", "sin"});
+  def<Entry<&call_rotate_qk_>>(m, "rotate_qk_", {"q", "k", "cos", "sin"});
+  def<Entry<&call_rotate_out>>(m, "rotate_out", {"x", "cos", "sin", "out"});
+  def<Entry<&call_rotate_qk_out>>(m, "rotate_qk_out", {"q", "k", "cos", "sin", "q_out", "k_out"});
   def<WideEntry>(m, "rotate_qk_wide");
 }
 

@@ -192,8 +192,9 @@ def rotate_qk(
         if rotated is not NotImplemented:
             return rotated
     if out is not None:
-        if isinstance(out, Tensor):
-            raise TypeError("rotate_qk: expected out to be a pair of tensors, got one tensor")
+        if isinstance(out, Tensor) or len(out) != 2:
+            got = "one tensor" if isinstance(out, Tensor) else f"{len(out)} of them"
+            raise TypeError(f"rotate_qk: expected out to be a pair of tensors, got {got}")
         _call(
             "rotate_qk_out",
             (q, k, cos, sin, *out),

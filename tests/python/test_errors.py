@@ -151,8 +151,9 @@ def test_the_position_that_is_not_there_is_named():
 def test_sequence_argument_of_two_outputs():
     """out must be a pair for rotate_qk."""
     x, (cos, sin) = torch.randn(2, 5, 4, 16), angles(8, 8)
-    with pytest.raises((V, T)):
-        fused_rope.rotate_qk(x, x.clone(), cos, sin, out=torch.empty_like(x))
+    for out in (torch.empty(2, 5, 4, 16), (x.clone(),), [x.clone() for _ in range(3)]):
+        with pytest.raises(TypeError, match="rotate_qk: expected out to be a pair of tensors"):
+            fused_rope.rotate_qk(x, x.clone(), cos, sin, out=out)
 
 
 @pytest.mark.parametrize("name", ["rotate", "rotate_", "rotate_qk", "rotate_qk_"])
@@ -170,24 +171,52 @@ def test_no_positional_options_and_no_unknown_ones(name):
 
 
 WRONG_TYPES = [
-    dict(x=None),
-    dict(x=[1.0, 2.0]),
-    dict(sin=None),
-    dict(positions=[0, 1, 2, 3, 4]),
-    dict(offset=1.5),
-    dict(layout=3),
-    dict(axes="abc"),
-    dict(blocks=1.0),
-    dict(precision=None),
-    dict(out=(torch.empty(2, 5, 4, 16),)),
+    ("x to be a Tensor, got NoneType", dict(x=None)),
+    ("x to be a Tensor, got list", dict(x=[1.0, 2.0])),
+    ("sin to be a Tensor, got NoneType", dict(sin=None)),
+    ("positions to be a Tensor, got list", dict(positions=[0, 1, 2, 3, 4])),
+    ("offset to be an int, got float", dict(offset=1.5)),
+    ("cu_seqlens to be a Tensor, got list", dict(cu_seqlens=[0, 10])),
+    ("layout to be a str, got int", dict(layout=3)),
+    ("axes to be a sequence of ints, got str", dict(axes="abc")),
+    ("axes to be a sequence of ints, got list", dict(axes=[0.0] * 8)),
+    ("interleaved to be a bool, got str", dict(interleaved="no")),
+    ("blocks to be an int, got float", dict(blocks=1.0)),
+    ("inverse to be a bool, got dict", dict(inverse={})),
+    ("precision to be a str, got NoneType", dict(precision=None)),
+    ("out to be a Tensor, got tuple", dict(out=(torch.empty(2, 5, 4, 16),))),
 ]
 
 
-@pytest.mark.parametrize("wrong", WRONG_TYPES, ids=lambda w: "".join(w))
-def test_wrong_types(wrong):
+@pytest.mark.parametrize("message,wrong", WRONG_TYPES, ids=lambda w: "".join(w))
+def test_wrong_types(message, wrong):
     x, (cos, sin) = torch.randn(2, 5, 4, 16), angles(8, 8)
-    with pytest.raises(TypeError, match="rotate"):
+    with pytest.raises(TypeError) as error:
         fused_rope.rotate(**dict(x=x, cos=cos, sin=sin) | wrong)
+    name = "rotate_out" if "out" in wrong else "rotate"
+    assert str(error.value) == f"{name}: expected {message}"
+
+
+@pytest.mark.parametrize("name", ["offset", "rotary_offset", "blocks"])
+@pytest.mark.parametrize("number", [2**63, -(2**63) - 1])
+def test_numbers_too_large_for_the_operator(name, number):
+    x, (cos, sin) = torch.randn(2, 5, 4, 16), angles(8, 8)
+    with pytest.raises(ValueError, match=f"^rotate: expected {name} of 64 bits, got {number}$"):
+        fused_rope.rotate(x, cos, sin, **{name: number})
+
+
+@pytest.mark.parametrize("missing", ["q", "k", "cos", "sin"])
+def test_wrong_types_beside_full_width_tables(missing):
+    """Facades read their arguments by another way."""
+    q, (cos, sin) = torch.randn(2, 4, 5, 16), angles(5, 16)
+    tensors = dict(q=q, k=q, cos=cos, sin=sin) | {missing: None}
+    with pytest.raises(TypeError, match=f"^rotate_qk: expected {missing} to be a Tensor, got None"):
+        fused_rope.functional.rotate_qk_wide(
+            *tensors.values(),
+            None,
+            (2, "tiled", False),
+            ("bhsd", None, 0, False, 1, False, "fp32"),
+        )
 
 
 def test_sparse_tensors_are_refused():
