@@ -483,6 +483,25 @@ def test_unpatch_restores_the_module():
     assert rotary.forward is stock
 
 
+def test_a_forward_that_somebody_else_replaced_is_left_alone(monkeypatch):
+    """By whatever signature: the patch is taken back, and the next one may be another."""
+    model, rotary = model_of(), modeling("llama").LlamaRotaryEmbedding
+    key = f"{rotary.__module__}.LlamaRotaryEmbedding"
+    stock = rotary.forward
+    patch(model)
+
+    def theirs(*args, **kwargs):
+        return stock(*args, **kwargs)
+
+    monkeypatch.setattr(rotary, "forward", theirs)
+    report = unpatch(model)
+    assert rotary.forward is theirs
+    assert report.tables == {key: "somebody else's"}
+    monkeypatch.setattr(rotary, "forward", stock)
+    assert patch(model, rows=8).tables == {key: "ours"}
+    assert unpatch(model).tables == {key: "its own"}
+
+
 def test_example_of_the_documentation():
     patching = importlib.import_module("fused_rope.compat.transformers.patching")
     result = doctest.testmod(patching)

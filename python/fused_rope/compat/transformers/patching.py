@@ -287,21 +287,20 @@ def unpatch(model: torch.nn.Module | None = None) -> Report:
         A Report: which functions were restored, and which were left alone, and why.
     """
     report = Report()
-    modules = modules_of(model)
-    for site in (*rotary_functions(modules), *_forwards(modules)):
-        entry = _replacements.get(site.key)
-        if entry is None:
-            continue
+    modules = {module.__name__ for module in modules_of(model)}
+    for entry in [e for e in _replacements.values() if e.site.module in modules]:
         entry.models -= 1
         restored = entry.models == 0 and entry.remove()
         if isinstance(entry, _Forward):
-            report.tables[site.owner_key] = "its own" if restored else "ours"
+            report.tables[entry.site.owner_key] = (
+                "its own" if restored else "ours" if entry.models else "somebody else's"
+            )
         elif restored:
-            report.restored.append(site.key)
-        elif entry.models > 0:
-            report.left_alone[site.key] = f"{entry.models} more models are patched"
+            report.restored.append(entry.site.key)
+        elif entry.models:
+            report.left_alone[entry.site.key] = f"{entry.models} more models are patched"
         else:
-            report.left_alone[site.key] = "it was replaced by somebody else since"
+            report.left_alone[entry.site.key] = "it was replaced by somebody else since"
     return report
 
 
