@@ -213,6 +213,17 @@ def test_autocast_and_modes(inference, device, patched):
             same(a, b)
 
 
+@pytest.mark.parametrize("rows", [None, 64])
+def test_traced_before_any_other_call(rows, device, patched):
+    """A tracer must meet no probe, or would find other operators when it traces again."""
+    model = model_of(device=device).requires_grad_(False)
+    ids = torch.randint(1, 97, (2, 19), device=device)
+    want = model(ids).logits
+    patched(model, rows=rows)
+    traced = torch.jit.trace(lambda ids: model(ids, use_cache=False).logits, ids[:, :7])
+    torch.testing.assert_close(traced(ids), want)
+
+
 # --- rows that are kept -------------------------------------------------------------------------
 
 
@@ -231,6 +242,17 @@ def test_rows_are_kept_until_the_frequencies_change(device, patched):
         patch(rotary, rows=16)
         for a, b in zip(rotary(x, p), want, strict=True):
             same(a, b)
+
+
+def test_rows_get_no_gradient(device, patched):
+    rotary = rotary_of(device=device)
+    rotary.inv_freq.requires_grad_()
+    x, p = torch.zeros(1, 1, 64, device=device), torch.arange(9, device=device)[None]
+    want = rotary(x, p)
+    patched(rotary, rows=16)
+    for a, b in zip(rotary(x, p), want, strict=True):
+        same(a, b)
+        assert not a.requires_grad
 
 
 def test_rows_beyond_the_bound_are_errors(patched):

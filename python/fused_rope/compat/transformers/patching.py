@@ -174,8 +174,10 @@ class _Function(_Replacement):
         This waits for the device, once for a family. What cannot be looked at now is looked at in a
         later call.
         """
-        if torch._C._functorch.peek_interpreter_stack() is not None or (
-            torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        if (
+            torch._C._functorch.peek_interpreter_stack() is not None
+            or torch._C._is_tracing()
+            or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
         ):
             return False
         call = self.signature.bind(*args, **kwargs)

@@ -138,7 +138,7 @@ class Tables:
         inv_freq, scale = found
         key = type(module), x.device, x.dtype, layer_type
         if key not in self._recipes:
-            if _capturing(x.device):
+            if _recording(x.device):
                 return None
             self._recipes[key] = self._probe(module, x, inv_freq, scale, layer_type)
         recipe = self._recipes[key]
@@ -191,10 +191,10 @@ class Tables:
         kept = self._kept.setdefault(module, {}).get(key)
         if kept is not None and kept.are_of(inv_freq, scale):
             return kept.rows
-        if _capturing(inv_freq.device):  # a graph's memory is not to be kept
+        if _recording(inv_freq.device):  # a graph's memory is not to be kept
             return None
         device, dtype, layer_type = key[1:]
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), torch.no_grad():
             if self._exact:
                 exact = _exact_frequencies(module, inv_freq, layer_type)
                 pair = recipe.make_exact(exact, scale, bound, dtype, device)
@@ -257,5 +257,8 @@ def _multiplies_exactly(device: torch.device) -> bool:
     return backend is not None and backend.matmul.fp32_precision not in ("tf32", "bf16")
 
 
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+def _recording(device: torch.device) -> bool:
+    """Whether what runs is to run again without Python, in a CUDA graph or a traced module."""
+    return torch._C._is_tracing() or (
+        device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    )
