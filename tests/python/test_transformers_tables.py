@@ -9,11 +9,13 @@ import pickle
 import pytest
 import torch
 from oracle import DTYPES, same
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 transformers = pytest.importorskip("transformers")
 
-from fused_rope.compat.transformers import patch, unpatch  # noqa: E402
+from fused_rope.compat.transformers import patch, patching, unpatch  # noqa: E402
 from fused_rope.frequencies import config_arguments, frequencies  # noqa: E402
 
 MODERN = int(transformers.__version__.split(".")[0]) >= 5
@@ -95,6 +97,7 @@ def operators(call, *args, **options):
 @pytest.fixture
 def patched():
     """Patches by any module of a family; everything is the models' own again afterwards."""
+    patching._retired.clear()  # with what they found out in other tests
     models = []
 
     def patch_once(model, **options):
@@ -222,6 +225,33 @@ def test_traced_before_any_other_call(rows, device, patched):
     patched(model, rows=rows)
     traced = torch.jit.trace(lambda ids: model(ids, use_cache=False).logits, ids[:, :7])
     torch.testing.assert_close(traced(ids), want)
+
+
+@pytest.mark.parametrize("rows", [None, 64])
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+def test_made_graphs_before_any_other_call(mode, rows, device, patched):
+    rotary = rotary_of(device=device)
+    x, p = torch.zeros(1, 1, 64, device=device), torch.arange(9, device=device)[None]
+    want = rotary(x, p + 3)
+    patched(rotary, rows=rows)
+    make = make_fx(lambda ids: rotary(x, ids), tracing_mode=mode, _allow_non_fake_inputs=True)
+    for got in (make(p)(p + 3), rotary(x, p + 3)):
+        for a, b in zip(got, want, strict=True):
+            same(a, b)
+
+
+@pytest.mark.parametrize("probed", [False, True])
+def test_nothing_fake_is_kept(probed, device, patched):
+    rotary, other = (rotary_of(device=device) for _ in range(2))
+    x, p = torch.zeros(1, 1, 64, device=device), torch.arange(9, device=device)[None]
+    want = rotary(x, p)
+    patched(rotary, rows=64)
+    if probed:
+        other(x, p)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        rotary(x, p)
+    for a, b in zip(rotary(x, p), want, strict=True):
+        same(a, b)
 
 
 # --- rows that are kept -------------------------------------------------------------------------

@@ -214,7 +214,7 @@ def patch(
     last `unpatch` restores it. Gradients, torch.compile and generate() work as before. At the first
     call the tables are looked at, once for a family (this waits for the device): where the half
     that the operator does not read differs from the one it reads, the model's own function takes
-    its place again, with a warning. (Captured calls cannot look: call once before.)
+    its place again, with a warning. (Captured and traced calls cannot look: call once before.)
 
     The family's rotary modules, which make cosines and sines anew at every forward, are given a
     shorter way to the same bits where they pass a probe: see `rows`. Dynamic and longrope scaling,

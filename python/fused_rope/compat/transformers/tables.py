@@ -258,7 +258,13 @@ def _multiplies_exactly(device: torch.device) -> bool:
 
 
 def _recording(device: torch.device) -> bool:
-    """Whether what runs is to run again without Python, in a CUDA graph or a traced module."""
-    return torch._C._is_tracing() or (
-        device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    """Whether what runs is recorded (a CUDA graph, a tracer) or fake: nothing may be read or kept.
+
+    Modes that only watch, such as counters of operators, do not matter.
+    """
+    keys = torch._C._TorchDispatchModeKey
+    return (
+        torch._C._is_tracing()
+        or any(torch._C._get_dispatch_mode(key) is not None for key in (keys.FAKE, keys.PROXY))
+        or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
     )
