@@ -31,9 +31,12 @@ c10::SymInt pair_distance(const Arguments& a, const c10::SymInt& P) {
 at::Tensor members(const Arguments& a, const at::Tensor& lanes, int64_t which) {
   const c10::SymInt P = lanes.sym_size(-1) / 2;
   const c10::SymInt distance = pair_distance(a, P);
-  const at::Tensor pairs = as_bshd(a, lanes).unflatten_symint(-1, {P / distance, 2, distance});
+  const at::Tensor x = as_bshd(a, lanes);
+  const c10::SymInt B = x.sym_size(0), S = x.sym_size(1), H = x.sym_size(2);
+  // Batches of gradients know neither unflatten nor flatten.
+  const at::Tensor pairs = x.reshape_symint({B, S, H, P / distance, 2, distance});
   const at::Tensor wide = pairs.scalar_type() == at::kDouble ? pairs : pairs.to(at::kFloat);
-  return wide.select(-2, which).flatten(-2);
+  return wide.select(-2, which).reshape_symint({B, S, H, P});
 }
 
 // The table row of every token, [B, S, 1] or [B, S, P] with axes, and which are copied through
@@ -89,7 +92,7 @@ at::Tensor sum_rows(const at::Tensor& terms, const at::Tensor& index, const c10:
   const c10::SymInt P = terms.sym_size(-1);
   const bool by_row = index.sym_size(-1) == 1;
   at::Tensor rows = index.flatten();
-  at::Tensor sums = terms.flatten(0, 1);
+  at::Tensor sums = terms.reshape_symint({terms.sym_size(0) * terms.sym_size(1), P});
   if (!by_row) {  // every pair reads a row of its own: the table as one column of entries
     rows = (index * P + at::arange(c10::Scalar(P), index.options())).flatten();
     sums = terms.reshape({-1, 1});

@@ -224,7 +224,8 @@ def test_gradcheck_of_the_table(layout, name, device):
         def f(x, cos, sin, kw=kw):
             return fused_rope.rotate_qk(x, 2 * x, cos, sin, **kw)
 
-        assert gradcheck(f, (x, cos, sin), check_forward_ad=True, fast_mode=True)
+        both = dict(check_forward_ad=True, check_batched_grad=True)
+        assert gradcheck(f, (x, cos, sin), fast_mode=True, **both)
         assert gradgradcheck(f, (x, cos, sin), fast_mode=True)
 
 

@@ -203,6 +203,23 @@ def test_compiled_autograd(device):
     same(x.grad, bits(torch.ones_like(x), cos, sin, inverse=True))
 
 
+@pytest.mark.parametrize("trained", [(0,), (1,), (2,), (0, 3), (0, 1, 2, 3)], ids=str)
+def test_compiled_autograd_of_both(trained, device):
+    """The graph's node is filled by hand; compiled autograd reads all of it."""
+    q, k = (tensor("bshd", 2, 5, H, 16, torch.float32, device) for H in (4, 1))
+    inputs = [q, k, *(t.clone() for t in angles(5, 8, device))]
+    trained = [inputs[i].requires_grad_() for i in trained]
+
+    def loss():
+        return sum(x.square().sum() for x in fused_rope.rotate_qk(*inputs) if x.requires_grad)
+
+    want = torch.autograd.grad(loss(), trained)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        loss().backward()
+    for t, grad in zip(trained, want, strict=True):
+        torch.testing.assert_close(t.grad, grad)
+
+
 # --- export ------------------------------------------------------------------------------------
 
 
