@@ -41,6 +41,21 @@ def quiet():
         yield
 
 
+@pytest.fixture
+def build(quiet):
+    """Builds a model and its input_ids; its layers, which its whole family shares, get their own
+    forward back."""
+    models = []
+
+    def built(name):
+        models.append(CASES[name].build())
+        return models[-1], CASES[name].arguments()["input_ids"]
+
+    yield built
+    for model in models:
+        kernelize(model, Mode.INFERENCE, {})
+
+
 def kernelize(model, mode, mapping=None, device="cpu"):
     mapping = kernel_mapping(model) if mapping is None else mapping
     with kernels.use_kernel_mapping(mapping, inherit_mapping=False):
@@ -62,8 +77,8 @@ def forward_backward(model, ids):
 
 @pytest.mark.parametrize("mode", [Mode.INFERENCE, Mode.TRAINING | Mode.TORCH_COMPILE], ids=str)
 @pytest.mark.parametrize("name", MODELS)
-def test_kernelize(name, mode):
-    model, ids = CASES[name].build(), CASES[name].arguments()["input_ids"]
+def test_kernelize(name, mode, build):
+    model, ids = build(name)
     assert kernel_layers.layer_name(model) == MODELS[name]
     want = forward_backward(model, ids)
     assert not is_ours(model, ids)
@@ -77,8 +92,8 @@ def test_kernelize(name, mode):
     assert not is_ours(model, ids)
 
 
-def test_patch_beside_kernels():
-    model, ids = CASES["V1-llama"].build(), CASES["V1-llama"].arguments()["input_ids"]
+def test_patch_beside_kernels(build):
+    model, ids = build("V1-llama")
     want = model(ids)[0]
     patch(model)
     assert is_ours(model, ids)
@@ -87,17 +102,17 @@ def test_patch_beside_kernels():
     assert not is_ours(model, ids)
 
 
-def test_compiles_without_a_graph_break():
+def test_compiles_without_a_graph_break(build):
     torch._dynamo.reset()
-    model, ids = CASES["V1-llama"].build(), CASES["V1-llama"].arguments()["input_ids"]
+    model, ids = build("V1-llama")
     want = model(ids)[0]
     kernelize(model, Mode.TRAINING | Mode.TORCH_COMPILE)
     got = torch.compile(model, backend="aot_eager", fullgraph=True)(ids)[0]
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
-def test_set_use_kernels():
-    model, ids = CASES["V1-llama"].build(), CASES["V1-llama"].arguments()["input_ids"]
+def test_set_use_kernels(build):
+    model, ids = build("V1-llama")
     want = model(ids)[0]
     with kernels.use_kernel_mapping(kernel_mapping(model)):
         model.set_use_kernels(True)
@@ -107,11 +122,11 @@ def test_set_use_kernels():
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_kernel_config_names_layers_for_cuda(training, compiled, monkeypatch):
+def test_kernel_config_names_layers_for_cuda(training, compiled, monkeypatch, build):
     """As a model on a GPU would be kernelized; a layer that could not, would be left as it is."""
     monkeypatch.setattr(theirs, "infer_device", lambda model: "cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    model, ids = CASES["V1-llama"].build(), CASES["V1-llama"].arguments()["input_ids"]
+    model, ids = build("V1-llama")
     model.train(training)
     config = kernel_config(model)
     config.sanitize_kernel_mapping(model)
