@@ -534,23 +534,18 @@ TEST_P(BoxesOfHugeStrides, HoldOneCoordinate) {
   }
 }
 
+// Per-head tables with these strides.
+void gather(RotateParams& p, const Strides& cos, const Strides& sin) {
+  p.rows.gathered = true;
+  p.cos = {memory, 0, cos.b, cos.s, cos.h, 1};
+  p.sin = {memory, 0, sin.b, sin.s, sin.h, 1};
+}
+
 const StrideCase kStrideCases[] = {
     {"Input", [](RotateParams& p, const Strides& s) { p.tensors[0].in_strides = s; }, 2},
     {"Output", [](RotateParams& p, const Strides& s) { p.tensors[0].out_strides = s; }, 2},
-    {"GatheredCos",
-     [](RotateParams& p, const Strides& s) {
-       p.rows.gathered = true;
-       p.cos = p.sin = {memory, 0, 32, 32, 32, 1};
-       p.cos = {memory, 0, s.b, s.s, s.h, 1};
-     },
-     4},
-    {"GatheredSin",
-     [](RotateParams& p, const Strides& s) {
-       p.rows.gathered = true;
-       p.cos = p.sin = {memory, 0, 32, 32, 32, 1};
-       p.sin = {memory, 0, s.b, s.s, s.h, 1};
-     },
-     4},
+    {"GatheredCos", [](RotateParams& p, const Strides& s) { gather(p, s, kShort); }, 4},
+    {"GatheredSin", [](RotateParams& p, const Strides& s) { gather(p, kShort, s); }, 4},
     {"Positions",
      [](RotateParams& p, const Strides& s) {
        p.rows.positions = {memory, true};

@@ -17,18 +17,10 @@ transformers = pytest.importorskip("transformers")
 
 from fused_rope.compat.transformers import patch, patching, unpatch  # noqa: E402
 from fused_rope.frequencies import config_arguments, frequencies  # noqa: E402
+from test_transformers import SIZES as SMALL  # noqa: E402
 
 MODERN = int(transformers.__version__.split(".")[0]) >= 5
-SIZES = {
-    "vocab_size": 97,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "pad_token_id": 0,
-}
+SIZES = SMALL | {"pad_token_id": 0}
 SCALINGS = {
     "default": {},
     "linear": {"factor": 4.0},
