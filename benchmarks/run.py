@@ -5,7 +5,7 @@
     python benchmarks/run.py --cases train --variants "" bhsd "thd cu_seqlens" --directions forward
     python benchmarks/run.py --device cpu              the CPU kernel against memcpy
     python benchmarks/run.py --targets                 only what a target is about
-    python benchmarks/run.py --sweep "heads=1" "heads=2 threads=256"       kernel plans side by side
+    python benchmarks/run.py --sweep "keep=0" "threads=64"                 kernel plans side by side
 
 NOTES.md says how each figure is taken.
 """

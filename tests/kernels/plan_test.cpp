@@ -212,46 +212,106 @@ TEST(PlanOfRows, LooksUpOnlyWhatIsInMemory) {
     return make_plan(p, kLargeCache).rows;
   };
   const IndexParams numbers = {memory, true};
-  const int64_t axes[32] = {};
   EXPECT_EQ(rows([](RotateParams&) {}), Rows::kLinear);
   EXPECT_EQ(rows([](RotateParams& p) { p.rows.offset = 7; }), Rows::kLinear);
   EXPECT_EQ(rows([](RotateParams& p) { p.rows.gathered = true; }), Rows::kLinear);
+  EXPECT_EQ(rows([](RotateParams& p) { p.sin.m += 8; }), Rows::kLookup) << "no step beside cos";
   EXPECT_EQ(rows([&](RotateParams& p) { p.rows.positions = numbers; }), Rows::kLookup);
   EXPECT_EQ(rows([&](RotateParams& p) { p.rows.offsets = numbers; }), Rows::kLookup);
   EXPECT_EQ(rows([&](RotateParams& p) { p.rows.cu_seqlens = numbers; }), Rows::kLookup);
   EXPECT_EQ(rows([&](RotateParams& p) { p.rows.out_rows = numbers; }), Rows::kLookup);
-  EXPECT_EQ(rows([&](RotateParams& p) {
-              p.rows.positions = numbers;
-              p.axes = axes;
-            }),
-            Rows::kAxes);
+}
+
+TEST(PlanOfRows, KnowsWhetherTheAxesOfAThreadDiffer) {
+  const auto rows = [](int64_t distance, int64_t first_of_second_axis, int64_t offset = 0) {
+    RotateParams p = call(2, 3, 4, 128, 64);
+    int64_t axes[32];
+    for (int64_t j = 0; j < 32; ++j) axes[j] = j >= first_of_second_axis;
+    p.rows.positions = {memory, true};
+    p.axes = axes;
+    p.lanes.distance = distance;
+    p.lanes.offset = offset;
+    return make_plan(p, kLargeCache).rows;
+  };
+  EXPECT_EQ(rows(32, 8), Rows::kSections) << "eight pairs in each two vectors";
+  EXPECT_EQ(rows(32, 12), Rows::kAxes);
+  EXPECT_EQ(rows(32, 32), Rows::kSections) << "one axis";
+  EXPECT_EQ(rows(1, 12), Rows::kSections) << "four whole pairs in a vector";
+  EXPECT_EQ(rows(1, 10), Rows::kAxes);
+  EXPECT_EQ(rows(32, 11, 1), Rows::kSections) << "single lanes hold a pair";
+}
+
+TEST(Plan, GivesAThreadOneVectorOfWholePairsUnlessItLooksRowsUp) {
+  RotateParams p = call(2, 3, 4, 64, 64);
+  EXPECT_EQ(make_plan(p, kLargeCache).units, 4) << "two vectors of eight lanes";
+  p.lanes.distance = 1;
+  EXPECT_EQ(make_plan(p, kLargeCache).units, 8);
+  p.rows.positions = {memory, true};
+  EXPECT_EQ(make_plan(p, kLargeCache).units, 4);
+}
+
+TEST(Plan, KeepsTablesThatLeaveMostOfTheCacheToOthers) {
+  const auto keeps = [](int64_t S, int64_t M, int64_t l2_bytes, auto change) {
+    RotateParams p = call(2, S, 4, 64, 64);  // 256 bytes of cos and sin in a row
+    p.rows.M = M;
+    change(p);
+    return make_plan(p, {l2_bytes, 132}).keeps_tables;
+  };
+  const auto as_it_is = [](RotateParams&) {};
+  EXPECT_TRUE(keeps(100, 16, 16 * 256 * kKeptShare, as_it_is));
+  EXPECT_FALSE(keeps(100, 16, 16 * 256 * kKeptShare - 1, as_it_is));
+  EXPECT_TRUE(keeps(8, 1 << 20, 16 * 256 * kKeptShare, as_it_is)) << "no more than its tokens";
+  const auto gather = [](RotateParams& p) { p.rows.gathered = true; };
+  EXPECT_TRUE(keeps(8, 0, 16 * 256 * kKeptShare, gather));
+  EXPECT_FALSE(keeps(8, 0, 16 * 256 * kKeptShare - 1, gather));
+  const auto gather_heads = [](RotateParams& p) { p.rows.gathered = p.per_head = true; };
+  EXPECT_FALSE(keeps(8, 0, 4 * 16 * 256 * kKeptShare - 1, gather_heads));
+  EXPECT_TRUE(keeps(8, 0, 4 * 16 * 256 * kKeptShare, gather_heads));
+}
+
+TEST(Plan, StreamsLanesBesideHeavyTablesAndLookUps) {
+  const auto streams = [](auto change) {
+    RotateParams p = call(2, 100, 4, 64, 64);  // 512 bytes of lanes, 256 of cos and sin in a row
+    p.rows.M = 10;
+    change(p);
+    return make_plan(p, kLargeCache).streams;
+  };
+  const auto rows = [](int64_t M) { return [M](RotateParams& p) { p.rows.M = M; }; };
+  EXPECT_FALSE(streams(rows(40))) << "a tenth of 200 tokens";
+  EXPECT_TRUE(streams(rows(41)));
+  EXPECT_TRUE(streams([](RotateParams& p) { p.rows.gathered = true; }));
+  EXPECT_TRUE(streams([](RotateParams& p) { p.rows.positions = {memory, true}; }));
+}
+
+TEST(Plan, GivesBlocksWholeHeads) {
+  const auto threads = [](int64_t S, int64_t D) {
+    return make_plan(call(1, S, 32, D, D), kLargeCache).threads;
+  };
+  constexpr int64_t kMany = 4096;
+  EXPECT_EQ(threads(kMany, 64), 128);
+  EXPECT_EQ(threads(kMany, 80), 160) << "five threads for a head";
+  EXPECT_EQ(threads(kMany, 96), 96) << "six";
+  EXPECT_EQ(threads(kMany, 112), 224) << "seven";
+  EXPECT_EQ(threads(kMany, 144), 128) << "nine: no whole heads in a block";
+  EXPECT_EQ(threads(100, 96), 192) << "all run at once";
+  EXPECT_EQ(threads(100, 80), 160);
+}
+
+TEST(Plan, LetsBlocksTakeTurnsWhereHeadsHaveTheirOwnRows) {
+  RotateParams p = call(2, 3, 4, 64, 64);
+  EXPECT_FALSE(make_plan(p, kLargeCache).alternating);
+  p.per_head = true;
+  EXPECT_TRUE(make_plan(p, kLargeCache).alternating);
 }
 
 TEST(Plan, FollowsOverridesWithinReason) {
-  RotateParams p = call(2, 3, 4, 64, 64);
-  EXPECT_EQ(make_plan(p, kLargeCache, {.heads = 2}).heads_per_thread, 2);
-  EXPECT_EQ(make_plan(p, kLargeCache, {.heads = 4}).heads_per_thread, kMaxHeads);
-  EXPECT_EQ(make_plan(p, kLargeCache, {.heads = 0}).heads_per_thread, 1);
+  const RotateParams p = call(2, 3, 4, 64, 64);
   EXPECT_EQ(make_plan(p, kLargeCache, {.threads = 64}).threads, 64);
   EXPECT_EQ(make_plan(p, kLargeCache, {.threads = 0}).threads, kWarp);
   EXPECT_EQ(make_plan(p, kLargeCache, {.threads = 4096}).threads, kMaxThreads);
-  p.per_head = true;
-  EXPECT_EQ(make_plan(p, kLargeCache, {.heads = 2}).heads_per_thread, 1) << "rows differ";
-  p.per_head = false;
-  p.tensors[0].in = memory + 2;
-  EXPECT_EQ(make_plan(p, kLargeCache, {.heads = 2}).heads_per_thread, 1) << "of single lanes";
-}
-
-TEST(Plan, SharesRowsOfSeveralAxesWhereThreadsAbound) {
-  RotateParams p = call(2, 64, 4, 64, 64);
-  const int64_t bytes = 2 * 64 * 4 * 64 * 2;
-  const int64_t axes[32] = {};
-  EXPECT_EQ(make_plan(p, {bytes - 1, 132}).heads_per_thread, 1);
-  p.rows.positions = {memory, true};
-  EXPECT_EQ(make_plan(p, {bytes - 1, 132}).heads_per_thread, 1);
-  p.axes = axes;
-  EXPECT_EQ(make_plan(p, {bytes - 1, 132}).heads_per_thread, 2);
-  EXPECT_EQ(make_plan(p, {bytes, 132}).heads_per_thread, 1);
+  EXPECT_FALSE(make_plan(p, kLargeCache, {.keep = 0}).keeps_tables);
+  EXPECT_TRUE(make_plan(p, kSmallCache, {.keep = 1}).keeps_tables);
+  EXPECT_TRUE(make_plan(p, kLargeCache, {.stream = 1}).streams);
 }
 
 TEST(Plan, HasLargerBlocksWhereAllRunAtOnce) {
@@ -322,8 +382,8 @@ class HeadCoverage : public ::testing::TestWithParam<HeadCase> {
   }
 
   // The lanes that the plan's units touch: each takes a vector of first members and its partners,
-  // or two vectors of the span as far apart as there are units; after them come as many as copy two
-  // vectors outside the span each.
+  // or vectors of the span as far apart as there are units; after them come as many as copy vectors
+  // outside the span.
   static std::vector<int> touched(const RotateParams& p, const Plan& plan) {
     std::vector<int> count(p.D);
     const auto take = [&](int64_t lane) {
@@ -335,8 +395,9 @@ class HeadCoverage : public ::testing::TestWithParam<HeadCase> {
         take(p.lanes.first(unit * plan.vector) + p.lanes.distance);
       }
     }
-    const auto take_two = [&](int64_t units, const std::vector<int64_t>& vectors) {
-      EXPECT_EQ(units, (static_cast<int64_t>(vectors.size()) + 1) / 2);
+    const int each = vectors_of_thread(plan.arrangement, plan.rows);
+    const auto take_some = [&](int64_t units, const std::vector<int64_t>& vectors) {
+      EXPECT_EQ(units, ceil_divide(static_cast<int64_t>(vectors.size()), each));
       for (int64_t unit = 0; unit < units; ++unit) {
         take(vectors[unit]);
         if (unit + units < static_cast<int64_t>(vectors.size())) take(vectors[unit + units]);
@@ -347,18 +408,21 @@ class HeadCoverage : public ::testing::TestWithParam<HeadCase> {
       const bool rotated = lane >= p.lanes.offset && lane < p.lanes.end();
       if (rotated || !p.in_place) (rotated ? inside : outside).push_back(lane);
     }
-    if (plan.arrangement == Arrangement::kAdjacent) take_two(plan.rotating_units, inside);
-    take_two(plan.units - plan.rotating_units, outside);
+    if (plan.arrangement == Arrangement::kAdjacent) take_some(plan.rotating_units, inside);
+    take_some(plan.units - plan.rotating_units, outside);
     return count;
   }
 };
 
 TEST_P(HeadCoverage, TouchesEveryLaneOnce) {
   for (const DType dtype : {DType::kBFloat16, DType::kFloat32, DType::kFloat64}) {
-    for (const bool aligned : {true, false}) {
-      const RotateParams p = params(dtype, aligned);
+    for (const auto& [aligned, positions] :
+         {std::pair{true, false}, {true, true}, {false, false}}) {
+      RotateParams p = params(dtype, aligned);
+      if (positions) p.rows.positions = {memory, true};
       const Plan plan = make_plan(p, kLargeCache);
-      SCOPED_TRACE(::testing::Message() << "size " << size_of(dtype) << " vector " << plan.vector);
+      SCOPED_TRACE(::testing::Message() << "size " << size_of(dtype) << " vector " << plan.vector
+                                        << " positions " << positions);
       EXPECT_TRUE(aligned || plan.vector == 1);
       const std::vector<int> count = touched(p, plan);
       for (int64_t lane = 0; lane < p.D; ++lane) {
@@ -561,7 +625,7 @@ INSTANTIATE_TEST_SUITE_P(Of, BoxesOfHugeStrides, ::testing::ValuesIn(kStrideCase
 
 TEST(BoxesOfHugeRows, HoldOneTokenWhereNothingIsLookedUp) {
   RotateParams p = call(5, 6, 7, 64, 64);
-  p.cos.m = int64_t{1} << 30;
+  p.cos.m = p.sin.m = int64_t{1} << 30;
   EXPECT_EQ(boxes_of(p, {{0, 0, 0}, {5, 6, 7}}, 8).size(), 6u);
   p.rows.positions = {memory, true};
   EXPECT_EQ(boxes_of(p, {{0, 0, 0}, {5, 6, 7}}, 8).size(), 1u);

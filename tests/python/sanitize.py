@@ -86,17 +86,22 @@ def qk(dtype: torch.dtype, D: int) -> list[Tensor]:
 
 
 def instances() -> Iterator[Case]:
-    """Element type, table type, precision, where partners are, vectors or single lanes, axes."""
+    """Element type, table type and form, precision, where partners are, vectors or single lanes, and
+    how rows are found: by place, by position, by one axis in eight pairs, by mixed axes."""
     widths = ((32, 16, 0), (48, 16, 16), (19, 6, 3))
     for dtype, (D, P, o), lanes in itertools.product(DTYPES, widths, LANES):
         tables = [torch.float32, torch.float64, *({*HALF} & {dtype})]
         precisions = ("fp32", "model") if dtype in HALF else ("fp32",)
         for table, precision in itertools.product(tables, precisions):
             kw = dict(rotary_offset=o, precision=precision, **lanes)
-            cos_sin, index = angles(9, P, dtype=table), positions(2, 2, 5, rows=9)
-            axes = [0, 1, 1] * (P // 3) + [0] * (P % 3)
-            yield Case("", qk(dtype, D), cos_sin, **kw)
-            yield Case("", qk(dtype, D), cos_sin, positions=index, axes=axes, **kw)
+            cos_sin = angles(9, P, dtype=table)
+            index, indices = (positions(*n, rows=9) for n in ((2, 5), (2, 2, 5)))
+            mixed = [0, 1, 1] * (P // 3) + [0] * (P % 3)
+            for rows in (cos_sin, torch.stack(cos_sin, -1).unbind(-1)):  # the latter as complex
+                yield Case("", qk(dtype, D), rows, **kw)
+                yield Case("", qk(dtype, D), rows, positions=index, **kw)
+                for axes in ([j // 8 % 2 for j in range(P)], mixed):
+                    yield Case("", qk(dtype, D), rows, positions=indices, axes=axes, **kw)
 
 
 def forms() -> Iterator[Case]:

@@ -268,7 +268,7 @@ def test_sweep_puts_plans_side_by_side(tmp_path, capsys):
     out = tmp_path / "sweep.json"
     status = run.main(
         [
-            *("--device", "cpu", "--quick", "--out", str(out), "--sweep", "heads=1", "threads=64"),
+            *("--device", "cpu", "--quick", "--out", str(out), "--sweep", "keep=0", "threads=64"),
             *("--cases", "tiny", "--variants", "", "bhsd", "--directions", "forward"),
         ]
     )
@@ -277,13 +277,13 @@ def test_sweep_puts_plans_side_by_side(tmp_path, capsys):
     assert [row["plan"] for row in rows] == [
         "",
         "",
-        "heads=1",
-        "heads=1",
+        "keep=0",
+        "keep=0",
         "threads=64",
         "threads=64",
     ]
     printed = capsys.readouterr().out
-    assert "| work | none | heads=1 | threads=64 |" in printed
+    assert "| work | none | keep=0 | threads=64 |" in printed
     assert "| tiny bhsd forward |" in printed
 
 

@@ -1,5 +1,5 @@
-// The CUDA kernel: one __global__ template. A thread owns the same lanes of one or more heads of
-// one token; what a call needs to know about addresses is decided when the template is
+// The CUDA kernel: one __global__ template. A thread owns some lanes of one head of one token; what
+// a call needs to know about addresses is decided when the template is
 // instantiated, what it needs to know about values is data.
 #pragma once
 
@@ -38,8 +38,10 @@ struct PairAxes {
 };
 struct NoAxes {};
 
+constexpr bool has_axes(Rows rows) { return rows == Rows::kSections || rows == Rows::kAxes; }
+
 template <Rows kRows>
-using AxesOf = std::conditional_t<kRows == Rows::kAxes, PairAxes, NoAxes>;
+using AxesOf = std::conditional_t<has_axes(kRows), PairAxes, NoAxes>;
 
 // Where a thread works, counted from the first token and head of its box: from the fastest axis to
 // the slowest.
@@ -71,16 +73,24 @@ struct Address {
   }
 };
 
+// Pair 0 of a token's rows, if it is not copied through.
+struct TableRows {
+  const char* cos;
+  const char* sin;
+  bool copied;
+};
+
 // A box of one tensor and the part of linear tables that belongs to it. What every thread reads
 // comes first, so that it shares few lines of the constant cache.
 struct Side {
-  uint32_t threads, heads;
+  uint32_t threads;
   Divider fast, middle;
-  Address in, cos, sin, out;  // of a scattered tensor, out is that of row 0
-  uint32_t head_step;         // the heads of one thread are head_step apart
+  Address in, cos;
+  int64_t sin_after_cos;  // bytes, where both take the same steps
+  Address out;            // of a scattered tensor, that of row 0
+  Address sin;
   Axis order[2];
   bool scattered;
-  int64_t next_in, next_out;     // bytes between the heads of one thread
   int64_t in_d, out_d, out_row;  // strides of lanes and of scattered rows
   int64_t first[3];              // by Axis
   Address positions;
@@ -88,15 +98,12 @@ struct Side {
   Side() = default;
 
   Side(const RotateParams& p, const TensorParams& t, const Plan& plan, const Box& box)
-      : heads(static_cast<uint32_t>(box.size[kHead])),
-        head_step(static_cast<uint32_t>(ceil_divide(box.size[kHead], plan.heads_per_thread))),
-        scattered(t.scattered),
+      : scattered(t.scattered),
         in_d(t.in_strides.d),
         out_d(t.out_strides.d),
         out_row(t.out_strides.s),
         first{box.first[0], box.first[1], box.first[2]} {
     const std::array<Axis, 3> axes = memory_order(p, t);
-    const std::array<int64_t, 3> sizes = {box.size[kBatch], box.size[kSequence], head_step};
     const Strides out_strides =
         scattered ? Strides{0, 0, t.out_strides.h, t.out_strides.d} : t.out_strides;
     in = Address(t.in, t.in_strides, size_of(p.dtype), box, axes);
@@ -105,12 +112,11 @@ struct Side {
     sin = table(p, p.sin, plan, box, axes);
     positions = Address(p.rows.positions.data, {p.rows.positions_b, p.rows.positions_s, 0, 0},
                         size_of(p.rows.positions), box, axes);
-    next_in = head_step * t.in_strides.h * size_of(p.dtype);
-    next_out = head_step * t.out_strides.h * size_of(p.dtype);
-    threads = static_cast<uint32_t>(sizes[0] * sizes[1] * sizes[2] * plan.units);
+    sin_after_cos = sin.base - cos.base;
+    threads = static_cast<uint32_t>(box.size[0] * box.size[1] * box.size[2] * plan.units);
     for (int i = 0; i < 2; ++i) order[i] = axes[i];
-    fast = Divider(sizes[order[0]]);
-    middle = Divider(sizes[order[1]]);
+    fast = Divider(box.size[order[0]]);
+    middle = Divider(box.size[order[1]]);
   }
 
   __device__ __forceinline__ Place locate(uint32_t row) const {
@@ -139,34 +145,57 @@ struct Side {
   }
 };
 
+// Who leaves the L2 cache when: what createpolicy makes of L2::evict_first, evict_normal,
+// evict_last and evict_unchanged, the same on every architecture that has it (sm_80 and later).
+constexpr uint64_t kFirstInL2 = 0x12f0000000000000;
+constexpr uint64_t kNormalInL2 = 0x16f0000000000000;
+constexpr uint64_t kLastInL2 = 0x14f0000000000000;
+constexpr uint64_t kUnchangedInL2 = 0x10f0000000000000;
+
 // All that one launch is told: q's box in its first blocks, k's in the rest.
 struct Work {
-  unsigned second_block;  // the first block of the second side
-  Divider units, distance;
-  uint32_t rotating_units;                 // threads of a head that rotate
+  unsigned second_block;            // from which on blocks are the second side's
+  unsigned second_start;            // what they count from
+  unsigned turns;                   // 1: blocks of the sides take turns instead
+  bool inverse, in_place;           // kPair: inverse is done by first_lane and to_partner
+  Divider units, distance;          // by threads of a head, by lanes between the members of a pair
+  uint32_t rotating_units;          // threads of a head that rotate
+  uint32_t first_lane, to_partner;  // of pair 0, and kPair: from a lane to its partner's
+  uint64_t lane_policy, table_policy;  // of the L2 cache
+  Side sides[kMaxTensors];
   uint32_t rotated_vectors;                // kAdjacent: vectors that hold rotated lanes
   uint32_t copying_units, copied_vectors;  // threads of a head that copy, and what they copy
-  bool inverse, in_place, vector_tables;
   Lanes lanes;
-  Side sides[kMaxTensors];
   TableParams cos, sin;
   RowParams rows;
 
   Work(const RotateParams& p, const Plan& plan)
       : second_block(0),
+        second_start(0),
+        turns(0),
+        inverse(p.inverse),
+        in_place(p.in_place),
         units(plan.units),
         distance(std::max<int64_t>(p.lanes.distance, 1)),
         rotating_units(static_cast<uint32_t>(plan.rotating_units)),
+        first_lane(static_cast<uint32_t>(p.lanes.offset)),
+        to_partner(static_cast<uint32_t>(p.lanes.distance)),
+        lane_policy(plan.streams ? kFirstInL2 : kNormalInL2),
+        table_policy(plan.keeps_tables ? kLastInL2 : kUnchangedInL2),
         rotated_vectors(static_cast<uint32_t>(2 * p.lanes.P / plan.vector)),
         copying_units(static_cast<uint32_t>(plan.units - plan.rotating_units)),
         copied_vectors(static_cast<uint32_t>((p.D - 2 * p.lanes.P) / plan.vector)),
-        inverse(p.inverse),
-        in_place(p.in_place),
-        vector_tables(plan.vector_tables),
         lanes(p.lanes),
         cos(p.cos),
         sin(p.sin),
-        rows(p.rows) {}
+        rows(p.rows) {
+    // Turning (a, b) back is turning (b, a): in kPair a thread takes the second members first.
+    if (p.inverse && plan.arrangement == Arrangement::kPair) {
+      first_lane += to_partner;
+      to_partner = -to_partner;
+      inverse = false;
+    }
+  }
 };
 
 // The token at a place, as table_row asks for it: coordinates are put together only when needed.
@@ -196,46 +225,55 @@ struct alignas(sizeof(T) * kLanes) Vector {
   T lane[kLanes];
 };
 
-template <int kLanes, typename T>
-__device__ __forceinline__ Vector<T, kLanes> load(const T* from) {
-  return *reinterpret_cast<const Vector<T, kLanes>*>(from);
-}
+// Whether vectors of this size are moved with a policy of the L2 cache.
+template <typename V>
+#if __CUDA_ARCH__ >= 800
+constexpr bool kHasPolicy = sizeof(V) == kVectorBytes;
+#else
+constexpr bool kHasPolicy = false;
+#endif
 
-// Lanes are read once and written once: they make way for tables in the caches.
 template <int kLanes, typename T>
-__device__ __forceinline__ Vector<T, kLanes> load_once(const T* from) {
-  if constexpr (kLanes * sizeof(T) == kVectorBytes) {
-    const uint4 raw = __ldcs(reinterpret_cast<const uint4*>(from));
-    Vector<T, kLanes> value;
+__device__ __forceinline__ Vector<T, kLanes> load(const T* from, uint64_t policy) {
+  using V = Vector<T, kLanes>;
+  if constexpr (kHasPolicy<V>) {
+    uint4 raw;
+    asm("ld.global.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+        : "=r"(raw.x), "=r"(raw.y), "=r"(raw.z), "=r"(raw.w)
+        : "l"(from), "l"(policy));
+    V value;
     std::memcpy(&value, &raw, sizeof(value));
     return value;
   } else {
-    return load<kLanes>(from);
+    return *reinterpret_cast<const V*>(from);
   }
 }
 
 template <typename T, int kLanes>
-__device__ __forceinline__ void store_once(T* to, const Vector<T, kLanes>& value) {
-  if constexpr (kLanes * sizeof(T) == kVectorBytes) {
+__device__ __forceinline__ void store(T* to, const Vector<T, kLanes>& value, uint64_t policy) {
+  using V = Vector<T, kLanes>;
+  if constexpr (kHasPolicy<V>) {
     uint4 raw;
     std::memcpy(&raw, &value, sizeof(raw));
-    __stcs(reinterpret_cast<uint4*>(to), raw);
+    asm volatile("st.global.L2::cache_hint.v4.u32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(to),
+                 "r"(raw.x), "r"(raw.y), "r"(raw.z), "r"(raw.w), "l"(policy)
+                 : "memory");
   } else {
-    *to = value.lane[0];
+    *reinterpret_cast<V*>(to) = value;
   }
 }
 
-// kPairs entries of a table row from pair on, as the arithmetic of T sees them. `vectors`: they are
+// kPairs entries of a table row from pair on, as the arithmetic of T sees them. kVectors: they are
 // neighbours and aligned.
-template <typename T, Precision kPrecision, int kPairs, typename Table>
+template <typename T, Precision kPrecision, int kPairs, bool kVectors, typename Table>
 __device__ __forceinline__ void load_entries(const Table* row, uint32_t pair, int64_t stride,
-                                             bool vectors, Wide<T>* entries) {
-  constexpr int kLoad =
-      kPairs * sizeof(Table) > kVectorBytes ? kVectorBytes / sizeof(Table) : kPairs;
-  if (kPairs > 1 && vectors) {
+                                             uint64_t policy, Wide<T>* entries) {
+  if constexpr (kVectors) {
+    constexpr int kLoad =
+        kPairs * sizeof(Table) > kVectorBytes ? kVectorBytes / sizeof(Table) : kPairs;
 #pragma unroll
     for (int i = 0; i < kPairs; i += kLoad) {
-      const auto loaded = load<kLoad>(row + pair + i);
+      const auto loaded = load<kLoad>(row + pair + i, policy);
 #pragma unroll
       for (int j = 0; j < kLoad; ++j)
         entries[i + j] = rounded<T, kPrecision>(widen(loaded.lane[j]));
@@ -246,6 +284,20 @@ __device__ __forceinline__ void load_entries(const Table* row, uint32_t pair, in
     for (int i = 0; i < kPairs; ++i, entry += stride)
       entries[i] = rounded<T, kPrecision>(widen(*entry));
   }
+}
+
+// One lane in the wide type. bfloat16 in the upper half of a register is there already, but for the
+// lower half.
+template <typename T, int kLanes>
+__device__ __forceinline__ Wide<T> widen_lane(const Vector<T, kLanes>& x, int i) {
+  if constexpr (std::is_same_v<T, BFloat16> && kLanes > 1) {
+    if (i % 2 == 1) {
+      uint32_t both;
+      std::memcpy(&both, &x.lane[i - 1], sizeof(both));
+      return float_of(both & 0xffff0000u);
+    }
+  }
+  return widen(x.lane[i]);
 }
 
 // Writes what was computed in the wide type, a packed conversion for each two lanes of a 16-bit
@@ -266,26 +318,22 @@ __device__ __forceinline__ void narrow_two(Wide<T> x, Wide<T> y, T& to_x, T& to_
   }
 }
 
-// Pair 0 of a token's rows, if it is not copied through.
-struct TableRows {
-  const char* cos;
-  const char* sin;
-  bool copied;
-};
-
-// The two vectors that one thread moves of each of its heads, and how it rotates them.
-template <typename T, typename Table, Precision kPrecision, Arrangement kArrangement, int kLanes>
+// The vectors that one thread moves of its head, and how it rotates them.
+template <typename T, typename Table, Precision kPrecision, Arrangement kArrangement, int kLanes,
+          Rows kRows, bool kVectorTables>
 struct Unit {
+  static constexpr int kVectors = vectors_of_thread(kArrangement, kRows);
+  static constexpr int kPairs = kLanes * kVectors / 2;
   // Neighbouring pairs: those of both vectors, or those within each.
-  static constexpr int kGroups = kArrangement == Arrangement::kAdjacent ? 2 : 1;
-  static constexpr int kPairs = kLanes / kGroups;
-  static constexpr uint32_t kAllPairs = (1u << kLanes) - 1;
-  using Vectors = Vector<T, kLanes>[2];
+  static constexpr int kGroups = kArrangement == Arrangement::kAdjacent ? kVectors : 1;
+  static constexpr int kPairsOfGroup = kPairs / kGroups;
+  static constexpr uint32_t kAllPairs = (1u << kPairs) - 1;
+  using Vectors = Vector<T, kLanes>[kVectors];
 
   bool rotates;
-  uint32_t lane[2];  // the first lane of each vector; of an odd one out, twice the same
+  uint32_t lane[kVectors];  // the first of each vector; of an odd one out, twice the same
   uint32_t pair[kGroups];
-  Wide<T> c[kLanes], s[kLanes];
+  Wide<T> c[kPairs], s[kPairs];
 
   __device__ __forceinline__ Unit(const Work& work, uint32_t unit)
       : rotates(unit < work.rotating_units) {
@@ -299,48 +347,49 @@ struct Unit {
     } else if constexpr (kArrangement == Arrangement::kAdjacent) {
       spread(unit, work.rotating_units, work.rotated_vectors);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
+      for (int i = 0; i < kVectors; ++i) {
         pair[i] = lane[i] / 2;
-        lane[i] += static_cast<uint32_t>(work.lanes.offset);
+        lane[i] += work.first_lane;
       }
     } else {
       pair[0] = unit * kLanes;
-      uint32_t within = pair[0];
-      const uint32_t span = work.distance.divide(within);
-      lane[0] =
-          static_cast<uint32_t>(work.lanes.offset) + 2 * work.distance.divisor * span + within;
-      lane[1] = lane[0] + work.distance.divisor;
+      const uint32_t span = work.distance.quotient(pair[0]);
+      lane[0] = work.first_lane + span * work.distance.divisor + pair[0];
+      lane[1] = lane[0] + work.to_partner;
     }
   }
 
-  __device__ __forceinline__ void load_lanes(const char* head, int64_t stride, Vectors& x) const {
+  __device__ __forceinline__ void load_lanes(const char* head, int64_t stride, uint64_t policy,
+                                             Vectors& x) const {
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
-      x[i] = load_once<kLanes>(reinterpret_cast<const T*>(head) + at(i, stride));
+    for (int i = 0; i < kVectors; ++i)
+      x[i] = load<kLanes>(reinterpret_cast<const T*>(head) + at(i, stride), policy);
   }
 
-  __device__ __forceinline__ void store_lanes(char* head, int64_t stride, const Vectors& x) const {
+  __device__ __forceinline__ void store_lanes(char* head, int64_t stride, uint64_t policy,
+                                              const Vectors& x) const {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) store_once(reinterpret_cast<T*>(head) + at(i, stride), x[i]);
-  }
-
-  // Reads the entries of these pairs from one row of cos or sin.
-  __device__ __forceinline__ void load_row(const char* row, const TableParams& table, bool vectors,
-                                           Wide<T> (&entries)[kLanes]) const {
-#pragma unroll
-    for (int i = 0; i < kGroups; ++i) {
-      load_entries<T, kPrecision, kPairs>(reinterpret_cast<const Table*>(row), pair[i], table.j,
-                                          vectors, entries + i * kPairs);
-    }
+    for (int i = 0; i < kVectors; ++i)
+      store(reinterpret_cast<T*>(head) + at(i, stride), x[i], policy);
   }
 
   // Reads the entries of these pairs from rows of cos and sin.
   __device__ __forceinline__ void load_rows(const Work& work, const TableRows& rows) {
-    load_row(rows.cos, work.cos, work.vector_tables, c);
-    load_row(rows.sin, work.sin, work.vector_tables, s);
-    if (!work.inverse) return;
+    const auto load = [&](const char* row, const TableParams& table, Wide<T>* entries) {
 #pragma unroll
-    for (Wide<T>& entry : s) entry = -entry;
+      for (int i = 0; i < kGroups; ++i) {
+        load_entries<T, kPrecision, kPairsOfGroup, kVectorTables>(
+            reinterpret_cast<const Table*>(row), pair[i], table.j, work.table_policy,
+            entries + i * kPairsOfGroup);
+      }
+    };
+    load(rows.cos, work.cos, c);
+    load(rows.sin, work.sin, s);
+    if constexpr (kArrangement == Arrangement::kAdjacent) {
+      if (!work.inverse) return;
+#pragma unroll
+      for (Wide<T>& entry : s) entry = -entry;
+    }
   }
 
   // Calls f(axis, pairs) for each axis of these pairs, with a bit for each pair that has it.
@@ -348,12 +397,13 @@ struct Unit {
   __device__ __forceinline__ void for_each_axis(const PairAxes& axes, const F& f) const {
     uint64_t packed = 0;  // the axis of each pair in a byte
 #pragma unroll
-    for (int i = 0; i < kGroups; ++i) packed |= axes.load<kPairs>(pair[i]) << 8 * i * kPairs;
+    for (int i = 0; i < kGroups; ++i)
+      packed |= axes.load<kPairsOfGroup>(pair[i]) << 8 * i * kPairsOfGroup;
     for (uint32_t left = kAllPairs; left != 0;) {
       const auto axis = static_cast<uint8_t>(packed >> 8 * (__ffs(left) - 1));
       uint32_t pairs = 0;
 #pragma unroll
-      for (int i = 0; i < kLanes; ++i)
+      for (int i = 0; i < kPairs; ++i)
         pairs |= static_cast<uint32_t>(static_cast<uint8_t>(packed >> 8 * i) == axis) << i;
       left &= ~pairs;
       f(axis, pairs);
@@ -363,27 +413,27 @@ struct Unit {
   // Rotates the pairs whose bit is set; kAll: every pair.
   template <bool kAll>
   __device__ __forceinline__ void rotate(Vectors& x, uint32_t pairs) const {
-    Pair<T> rotated[kLanes];
+    Pair<T> rotated[kPairs];
 #pragma unroll
-    for (int i = 0; i < kLanes; ++i) {
+    for (int i = 0; i < kPairs; ++i) {
       rotated[i] =
-          rotate_pair<T, kPrecision>(widen(member(x, i, 0)), widen(member(x, i, 1)), c[i], s[i]);
+          rotate_pair<T, kPrecision>(widen_member(x, i, 0), widen_member(x, i, 1), c[i], s[i]);
     }
     // Two neighbouring lanes are narrowed at once where both are rotated.
-    if constexpr (!kAll || kLanes == 1) {
+    if constexpr (!kAll || kPairs == 1) {
 #pragma unroll
-      for (int i = 0; i < kLanes; ++i) {
+      for (int i = 0; i < kPairs; ++i) {
         if (!kAll && !((pairs >> i) & 1)) continue;
         member(x, i, 0) = narrow<T>(rotated[i].a);
         member(x, i, 1) = narrow<T>(rotated[i].b);
       }
     } else if constexpr (kArrangement == Arrangement::kAdjacent) {
 #pragma unroll
-      for (int i = 0; i < kLanes; ++i)
+      for (int i = 0; i < kPairs; ++i)
         narrow_two<T>(rotated[i].a, rotated[i].b, member(x, i, 0), member(x, i, 1));
     } else {
 #pragma unroll
-      for (int i = 0; i < kLanes; i += 2) {
+      for (int i = 0; i < kPairs; i += 2) {
         narrow_two<T>(rotated[i].a, rotated[i + 1].a, member(x, i, 0), member(x, i + 1, 0));
         narrow_two<T>(rotated[i].b, rotated[i + 1].b, member(x, i, 1), member(x, i + 1, 1));
       }
@@ -394,53 +444,57 @@ struct Unit {
   // The unit-th vector and the one `units` further, so that neighbouring threads read neighbouring
   // memory.
   __device__ __forceinline__ void spread(uint32_t unit, uint32_t units, uint32_t vectors) {
-    const uint32_t other = unit + units;
     lane[0] = unit * kLanes;
-    lane[1] = (other < vectors ? other : unit) * kLanes;
+    if constexpr (kVectors == 2) {
+      const uint32_t other = unit + units;
+      lane[1] = (other < vectors ? other : unit) * kLanes;
+    }
   }
 
   __device__ __forceinline__ int64_t at(int i, int64_t stride) const {
     return kLanes == 1 ? lane[i] * stride : lane[i];
   }
 
-  // The lane of the first or second member of the i-th pair.
+  // Where the first or second member of the i-th pair is.
+  struct Spot {
+    int vector, lane;
+  };
+  __device__ __forceinline__ static constexpr Spot spot(int i, int which) {
+    return kArrangement == Arrangement::kAdjacent
+               ? Spot{i / kPairsOfGroup, 2 * (i % kPairsOfGroup) + which}
+               : Spot{which, i};
+  }
   __device__ __forceinline__ static T& member(Vectors& x, int i, int which) {
-    if constexpr (kArrangement == Arrangement::kAdjacent) {
-      return x[i / kPairs].lane[2 * (i % kPairs) + which];
-    } else {
-      return x[which].lane[i];
-    }
+    return x[spot(i, which).vector].lane[spot(i, which).lane];
+  }
+  __device__ __forceinline__ static Wide<T> widen_member(const Vectors& x, int i, int which) {
+    return widen_lane(x[spot(i, which).vector], spot(i, which).lane);
   }
 };
 
 // Blocks that must fit on a multiprocessor: as few registers as the hot path needs, so that enough
 // lanes are in flight.
 template <typename T, typename Table>
-constexpr int min_blocks(Rows rows, int heads) {
-  const bool crowded = heads > 1 || rows == Rows::kAxes || sizeof(Table) > sizeof(Wide<T>);
+constexpr int min_blocks(Rows rows) {
+  const bool crowded = rows == Rows::kAxes || sizeof(Table) > sizeof(Wide<T>);
   return crowded ? 4 : 6;
 }
 
 template <typename T, typename Table, Precision kPrecision, Arrangement kArrangement, int kLanes,
-          Rows kRows, int kHeads>
-__global__ void __launch_bounds__(kMaxThreads, min_blocks<T, Table>(kRows, kHeads))
+          Rows kRows, bool kVectorTables>
+__global__ void __launch_bounds__(kMaxThreads, min_blocks<T, Table>(kRows))
     rotate_kernel(const __grid_constant__ Work work, const __grid_constant__ AxesOf<kRows> axes) {
-  const bool is_second = blockIdx.x >= work.second_block;
+  const bool is_second = (blockIdx.x & work.turns) != 0 || blockIdx.x >= work.second_block;
   const Side& side = work.sides[is_second];
-  uint32_t index = (blockIdx.x - (is_second ? work.second_block : 0)) * blockDim.x + threadIdx.x;
+  const uint32_t block = (blockIdx.x - (is_second ? work.second_start : 0)) >> work.turns;
+  uint32_t index = block * blockDim.x + threadIdx.x;
   if (index >= side.threads) return;
   const Place place = side.locate(work.units.divide(index));  // index becomes that of the unit
-  Unit<T, Table, kPrecision, kArrangement, kLanes> unit(work, index);
+  Unit<T, Table, kPrecision, kArrangement, kLanes, kRows, kVectorTables> unit(work, index);
 
-  // All lanes are on their way before anything waits for a position or a table row.
-  const uint32_t head = side.along(place, kHead);
-  const auto is_head = [&](int n) { return n == 0 || head + n * side.head_step < side.heads; };
-  const char* in = side.in.at(place);
-  typename decltype(unit)::Vectors x[kHeads];
-#pragma unroll
-  for (int n = 0; n < kHeads; ++n) {
-    if (is_head(n)) unit.load_lanes(in + n * side.next_in, side.in_d, x[n]);
-  }
+  // The lanes are on their way before anything waits for a position or a table row.
+  typename decltype(unit)::Vectors x;
+  unit.load_lanes(side.in.at(place), side.in_d, work.lane_policy, x);
 
   const PlacedToken token = {work, side, place};
   const auto find_rows = [&](uint32_t axis) {
@@ -450,23 +504,32 @@ __global__ void __launch_bounds__(kMaxThreads, min_blocks<T, Table>(kRows, kHead
     return TableRows{static_cast<const char*>(work.cos.data) + bytes * work.cos.m,
                      static_cast<const char*>(work.sin.data) + bytes * work.sin.m, row.copied};
   };
-  const auto rotate = [&]<bool kAll>(const TableRows& rows, uint32_t pairs) {
-    unit.load_rows(work, rows);
-#pragma unroll
-    for (int n = 0; n < kHeads; ++n) unit.template rotate<kAll>(x[n], pairs);
+  const auto choose_rows = [&]() -> TableRows {
+    if constexpr (kRows == Rows::kLinear) {
+      const char* cos = side.cos.at(place);
+      return {cos, cos + side.sin_after_cos, false};
+    } else if constexpr (kRows == Rows::kSections) {
+      return find_rows(axes.axis[unit.pair[0]]);
+    } else {
+      if (work.rows.gathered) return {side.cos.at(place), side.sin.at(place), false};
+      return find_rows(0);
+    }
   };
   if (unit.rotates) {
     if constexpr (kRows == Rows::kAxes) {
       unit.for_each_axis(axes, [&](uint32_t axis, uint32_t pairs) {
         const TableRows rows = find_rows(axis);
-        if (!rows.copied) rotate.template operator()<false>(rows, pairs);
+        if (rows.copied) return;
+        unit.load_rows(work, rows);
+        unit.template rotate<false>(x, pairs);
       });
     } else {
-      const TableRows rows = kRows == Rows::kLinear || work.rows.gathered
-                                 ? TableRows{side.cos.at(place), side.sin.at(place), false}
-                                 : find_rows(0);
+      const TableRows rows = choose_rows();
       unit.rotates = !rows.copied;
-      if (unit.rotates) rotate.template operator()<true>(rows, unit.kAllPairs);
+      if (unit.rotates) {
+        unit.load_rows(work, rows);
+        unit.template rotate<true>(x, unit.kAllPairs);
+      }
     }
   }
   if (!unit.rotates && work.in_place) return;
@@ -480,26 +543,26 @@ __global__ void __launch_bounds__(kMaxThreads, min_blocks<T, Table>(kRows, kHead
       out += row * side.out_row * static_cast<int64_t>(sizeof(T));
     }
   }
-#pragma unroll
-  for (int n = 0; n < kHeads; ++n) {
-    if (is_head(n)) unit.store_lanes(out + n * side.next_out, side.out_d, x[n]);
-  }
+  unit.store_lanes(out, side.out_d, work.lane_policy, x);
+}
+
+template <typename T, typename Table, Precision kPrecision, Arrangement kArrangement, Rows kRows>
+auto choose_tables(const Plan& plan) {
+  constexpr int kLanes = kVectorBytes / sizeof(T);
+  return plan.vector_tables
+             ? rotate_kernel<T, Table, kPrecision, kArrangement, kLanes, kRows, true>
+             : rotate_kernel<T, Table, kPrecision, kArrangement, kLanes, kRows, false>;
 }
 
 template <typename T, typename Table, Precision kPrecision, Rows kRows>
 auto choose_kernel(const Plan& plan) {
-  constexpr int kLanes = kVectorBytes / sizeof(T);
   constexpr auto kPair = Arrangement::kPair;
   constexpr auto kAdjacent = Arrangement::kAdjacent;
-  if (plan.vector == 1) return rotate_kernel<T, Table, kPrecision, kPair, 1, kRows, 1>;
-  if (plan.arrangement == kPair) {
-    return plan.heads_per_thread == 1
-               ? rotate_kernel<T, Table, kPrecision, kPair, kLanes, kRows, 1>
-               : rotate_kernel<T, Table, kPrecision, kPair, kLanes, kRows, kMaxHeads>;
+  if constexpr (kRows != Rows::kAxes) {  // a thread of a single pair has one axis
+    if (plan.vector == 1) return rotate_kernel<T, Table, kPrecision, kPair, 1, kRows, false>;
   }
-  return plan.heads_per_thread == 1
-             ? rotate_kernel<T, Table, kPrecision, kAdjacent, kLanes, kRows, 1>
-             : rotate_kernel<T, Table, kPrecision, kAdjacent, kLanes, kRows, kMaxHeads>;
+  return plan.arrangement == kPair ? choose_tables<T, Table, kPrecision, kPair, kRows>(plan)
+                                   : choose_tables<T, Table, kPrecision, kAdjacent, kRows>(plan);
 }
 
 // Launches once for q and k together, unless one of them is so large that it needs several boxes.
@@ -507,14 +570,17 @@ template <typename T, typename Table, Precision kPrecision, Rows kRows>
 cudaError_t launch_boxes(const RotateParams& p, const Plan& plan, cudaStream_t stream) {
   const auto kernel = choose_kernel<T, Table, kPrecision, kRows>(plan);
   AxesOf<kRows> axes;
-  if constexpr (kRows == Rows::kAxes) {
+  if constexpr (has_axes(kRows)) {
     for (int64_t j = 0; j < p.lanes.P; ++j) axes.axis[j] = static_cast<uint8_t>(p.axes[j]);
   }
   Work work(p, plan);
   int sides = 0;
   unsigned blocks = 0;
   const auto flush = [&] {
-    if (sides == 1) work.second_block = blocks;
+    if (sides < kMaxTensors) work.second_start = blocks;
+    work.turns = plan.alternating && blocks == 2 * work.second_start;
+    if (work.turns == 1) work.second_start = 0;
+    work.second_block = work.turns == 1 ? blocks : work.second_start;
     if (sides > 0) kernel<<<blocks, static_cast<unsigned>(plan.threads), 0, stream>>>(work, axes);
     sides = 0;
     blocks = 0;
@@ -524,8 +590,8 @@ cudaError_t launch_boxes(const RotateParams& p, const Plan& plan, cudaStream_t s
     if (t.H == 0) continue;
     for_each_box(p, t, plan, {{0, 0, 0}, {p.B, p.S, t.H}}, [&](const Box& box) {
       if (sides == kMaxTensors) flush();
-      if (sides == 1) work.second_block = blocks;
       work.sides[sides] = Side(p, t, plan, box);
+      if (sides == 1) work.second_start = blocks;
       blocks += static_cast<unsigned>(ceil_divide(work.sides[sides].threads, plan.threads));
       ++sides;
     });
@@ -541,6 +607,8 @@ cudaError_t launch_rows(const RotateParams& p, const Plan& plan, cudaStream_t st
       return launch_boxes<T, Table, kPrecision, Rows::kLinear>(p, plan, stream);
     case Rows::kLookup:
       return launch_boxes<T, Table, kPrecision, Rows::kLookup>(p, plan, stream);
+    case Rows::kSections:
+      return launch_boxes<T, Table, kPrecision, Rows::kSections>(p, plan, stream);
     default:
       return launch_boxes<T, Table, kPrecision, Rows::kAxes>(p, plan, stream);
   }

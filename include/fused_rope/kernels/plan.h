@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <numeric>
 #include <optional>
 
 #include "fused_rope/kernels/params.h"
@@ -19,10 +20,18 @@ enum class Arrangement {
 
 // How a thread finds the table rows of its token.
 enum class Rows {
-  kLinear,  // addresses are linear in batch, sequence and head: nothing is looked up
-  kLookup,  // numbers in device memory name rows of the table or of the output
-  kAxes,    // the same, with a row of the table for each axis of positions
+  kLinear,    // addresses are linear in batch, sequence and head, sin's a step beside cos's
+  kLookup,    // numbers in device memory name rows of the table or of the output
+  kSections,  // the same, with several axes of positions, but one for all pairs of a thread
+  kAxes,      // axes that differ within a thread
 };
+
+// Vectors that a thread moves: those of both members, or as many of whole pairs. One keeps less in
+// flight, more evenly, but has to pay for a look-up.
+constexpr int vectors_of_thread(Arrangement arrangement, Rows rows) {
+  const bool looks_up = rows == Rows::kLookup || rows == Rows::kAxes;
+  return arrangement == Arrangement::kPair || looks_up ? 2 : 1;
+}
 
 struct DeviceFacts {
   int64_t l2_bytes;
@@ -43,16 +52,19 @@ struct Divider {
         ((uint64_t{1} << 32) * ((uint64_t{1} << shift) - divisor)) / divisor + 1);
   }
 
+  FUSED_ROPE_HOST_DEVICE uint32_t quotient(uint32_t n) const {
+#if defined(__CUDA_ARCH__)
+    return (__umulhi(n, multiplier) + n) >> shift;
+#else
+    return static_cast<uint32_t>((((uint64_t{n} * multiplier) >> 32) + n) >> shift);
+#endif
+  }
+
   // The quotient of n; n becomes the remainder.
   FUSED_ROPE_HOST_DEVICE uint32_t divide(uint32_t& n) const {
-#if defined(__CUDA_ARCH__)
-    const uint32_t quotient = (__umulhi(n, multiplier) + n) >> shift;
-#else
-    const uint32_t quotient =
-        static_cast<uint32_t>((((uint64_t{n} * multiplier) >> 32) + n) >> shift);
-#endif
-    n -= quotient * divisor;
-    return quotient;
+    const uint32_t q = quotient(n);
+    n -= q * divisor;
+    return q;
   }
 };
 
@@ -65,26 +77,30 @@ struct Box {
 
 // What an experiment may decide instead of the plan; -1 leaves it to the plan.
 struct PlanOverrides {
-  int heads = -1;
   int threads = -1;
+  int keep = -1;
+  int stream = -1;
 };
 
 struct Plan {
   Arrangement arrangement;
   Rows rows;
-  int vector;            // lanes moved at once: 16 bytes of them, or 1
-  int rotating_units;    // threads of one head that rotate
-  int units;             // threads of one head: those that rotate, then those that copy
-  int heads_per_thread;  // heads that share the table row a thread holds in registers
-  int threads;           // of a block
-  bool vector_tables;    // cos and sin can be read 16 bytes at a time
+  bool vector_tables;  // cos and sin can be read 16 bytes at a time
+  bool keeps_tables;   // their lines are the last to leave the L2 cache
+  bool streams;        // lines of lanes are the first
+  int vector;          // lanes moved at once: 16 bytes of them, or 1
+  int rotating_units;  // threads of one head that rotate
+  int units;           // threads of one head: those that rotate, then those that copy
+  int threads;         // of a block
+  bool alternating;    // q's and k's blocks take turns
 };
 
 constexpr int kVectorBytes = 16;
 constexpr int kWarp = 32;
-constexpr int kMaxThreads = 256;                // of a block
-constexpr int kResidentThreads = 1536;          // of a multiprocessor
-constexpr int kMaxHeads = 2;                    // of a thread
+constexpr int kMaxThreads = 256;        // of a block
+constexpr int kResidentThreads = 1536;  // of a multiprocessor
+constexpr int kKeptShare = 4;           // tables of a quarter of the L2 cache are kept in it
+constexpr int kHeavyShare = 10;         // tables of a tenth of the lanes make them stream
 constexpr int64_t kMaxWork = int64_t{1} << 30;  // threads of one launch
 
 constexpr bool is_power_of_two(int64_t n) { return n > 0 && (n & (n - 1)) == 0; }
@@ -140,10 +156,66 @@ inline int64_t total_heads(const RotateParams& p) {
   return p.tensors[0].H + (p.count > 1 ? p.tensors[1].H : 0);
 }
 
+inline bool have_same_strides(const TableParams& x, const TableParams& y) {
+  return x.m == y.m && x.b == y.b && x.s == y.s && x.h == y.h;
+}
+
 // Whether rows of the table or of the output are named by numbers in device memory.
 inline bool has_lookups(const RowParams& rows) {
   return rows.positions.data != nullptr || rows.offsets.data != nullptr ||
          rows.cu_seqlens.data != nullptr || rows.out_rows.data != nullptr;
+}
+
+inline double tokens(const RotateParams& p) {
+  return static_cast<double>(p.B) * static_cast<double>(p.S);
+}
+
+// Bytes of cos and sin that a call may read, about.
+inline double table_bytes(const RotateParams& p) {
+  const double heads = p.per_head ? static_cast<double>(p.tensors[0].H) : 1;
+  const double axes = p.axes != nullptr ? kMaxAxes : 1;
+  const double rows = p.rows.gathered ? tokens(p) * heads
+                                      : std::min(static_cast<double>(p.rows.M), tokens(p) * axes);
+  return 2 * rows * static_cast<double>(p.lanes.P) * size_of(p.table_dtype);
+}
+
+// Lanes that a call reads, and writes; in place only those that are rotated.
+inline int64_t moved_lanes_of_head(const RotateParams& p) {
+  return p.in_place ? 2 * p.lanes.P : p.D;
+}
+inline double moved_lanes(const RotateParams& p) {
+  return tokens(p) * static_cast<double>(total_heads(p)) *
+         static_cast<double>(moved_lanes_of_head(p));
+}
+
+// Small blocks leave no gaps when one ends and the next begins. Where all are on the device at
+// once, fewer start sooner; where there is less than one for each multiprocessor, more run side by
+// side. Blocks of whole heads do not share lines with each other.
+inline int threads_of_block(const RotateParams& p, const DeviceFacts& device, int units,
+                            int64_t lanes_of_thread) {
+  const double each =
+      moved_lanes(p) / static_cast<double>(lanes_of_thread * device.multiprocessors);
+  const int threads = each > 128 && each <= kResidentThreads ? 256 : 128;
+  const int64_t heads = std::lcm<int64_t>(std::max(units, 1), kWarp);
+  if (heads > kMaxThreads) return threads;
+  return static_cast<int>(std::max(heads, threads / heads * heads));
+}
+
+// Whether each run of `pairs` pairs has one axis.
+inline bool has_sections_of(const RotateParams& p, int64_t pairs) {
+  for (int64_t j = 0; j < p.lanes.P; ++j) {
+    if (p.axes[j] != p.axes[j / pairs * pairs]) return false;
+  }
+  return true;
+}
+
+inline Rows choose_rows(const RotateParams& p, const Plan& plan) {
+  if (p.axes != nullptr) {
+    const bool adjacent = plan.arrangement == Arrangement::kAdjacent;
+    return has_sections_of(p, adjacent ? plan.vector / 2 : plan.vector) ? Rows::kSections
+                                                                        : Rows::kAxes;
+  }
+  return has_lookups(p.rows) || !have_same_strides(p.cos, p.sin) ? Rows::kLookup : Rows::kLinear;
 }
 
 inline Plan make_plan(const RotateParams& p, const DeviceFacts& device,
@@ -154,30 +226,29 @@ inline Plan make_plan(const RotateParams& p, const DeviceFacts& device,
   plan.vector = is_vectorizable(p, lanes) ? lanes : 1;
   const bool adjacent = plan.vector > 1 && p.lanes.distance == 1;
   plan.arrangement = adjacent ? Arrangement::kAdjacent : Arrangement::kPair;
-  plan.rows = p.axes != nullptr ? Rows::kAxes : has_lookups(p.rows) ? Rows::kLookup : Rows::kLinear;
-  // Every thread moves two vectors of a head.
-  const int64_t rotated = 2 * p.lanes.P;
-  const int64_t copied = p.in_place ? 0 : p.D - rotated;
-  plan.rotating_units = static_cast<int>(ceil_divide(rotated, 2 * plan.vector));
-  plan.units = plan.rotating_units + static_cast<int>(ceil_divide(copied, 2 * plan.vector));
-
-  // Rows of several axes are worth sharing by two heads, where that leaves threads enough: when
-  // more is moved than the cache holds. One row is not, and with a table for each head none can be.
-  const int64_t bytes = p.B * p.S * total_heads(p) * p.D * size_of(p.dtype);
-  const bool shares = plan.rows == Rows::kAxes && bytes > device.l2_bytes;
-  const int heads = std::clamp(choose(overrides.heads, shares ? 2 : 1), 1, kMaxHeads);
-  plan.heads_per_thread = p.per_head || plan.vector == 1 ? 1 : heads;
-
-  // Small blocks leave no gaps when one ends and the next begins. Where all are on the device at
-  // once, fewer start sooner; where there is less than one for each multiprocessor, more run side
-  // by side.
-  const int64_t work = p.B * p.S * total_heads(p) * plan.units / plan.heads_per_thread;
-  const int64_t each = work / std::max<int64_t>(device.multiprocessors, 1);
-  const bool at_once = each > 128 && each <= kResidentThreads;
-  const int threads = choose(overrides.threads, at_once ? 256 : 128);
-  plan.threads = std::clamp(threads / kWarp * kWarp, kWarp, kMaxThreads);
+  plan.rows = choose_rows(p, plan);
   plan.vector_tables =
       is_vectorizable(p.cos, p.table_dtype) && is_vectorizable(p.sin, p.table_dtype);
+
+  // What layer after layer reads again should outlive the lanes that pass by, unless it takes much
+  // of the cache away from everyone else. Lanes make way where tables weigh much beside them, or
+  // where threads come late to their rows.
+  const double table = table_bytes(p);
+  const bool small = table * kKeptShare <= static_cast<double>(device.l2_bytes);
+  plan.keeps_tables = choose(overrides.keep, small) != 0;
+  const bool heavy = table * kHeavyShare > moved_lanes(p) * size_of(p.dtype);
+  plan.streams = choose(overrides.stream, heavy || plan.rows != Rows::kLinear) != 0;
+
+  const int64_t moved = vectors_of_thread(plan.arrangement, plan.rows) * plan.vector;
+  const int64_t rotated = 2 * p.lanes.P;
+  const int64_t copied = moved_lanes_of_head(p) - rotated;
+  plan.rotating_units = static_cast<int>(ceil_divide(rotated, moved));
+  plan.units = plan.rotating_units + static_cast<int>(ceil_divide(copied, moved));
+  const int threads = choose(overrides.threads, threads_of_block(p, device, plan.units, moved));
+  plan.threads = std::clamp(threads / kWarp * kWarp, kWarp, kMaxThreads);
+
+  // With a row for each head, q's and k's heads read the same rows: the second finds them in cache.
+  plan.alternating = p.per_head;
   return plan;
 }
 
