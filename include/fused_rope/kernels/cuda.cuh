@@ -156,7 +156,7 @@ constexpr uint64_t kUnchangedInL2 = 0x10f0000000000000;
 struct Work {
   unsigned second_block;            // from which on blocks are the second side's
   unsigned second_start;            // what they count from
-  unsigned turns;                   // 1: blocks of the sides take turns instead
+  uint8_t turns;                    // 1: blocks of the sides take turns instead
   bool inverse, in_place;           // kPair: inverse is done by first_lane and to_partner
   Divider units, distance;          // by threads of a head, by lanes between the members of a pair
   uint32_t rotating_units;          // threads of a head that rotate
