@@ -39,7 +39,7 @@ static cudaError_t device_facts(DeviceFacts* facts) {
   return cudaSuccess;
 }
 
-// FUSED_ROPE_PLAN="threads=64 keep=0", for experiments; read once.
+// FUSED_ROPE_PLAN="threads=64 keep=0 stream=1", for experiments; read once.
 static PlanOverrides read_overrides() {
   PlanOverrides overrides;
   const char* text = std::getenv("FUSED_ROPE_PLAN");

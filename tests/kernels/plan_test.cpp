@@ -23,7 +23,7 @@ Strides bshd(int64_t S, int64_t H, int64_t D) { return {S * H * D, H * D, D, 1};
 Strides bhsd(int64_t S, int64_t H, int64_t D) { return {H * S * D, D, S * D, 1}; }
 Strides sbhd(int64_t B, int64_t H, int64_t D) { return {H * D, B * H * D, D, 1}; }
 
-// A call with one contiguous bshd tensor and a float32 table, everything aligned.
+// A call with one contiguous bshd tensor and a float32 table of S rows, everything aligned.
 RotateParams call(int64_t B, int64_t S, int64_t H, int64_t D, int64_t R) {
   RotateParams p = {};
   p.B = B;
@@ -33,9 +33,17 @@ RotateParams call(int64_t B, int64_t S, int64_t H, int64_t D, int64_t R) {
   p.tensors[0] = {memory, memory, bshd(S, H, D), bshd(S, H, D), H, false};
   p.lanes = {R / 2, 0, R / 2};
   p.cos = p.sin = {memory, R / 2, 0, 0, 0, 1};
+  p.rows.M = S;
   p.dtype = DType::kBFloat16;
   p.table_dtype = DType::kFloat32;
   return p;
+}
+
+// Gathered tables with these strides.
+void gather(RotateParams& p, const Strides& cos, const Strides& sin) {
+  p.rows.gathered = true;
+  p.cos = {memory, 0, cos.b, cos.s, cos.h, 1};
+  p.sin = {memory, 0, sin.b, sin.s, sin.h, 1};
 }
 
 TEST(Divider, IsExactBelowTwoToThe31) {
@@ -216,6 +224,9 @@ TEST(PlanOfRows, LooksUpOnlyWhatIsInMemory) {
   EXPECT_EQ(rows([](RotateParams& p) { p.rows.offset = 7; }), Rows::kLinear);
   EXPECT_EQ(rows([](RotateParams& p) { p.rows.gathered = true; }), Rows::kLinear);
   EXPECT_EQ(rows([](RotateParams& p) { p.sin.m += 8; }), Rows::kLookup) << "no step beside cos";
+  EXPECT_EQ(rows([](RotateParams& p) { p.sin.b += 8; }), Rows::kLookup);
+  EXPECT_EQ(rows([](RotateParams& p) { p.sin.s += 8; }), Rows::kLookup);
+  EXPECT_EQ(rows([](RotateParams& p) { p.sin.h += 8; }), Rows::kLookup);
   EXPECT_EQ(rows([&](RotateParams& p) { p.rows.positions = numbers; }), Rows::kLookup);
   EXPECT_EQ(rows([&](RotateParams& p) { p.rows.offsets = numbers; }), Rows::kLookup);
   EXPECT_EQ(rows([&](RotateParams& p) { p.rows.cu_seqlens = numbers; }), Rows::kLookup);
@@ -241,51 +252,124 @@ TEST(PlanOfRows, KnowsWhetherTheAxesOfAThreadDiffer) {
   EXPECT_EQ(rows(32, 11, 1), Rows::kSections) << "single lanes hold a pair";
 }
 
-TEST(Plan, GivesAThreadOneVectorOfWholePairsUnlessItLooksRowsUp) {
-  RotateParams p = call(2, 3, 4, 64, 64);
-  EXPECT_EQ(make_plan(p, kLargeCache).units, 4) << "two vectors of eight lanes";
-  p.lanes.distance = 1;
-  EXPECT_EQ(make_plan(p, kLargeCache).units, 8);
-  p.rows.positions = {memory, true};
-  EXPECT_EQ(make_plan(p, kLargeCache).units, 4);
+TEST(Plan, GivesAThreadOneVectorOfWholePairsUnlessARowIsSharedByTwo) {
+  int64_t axes[32] = {};
+  const auto units = [&](int64_t distance, bool positions, const int64_t* pair_axes = nullptr) {
+    RotateParams p = call(2, 3, 4, 64, 64);
+    p.lanes.distance = distance;
+    if (positions) p.rows.positions = {memory, true};
+    p.axes = pair_axes;
+    return make_plan(p, kLargeCache).units;
+  };
+  EXPECT_EQ(units(32, false), 4) << "two vectors of eight lanes";
+  EXPECT_EQ(units(32, true), 4);
+  EXPECT_EQ(units(32, true, axes), 4);
+  EXPECT_EQ(units(1, false), 8);
+  EXPECT_EQ(units(1, true), 4);
+  EXPECT_EQ(units(1, true, axes), 8) << "one axis";
+  axes[1] = 1;
+  EXPECT_EQ(units(1, true, axes), 4);
 }
 
-TEST(Plan, KeepsTablesThatLeaveMostOfTheCacheToOthers) {
-  const auto keeps = [](int64_t S, int64_t M, int64_t l2_bytes, auto change) {
-    RotateParams p = call(2, S, 4, 64, 64);  // 256 bytes of cos and sin in a row
-    p.rows.M = M;
-    change(p);
-    return make_plan(p, {l2_bytes, 132}).keeps_tables;
-  };
-  const auto as_it_is = [](RotateParams&) {};
-  EXPECT_TRUE(keeps(100, 16, 16 * 256 * kKeptShare, as_it_is));
-  EXPECT_FALSE(keeps(100, 16, 16 * 256 * kKeptShare - 1, as_it_is));
-  EXPECT_TRUE(keeps(8, 1 << 20, 16 * 256 * kKeptShare, as_it_is)) << "no more than its tokens";
-  const auto gather = [](RotateParams& p) { p.rows.gathered = true; };
-  EXPECT_TRUE(keeps(8, 0, 16 * 256 * kKeptShare, gather));
-  EXPECT_FALSE(keeps(8, 0, 16 * 256 * kKeptShare - 1, gather));
-  const auto gather_heads = [](RotateParams& p) { p.rows.gathered = p.per_head = true; };
-  EXPECT_FALSE(keeps(8, 0, 4 * 16 * 256 * kKeptShare - 1, gather_heads));
-  EXPECT_TRUE(keeps(8, 0, 4 * 16 * 256 * kKeptShare, gather_heads));
+struct TableCase {
+  const char* name;
+  void (*change)(RotateParams&);  // of 2 batches, 8 tokens, 3 heads of q and 2 of k
+  double rows;                    // of 32 pairs
+};
+
+void PrintTo(const TableCase& c, std::ostream* out) { *out << c.name; }
+
+class TableBytes : public ::testing::TestWithParam<TableCase> {
+ protected:
+  RotateParams params() const {
+    RotateParams p = call(2, 8, 3, 64, 64);
+    p.count = 2;
+    p.tensors[1] = p.tensors[0];
+    p.tensors[1].H = 2;
+    GetParam().change(p);
+    return p;
+  }
+};
+
+TEST_P(TableBytes, CountWhatIsReadOnce) {
+  RotateParams p = params();
+  EXPECT_EQ(table_bytes(p), GetParam().rows * 2 * 32 * 4);
+  p.table_dtype = DType::kBFloat16;
+  EXPECT_EQ(table_bytes(p), GetParam().rows * 2 * 32 * 2);
 }
+
+TEST_P(TableBytes, AreKeptUpToAShareOfTheCache) {
+  const RotateParams p = params();
+  const auto l2_bytes = static_cast<int64_t>(kKeptShare * table_bytes(p));
+  EXPECT_TRUE(make_plan(p, {l2_bytes, 132}).keeps_tables);
+  EXPECT_FALSE(make_plan(p, {l2_bytes - 1, 132}).keeps_tables);
+}
+
+constexpr int64_t kNoAxes[32] = {};
+const TableCase kTableCases[] = {
+    {"AsManyRowsAsTokensOfASequence", [](RotateParams&) {}, 8},
+    {"OfALongTable", [](RotateParams& p) { p.rows.M = int64_t{1} << 40; }, 8},
+    {"LookedUpInALongTable",
+     [](RotateParams& p) {
+       p.rows.M = int64_t{1} << 40;
+       p.rows.positions = {memory, true};
+     },
+     16},
+    {"LookedUpInAShortTable",
+     [](RotateParams& p) {
+       p.rows.M = 5;
+       p.rows.positions = {memory, true};
+     },
+     5},
+    {"LookedUpForEachAxis",
+     [](RotateParams& p) {
+       p.rows.M = int64_t{1} << 40;
+       p.rows.positions = {memory, true};
+       p.axes = kNoAxes;
+     },
+     16 * kMaxAxes},
+    {"OfEachToken", [](RotateParams& p) { gather(p, {256, 32, 0, 1}, {256, 32, 0, 1}); }, 16},
+    {"OfEachTokenOfEveryBatch", [](RotateParams& p) { gather(p, {0, 32, 0, 1}, {0, 32, 0, 1}); },
+     8},
+    {"OfEachHead",
+     [](RotateParams& p) {
+       gather(p, {768, 96, 32, 1}, {768, 96, 32, 1});
+       p.per_head = true;
+     },
+     48},
+    {"OfEveryHead",
+     [](RotateParams& p) {
+       gather(p, {256, 32, 0, 1}, {256, 32, 0, 1});
+       p.per_head = true;
+     },
+     16},
+};
+
+INSTANTIATE_TEST_SUITE_P(Rows, TableBytes, ::testing::ValuesIn(kTableCases),
+                         [](const auto& info) { return std::string(info.param.name); });
 
 TEST(Plan, StreamsLanesBesideHeavyTablesAndLookUps) {
-  const auto streams = [](auto change) {
-    RotateParams p = call(2, 100, 4, 64, 64);  // 512 bytes of lanes, 256 of cos and sin in a row
-    p.rows.M = 10;
+  const auto streams = [](int64_t H, auto change) {
+    RotateParams p = call(2, 100, H, 64, 64);  // 128 bytes of lanes, 256 of cos and sin in a row
     change(p);
     return make_plan(p, kLargeCache).streams;
   };
-  const auto rows = [](int64_t M) { return [M](RotateParams& p) { p.rows.M = M; }; };
-  EXPECT_FALSE(streams(rows(40))) << "a tenth of 200 tokens";
-  EXPECT_TRUE(streams(rows(41)));
-  EXPECT_TRUE(streams([](RotateParams& p) { p.rows.gathered = true; }));
-  EXPECT_TRUE(streams([](RotateParams& p) { p.rows.positions = {memory, true}; }));
+  const auto as_it_is = [](RotateParams&) {};
+  EXPECT_FALSE(streams(10, as_it_is)) << "100 rows beside 2000 heads: a tenth";
+  EXPECT_TRUE(streams(9, as_it_is));
+  EXPECT_FALSE(streams(5, [](RotateParams& p) { p.dtype = DType::kFloat32; }));
+  EXPECT_FALSE(streams(5, [](RotateParams& p) {
+    p.count = 2;
+    p.tensors[1] = p.tensors[0];
+  })) << "as many heads of k";
+  EXPECT_TRUE(streams(100, [](RotateParams& p) { p.rows.positions = {memory, true}; }));
 }
 
 TEST(Plan, GivesBlocksWholeHeads) {
-  const auto threads = [](int64_t S, int64_t D) {
-    return make_plan(call(1, S, 32, D, D), kLargeCache).threads;
+  const auto threads = [](int64_t S, int64_t D, int64_t distance = 0) {
+    RotateParams p = call(1, S, 32, D, D);
+    if (distance > 0) p.lanes.distance = distance;
+    return make_plan(p, kLargeCache).threads;
   };
   constexpr int64_t kMany = 4096;
   EXPECT_EQ(threads(kMany, 64), 128);
@@ -295,6 +379,17 @@ TEST(Plan, GivesBlocksWholeHeads) {
   EXPECT_EQ(threads(kMany, 144), 128) << "nine: no whole heads in a block";
   EXPECT_EQ(threads(100, 96), 192) << "all run at once";
   EXPECT_EQ(threads(100, 80), 160);
+  EXPECT_EQ(threads(792, 128), 256) << "1536 threads for each multiprocessor";
+  EXPECT_EQ(threads(793, 128), 128);
+  EXPECT_EQ(threads(396, 128, 1), 256) << "twice as many of one vector each";
+  EXPECT_EQ(threads(397, 128, 1), 128);
+}
+
+TEST(Plan, TakesSizesWhoseProductDoesNotFit) {
+  constexpr int64_t kHuge = int64_t{1} << 40;
+  const Plan plan = make_plan(call(kHuge, kHuge, kHuge, 64, 64), kLargeCache);
+  EXPECT_EQ(plan.threads, 128);
+  EXPECT_FALSE(plan.streams);
 }
 
 TEST(Plan, LetsBlocksTakeTurnsWhereHeadsHaveTheirOwnRows) {
@@ -309,9 +404,15 @@ TEST(Plan, FollowsOverridesWithinReason) {
   EXPECT_EQ(make_plan(p, kLargeCache, {.threads = 64}).threads, 64);
   EXPECT_EQ(make_plan(p, kLargeCache, {.threads = 0}).threads, kWarp);
   EXPECT_EQ(make_plan(p, kLargeCache, {.threads = 4096}).threads, kMaxThreads);
+  EXPECT_TRUE(make_plan(p, kLargeCache).keeps_tables);
   EXPECT_FALSE(make_plan(p, kLargeCache, {.keep = 0}).keeps_tables);
+  EXPECT_FALSE(make_plan(p, kSmallCache).keeps_tables);
   EXPECT_TRUE(make_plan(p, kSmallCache, {.keep = 1}).keeps_tables);
-  EXPECT_TRUE(make_plan(p, kLargeCache, {.stream = 1}).streams);
+  EXPECT_TRUE(make_plan(p, kLargeCache).streams);
+  EXPECT_FALSE(make_plan(p, kLargeCache, {.stream = 0}).streams);
+  const RotateParams many = call(2, 3, 40, 64, 64);
+  EXPECT_FALSE(make_plan(many, kLargeCache).streams);
+  EXPECT_TRUE(make_plan(many, kLargeCache, {.stream = 1}).streams);
 }
 
 TEST(Plan, HasLargerBlocksWhereAllRunAtOnce) {
@@ -596,13 +697,6 @@ TEST_P(BoxesOfHugeStrides, HoldOneCoordinate) {
     }
     EXPECT_TRUE(total == volume(whole));
   }
-}
-
-// Per-head tables with these strides.
-void gather(RotateParams& p, const Strides& cos, const Strides& sin) {
-  p.rows.gathered = true;
-  p.cos = {memory, 0, cos.b, cos.s, cos.h, 1};
-  p.sin = {memory, 0, sin.b, sin.s, sin.h, 1};
 }
 
 const StrideCase kStrideCases[] = {

@@ -86,8 +86,10 @@ def qk(dtype: torch.dtype, D: int) -> list[Tensor]:
 
 
 def instances() -> Iterator[Case]:
-    """Element type, table type and form, precision, where partners are, vectors or single lanes, and
-    how rows are found: by place, by position, by one axis in eight pairs, by mixed axes."""
+    """Element type, table type and form, precision, where partners are, vectors or single lanes.
+
+    Rows are found by place, by position, by one axis in each eight pairs, by mixed axes.
+    """
     widths = ((32, 16, 0), (48, 16, 16), (19, 6, 3))
     for dtype, (D, P, o), lanes in itertools.product(DTYPES, widths, LANES):
         tables = [torch.float32, torch.float64, *({*HALF} & {dtype})]
@@ -97,11 +99,11 @@ def instances() -> Iterator[Case]:
             cos_sin = angles(9, P, dtype=table)
             index, indices = (positions(*n, rows=9) for n in ((2, 5), (2, 2, 5)))
             mixed = [0, 1, 1] * (P // 3) + [0] * (P % 3)
-            for rows in (cos_sin, torch.stack(cos_sin, -1).unbind(-1)):  # the latter as complex
-                yield Case("", qk(dtype, D), rows, **kw)
-                yield Case("", qk(dtype, D), rows, positions=index, **kw)
+            for pair in (cos_sin, torch.stack(cos_sin, -1).unbind(-1)):  # the latter as complex
+                yield Case("", qk(dtype, D), pair, **kw)
+                yield Case("", qk(dtype, D), pair, positions=index, **kw)
                 for axes in ([j // 8 % 2 for j in range(P)], mixed):
-                    yield Case("", qk(dtype, D), rows, positions=indices, axes=axes, **kw)
+                    yield Case("", qk(dtype, D), pair, positions=indices, axes=axes, **kw)
 
 
 def forms() -> Iterator[Case]:
@@ -143,6 +145,7 @@ def tables() -> Iterator[Case]:
             [draw(5, 33, dtype=torch.float32)[:, i : i + 16] for i in (0, 17)],
             draw(5, 16, 2, dtype=torch.float32).unbind(-1),
             [t.T for t in angles(16, 5)],
+            [draw(1, 5, width, dtype=torch.float32)[..., :16] for width in (16, 20)],
             [t.expand(5, 16) for t in angles(1, 16)],
         ]
         for pair in views:

@@ -39,6 +39,8 @@ def table_views(cos, sin):
         "repeated lanes": tuple(t.repeat_interleave(2, -1)[:, ::2] for t in (cos, sin)),
         "transposed": (cos.t().contiguous().t(), sin.t().contiguous().t()),
         "unlike each other": (cos, sin.t().contiguous().t()),
+        "unlike each other, one batch": (cos[None], sin.t().contiguous().t()[None]),
+        "padded unlike each other, one batch": (cos[None], torch.cat((sin, sin), -1)[None, :, :P]),
         "one element off": tuple(shifted.view(2, M, P)),
         "every second row": tuple(t.repeat_interleave(2, 0)[::2] for t in (cos, sin)),
         "one batch": (cos[None], sin[None]),

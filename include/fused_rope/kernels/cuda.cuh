@@ -1,6 +1,6 @@
 // The CUDA kernel: one __global__ template. A thread owns some lanes of one head of one token; what
-// a call needs to know about addresses is decided when the template is
-// instantiated, what it needs to know about values is data.
+// a call needs to know about addresses is decided when the template is instantiated, what it needs
+// to know about values is data.
 #pragma once
 
 #include "fused_rope/kernels/launch.h"
@@ -152,11 +152,11 @@ constexpr uint64_t kNormalInL2 = 0x16f0000000000000;
 constexpr uint64_t kLastInL2 = 0x14f0000000000000;
 constexpr uint64_t kUnchangedInL2 = 0x10f0000000000000;
 
-// All that one launch is told: q's box in its first blocks, k's in the rest.
+// All that one launch is told: a box of q and one of k, in blocks one after the other or in turn.
 struct Work {
-  unsigned second_block;            // from which on blocks are the second side's
-  unsigned second_start;            // what they count from
-  uint8_t turns;                    // 1: blocks of the sides take turns instead
+  unsigned second_block;            // blocks from here on are the second side's
+  unsigned second_start;            // and are counted from here
+  uint8_t turns;                    // 1: so are all odd blocks, and each side's are counted in twos
   bool inverse, in_place;           // kPair: inverse is done by first_lane and to_partner
   Divider units, distance;          // by threads of a head, by lanes between the members of a pair
   uint32_t rotating_units;          // threads of a head that rotate
@@ -238,9 +238,9 @@ __device__ __forceinline__ Vector<T, kLanes> load(const T* from, uint64_t policy
   using V = Vector<T, kLanes>;
   if constexpr (kHasPolicy<V>) {
     uint4 raw;
-    asm("ld.global.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
-        : "=r"(raw.x), "=r"(raw.y), "=r"(raw.z), "=r"(raw.w)
-        : "l"(from), "l"(policy));
+    asm volatile("ld.global.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+                 : "=r"(raw.x), "=r"(raw.y), "=r"(raw.z), "=r"(raw.w)
+                 : "l"(from), "l"(policy));
     V value;
     std::memcpy(&value, &raw, sizeof(value));
     return value;
@@ -375,7 +375,7 @@ struct Unit {
 
   // Reads the entries of these pairs from rows of cos and sin.
   __device__ __forceinline__ void load_rows(const Work& work, const TableRows& rows) {
-    const auto load = [&](const char* row, const TableParams& table, Wide<T>* entries) {
+    const auto load_row = [&](const char* row, const TableParams& table, Wide<T>* entries) {
 #pragma unroll
       for (int i = 0; i < kGroups; ++i) {
         load_entries<T, kPrecision, kPairsOfGroup, kVectorTables>(
@@ -383,8 +383,8 @@ struct Unit {
             entries + i * kPairsOfGroup);
       }
     };
-    load(rows.cos, work.cos, c);
-    load(rows.sin, work.sin, s);
+    load_row(rows.cos, work.cos, c);
+    load_row(rows.sin, work.sin, s);
     if constexpr (kArrangement == Arrangement::kAdjacent) {
       if (!work.inverse) return;
 #pragma unroll
@@ -558,11 +558,14 @@ template <typename T, typename Table, Precision kPrecision, Rows kRows>
 auto choose_kernel(const Plan& plan) {
   constexpr auto kPair = Arrangement::kPair;
   constexpr auto kAdjacent = Arrangement::kAdjacent;
-  if constexpr (kRows != Rows::kAxes) {  // a thread of a single pair has one axis
+  if constexpr (kRows != Rows::kAxes) {  // a single pair has one axis
     if (plan.vector == 1) return rotate_kernel<T, Table, kPrecision, kPair, 1, kRows, false>;
   }
-  return plan.arrangement == kPair ? choose_tables<T, Table, kPrecision, kPair, kRows>(plan)
-                                   : choose_tables<T, Table, kPrecision, kAdjacent, kRows>(plan);
+  if constexpr (kRows != Rows::kAxes || sizeof(T) < sizeof(double)) {  // nor has one of two lanes
+    if (plan.arrangement == kAdjacent)
+      return choose_tables<T, Table, kPrecision, kAdjacent, kRows>(plan);
+  }
+  return choose_tables<T, Table, kPrecision, kPair, kRows>(plan);
 }
 
 // Launches once for q and k together, unless one of them is so large that it needs several boxes.
@@ -578,9 +581,10 @@ cudaError_t launch_boxes(const RotateParams& p, const Plan& plan, cudaStream_t s
   unsigned blocks = 0;
   const auto flush = [&] {
     if (sides < kMaxTensors) work.second_start = blocks;
-    work.turns = plan.alternating && blocks == 2 * work.second_start;
-    if (work.turns == 1) work.second_start = 0;
-    work.second_block = work.turns == 1 ? blocks : work.second_start;
+    const bool in_turn = plan.alternating && blocks == 2 * work.second_start;  // as many of each
+    work.turns = in_turn ? 1 : 0;
+    if (in_turn) work.second_start = 0;
+    work.second_block = in_turn ? blocks : work.second_start;
     if (sides > 0) kernel<<<blocks, static_cast<unsigned>(plan.threads), 0, stream>>>(work, axes);
     sides = 0;
     blocks = 0;

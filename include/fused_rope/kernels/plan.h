@@ -26,8 +26,9 @@ enum class Rows {
   kAxes,      // axes that differ within a thread
 };
 
-// Vectors that a thread moves: those of both members, or as many of whole pairs. One keeps less in
-// flight, more evenly, but has to pay for a look-up.
+// Vectors that a thread moves: those of both members, or one or two of whole pairs. One keeps less
+// in flight, more evenly; where every thread looks a row up, two share it. Two vectors of sections
+// would seldom have one axis.
 constexpr int vectors_of_thread(Arrangement arrangement, Rows rows) {
   const bool looks_up = rows == Rows::kLookup || rows == Rows::kAxes;
   return arrangement == Arrangement::kPair || looks_up ? 2 : 1;
@@ -86,8 +87,8 @@ struct Plan {
   Arrangement arrangement;
   Rows rows;
   bool vector_tables;  // cos and sin can be read 16 bytes at a time
-  bool keeps_tables;   // their lines are the last to leave the L2 cache
-  bool streams;        // lines of lanes are the first
+  bool keeps_tables;   // their lines, where read in vectors of 16 bytes, leave the L2 cache last
+  bool streams;        // lines of lanes leave it first
   int vector;          // lanes moved at once: 16 bytes of them, or 1
   int rotating_units;  // threads of one head that rotate
   int units;           // threads of one head: those that rotate, then those that copy
@@ -99,11 +100,9 @@ constexpr int kVectorBytes = 16;
 constexpr int kWarp = 32;
 constexpr int kMaxThreads = 256;        // of a block
 constexpr int kResidentThreads = 1536;  // of a multiprocessor
-constexpr int kKeptShare = 4;           // tables of a quarter of the L2 cache are kept in it
-constexpr int kHeavyShare = 10;         // tables of a tenth of the lanes make them stream
+constexpr int kKeptShare = 4;           // tables of up to a quarter of the L2 cache are kept in it
+constexpr int kHeavyShare = 10;         // tables of more than a tenth of the lanes make them stream
 constexpr int64_t kMaxWork = int64_t{1} << 30;  // threads of one launch
-
-constexpr bool is_power_of_two(int64_t n) { return n > 0 && (n & (n - 1)) == 0; }
 
 constexpr int64_t ceil_divide(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
@@ -170,13 +169,19 @@ inline double tokens(const RotateParams& p) {
   return static_cast<double>(p.B) * static_cast<double>(p.S);
 }
 
-// Bytes of cos and sin that a call may read, about.
+// Rows of the table that a call may read: what is expanded counts once.
+inline double table_rows(const RotateParams& p) {
+  const auto S = static_cast<double>(p.S);
+  if (p.rows.gathered) {
+    return S * (p.cos.b != 0 ? static_cast<double>(p.B) : 1) *
+           (p.cos.h != 0 ? static_cast<double>(p.tensors[0].H) : 1);
+  }
+  if (!has_lookups(p.rows)) return S;
+  return std::min(static_cast<double>(p.rows.M), tokens(p) * (p.axes != nullptr ? kMaxAxes : 1));
+}
+
 inline double table_bytes(const RotateParams& p) {
-  const double heads = p.per_head ? static_cast<double>(p.tensors[0].H) : 1;
-  const double axes = p.axes != nullptr ? kMaxAxes : 1;
-  const double rows = p.rows.gathered ? tokens(p) * heads
-                                      : std::min(static_cast<double>(p.rows.M), tokens(p) * axes);
-  return 2 * rows * static_cast<double>(p.lanes.P) * size_of(p.table_dtype);
+  return 2 * table_rows(p) * static_cast<double>(p.lanes.P) * size_of(p.table_dtype);
 }
 
 // Lanes that a call reads, and writes; in place only those that are rotated.
@@ -196,15 +201,15 @@ inline int threads_of_block(const RotateParams& p, const DeviceFacts& device, in
   const double each =
       moved_lanes(p) / static_cast<double>(lanes_of_thread * device.multiprocessors);
   const int threads = each > 128 && each <= kResidentThreads ? 256 : 128;
-  const int64_t heads = std::lcm<int64_t>(std::max(units, 1), kWarp);
-  if (heads > kMaxThreads) return threads;
-  return static_cast<int>(std::max(heads, threads / heads * heads));
+  const int64_t whole = std::lcm<int64_t>(std::max(units, 1), kWarp);
+  if (whole > kMaxThreads) return threads;
+  return static_cast<int>(std::max(whole, threads / whole * whole));
 }
 
 // Whether each run of `pairs` pairs has one axis.
 inline bool has_sections_of(const RotateParams& p, int64_t pairs) {
-  for (int64_t j = 0; j < p.lanes.P; ++j) {
-    if (p.axes[j] != p.axes[j / pairs * pairs]) return false;
+  for (int64_t j = 1; j < p.lanes.P; ++j) {
+    if (p.axes[j] != p.axes[j - 1] && j % pairs != 0) return false;
   }
   return true;
 }
@@ -239,12 +244,13 @@ inline Plan make_plan(const RotateParams& p, const DeviceFacts& device,
   const bool heavy = table * kHeavyShare > moved_lanes(p) * size_of(p.dtype);
   plan.streams = choose(overrides.stream, heavy || plan.rows != Rows::kLinear) != 0;
 
-  const int64_t moved = vectors_of_thread(plan.arrangement, plan.rows) * plan.vector;
+  const int64_t lanes_of_thread = vectors_of_thread(plan.arrangement, plan.rows) * plan.vector;
   const int64_t rotated = 2 * p.lanes.P;
   const int64_t copied = moved_lanes_of_head(p) - rotated;
-  plan.rotating_units = static_cast<int>(ceil_divide(rotated, moved));
-  plan.units = plan.rotating_units + static_cast<int>(ceil_divide(copied, moved));
-  const int threads = choose(overrides.threads, threads_of_block(p, device, plan.units, moved));
+  plan.rotating_units = static_cast<int>(ceil_divide(rotated, lanes_of_thread));
+  plan.units = plan.rotating_units + static_cast<int>(ceil_divide(copied, lanes_of_thread));
+  const int threads =
+      choose(overrides.threads, threads_of_block(p, device, plan.units, lanes_of_thread));
   plan.threads = std::clamp(threads / kWarp * kWarp, kWarp, kMaxThreads);
 
   // With a row for each head, q's and k's heads read the same rows: the second finds them in cache.
