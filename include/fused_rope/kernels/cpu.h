@@ -178,7 +178,7 @@ class TokenRotator {
 
   // How many tokens' table rows are held: several where the tokens of a head pass one by one.
   int64_t slots() const {
-    constexpr int64_t kEntries = 8192;  // of cos and of sin: what stays in an L2 cache
+    constexpr int64_t kEntries = 16384;  // of cos and of sin: half of a small L2 cache
     const bool several = !p_.per_head && std::any_of(p_.tensors, p_.tensors + p_.count, by_head);
     if (!several) return 1;
     return std::clamp<int64_t>(kEntries / std::max<int64_t>(p_.lanes.P, 1), 1, p_.S);
