@@ -423,7 +423,7 @@ std::vector<Case> memory_cases() {
   cases.push_back(by_head);
   cases.push_back(by_head);
   cases.back().name = "ManyTokens";
-  cases.back().S = 150;
+  cases.back().S = 300;  // rows of 256 are held
   cases.back().D = cases.back().R = 128;
   cases.back().tables = Tables::kPerToken;
   return cases;
