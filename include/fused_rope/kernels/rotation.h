@@ -29,33 +29,27 @@ FUSED_ROPE_HOST_DEVICE Wide<T> rounded(V value) {
 
 // Products and sums that no compiler may contract into an FMA. On the host, -ffp-contract=off sees
 // to that.
-FUSED_ROPE_HOST_DEVICE float multiply(float x, float y) {
+template <typename V>
+FUSED_ROPE_HOST_DEVICE V multiply(V x, V y) {
 #if defined(__CUDA_ARCH__)
-  return __fmul_rn(x, y);
+  if constexpr (std::is_same_v<V, float>) {
+    return __fmul_rn(x, y);
+  } else {
+    return __dmul_rn(x, y);
+  }
 #else
   return x * y;
 #endif
 }
 
-FUSED_ROPE_HOST_DEVICE double multiply(double x, double y) {
+template <typename V>
+FUSED_ROPE_HOST_DEVICE V add(V x, V y) {
 #if defined(__CUDA_ARCH__)
-  return __dmul_rn(x, y);
-#else
-  return x * y;
-#endif
-}
-
-FUSED_ROPE_HOST_DEVICE float add(float x, float y) {
-#if defined(__CUDA_ARCH__)
-  return __fadd_rn(x, y);
-#else
-  return x + y;
-#endif
-}
-
-FUSED_ROPE_HOST_DEVICE double add(double x, double y) {
-#if defined(__CUDA_ARCH__)
-  return __dadd_rn(x, y);
+  if constexpr (std::is_same_v<V, float>) {
+    return __fadd_rn(x, y);
+  } else {
+    return __dadd_rn(x, y);
+  }
 #else
   return x + y;
 #endif
