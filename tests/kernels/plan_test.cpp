@@ -305,7 +305,7 @@ TEST_P(TableBytes, AreKeptUpToAShareOfTheCache) {
   EXPECT_FALSE(make_plan(p, {l2_bytes - 1, 132}).keeps_tables);
 }
 
-constexpr int64_t kNoAxes[32] = {};
+constexpr int64_t kOneAxis[32] = {};
 const TableCase kTableCases[] = {
     {"AsManyRowsAsTokensOfASequence", [](RotateParams&) {}, 8},
     {"OfALongTable", [](RotateParams& p) { p.rows.M = int64_t{1} << 40; }, 8},
@@ -325,7 +325,7 @@ const TableCase kTableCases[] = {
      [](RotateParams& p) {
        p.rows.M = int64_t{1} << 40;
        p.rows.positions = {memory, true};
-       p.axes = kNoAxes;
+       p.axes = kOneAxis;
      },
      16 * kMaxAxes},
     {"OfEachToken", [](RotateParams& p) { gather(p, {256, 32, 0, 1}, {256, 32, 0, 1}); }, 16},

@@ -578,26 +578,24 @@ cudaError_t launch_boxes(const RotateParams& p, const Plan& plan, cudaStream_t s
   }
   Work work(p, plan);
   int sides = 0;
-  unsigned blocks = 0;
+  unsigned blocks[kMaxTensors] = {};  // of each side
   const auto flush = [&] {
-    if (sides < kMaxTensors) work.second_start = blocks;
-    const bool in_turn = plan.alternating && blocks == 2 * work.second_start;  // as many of each
+    const unsigned all = blocks[0] + blocks[1];
+    const bool in_turn = plan.alternating && blocks[0] == blocks[1];
     work.turns = in_turn ? 1 : 0;
-    if (in_turn) work.second_start = 0;
-    work.second_block = in_turn ? blocks : work.second_start;
-    if (sides > 0) kernel<<<blocks, static_cast<unsigned>(plan.threads), 0, stream>>>(work, axes);
+    work.second_block = in_turn ? all : blocks[0];
+    work.second_start = in_turn ? 0 : blocks[0];
+    if (sides > 0) kernel<<<all, static_cast<unsigned>(plan.threads), 0, stream>>>(work, axes);
     sides = 0;
-    blocks = 0;
+    blocks[0] = blocks[1] = 0;
   };
   for (int i = 0; i < p.count; ++i) {
     const TensorParams& t = p.tensors[i];
     if (t.H == 0) continue;
     for_each_box(p, t, plan, {{0, 0, 0}, {p.B, p.S, t.H}}, [&](const Box& box) {
       if (sides == kMaxTensors) flush();
-      work.sides[sides] = Side(p, t, plan, box);
-      if (sides == 1) work.second_start = blocks;
-      blocks += static_cast<unsigned>(ceil_divide(work.sides[sides].threads, plan.threads));
-      ++sides;
+      const Side& side = work.sides[sides] = Side(p, t, plan, box);
+      blocks[sides++] = static_cast<unsigned>(ceil_divide(side.threads, plan.threads));
     });
   }
   flush();
