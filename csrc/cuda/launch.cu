@@ -61,10 +61,12 @@ cudaError_t launch_rotate(const RotateParams& params, cudaStream_t stream) {
   DeviceFacts facts;
   if (const cudaError_t error = device_facts(&facts); error != cudaSuccess) return error;
   static const PlanOverrides overrides = read_overrides();
-  const Plan plan = make_plan(params, facts, overrides);
-  if (plan.units == 0) return cudaSuccess;
-  return visit(params.dtype,
-               [&]<typename T>() { return launch_elements<T>(params, plan, stream); });
+  const auto launch = [&](const RotateParams& p) {
+    const Plan plan = make_plan(p, facts, overrides);
+    if (plan.units == 0) return cudaSuccess;
+    return visit(p.dtype, [&]<typename T>() { return launch_elements<T>(p, plan, stream); });
+  };
+  return are_neighbours(params) ? launch(joined(params)) : launch(params);
 }
 
 }  // namespace fused_rope

@@ -401,6 +401,67 @@ TEST(Plan, LetsBlocksTakeTurnsWhereHeadsHaveTheirOwnRows) {
   EXPECT_TRUE(make_plan(p, kLargeCache).alternating);
 }
 
+struct NeighbourCase {
+  const char* name;
+  void (*change)(RotateParams&);  // of 5 heads and 2 in a packed tensor [2, 3, 9, 64]
+  bool joined;
+};
+
+void PrintTo(const NeighbourCase& c, std::ostream* out) { *out << c.name; }
+
+class Neighbours : public ::testing::TestWithParam<NeighbourCase> {
+ protected:
+  static RotateParams packed() {
+    RotateParams p = call(2, 3, 5, 64, 64);
+    p.count = 2;
+    p.in_place = true;
+    TensorParams& q = p.tensors[0];
+    q.in_strides = q.out_strides = {3 * 9 * 64, 9 * 64, 64, 1};
+    q.in = q.out = memory;
+    p.tensors[1] = q;
+    p.tensors[1].H = 2;
+    p.tensors[1].in = p.tensors[1].out = memory + 5 * 64 * 2;
+    return p;
+  }
+};
+
+TEST_P(Neighbours, AreOneTensor) {
+  RotateParams p = packed();
+  GetParam().change(p);
+  EXPECT_EQ(are_neighbours(p), GetParam().joined);
+  if (!GetParam().joined) return;
+  const RotateParams one = joined(p);
+  EXPECT_EQ(one.count, 1);
+  EXPECT_EQ(one.tensors[0].H, p.tensors[0].H + p.tensors[1].H);
+  EXPECT_EQ(one.tensors[0].in, p.tensors[0].in);
+}
+
+constexpr Strides kElsewhere = {3 * 7 * 64, 7 * 64, 64, 1};
+const NeighbourCase kNeighbourCases[] = {
+    {"Packed", [](RotateParams&) {}, true},
+    {"OneToken",
+     [](RotateParams& p) {
+       p.B = p.S = 1;  // whose strides say nothing
+       p.tensors[1].in_strides.b = p.tensors[1].out_strides.s = 12345;
+     },
+     true},
+    {"Alone", [](RotateParams& p) { p.count = 1; }, false},
+    {"NoHeadsOfQ", [](RotateParams& p) { p.tensors[0].H = 0; }, false},
+    {"NoHeadsOfK", [](RotateParams& p) { p.tensors[1].H = 0; }, false},
+    {"WithHeadsBetween", [](RotateParams& p) { p.tensors[1].in = memory + 6 * 64 * 2; }, false},
+    {"WithOutputsElsewhere", [](RotateParams& p) { p.tensors[1].out = memory; }, false},
+    {"OtherBatches", [](RotateParams& p) { p.tensors[1].in_strides.b += 64; }, false},
+    {"OtherTokens", [](RotateParams& p) { p.tensors[1].in_strides.s += 64; }, false},
+    {"OtherHeads", [](RotateParams& p) { p.tensors[1].in_strides.h += 64; }, false},
+    {"OtherLanes", [](RotateParams& p) { p.tensors[1].in_strides.d = 2; }, false},
+    {"OtherOutputs", [](RotateParams& p) { p.tensors[1].out_strides = kElsewhere; }, false},
+    {"Scattered", [](RotateParams& p) { p.tensors[1].scattered = true; }, false},
+    {"RowsOfHeads", [](RotateParams& p) { p.per_head = true; }, false},
+};
+
+INSTANTIATE_TEST_SUITE_P(Are, Neighbours, ::testing::ValuesIn(kNeighbourCases),
+                         [](const auto& info) { return std::string(info.param.name); });
+
 TEST(Plan, FollowsOverridesWithinReason) {
   const RotateParams p = call(2, 3, 4, 64, 64);
   EXPECT_EQ(make_plan(p, kLargeCache, {.threads = 64}).threads, 64);

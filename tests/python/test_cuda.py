@@ -76,6 +76,26 @@ def test_views_give_the_bits_of_the_cpu(name):
     same(fused_rope.rotate(there, *on_gpu(cos, sin)).cpu(), want)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("heads", [(4, 2), (1, 1), (3, 5)], ids=str)
+def test_neighbours_in_a_packed_tensor(layout, heads):
+    """q and k in place, side by side before v: one walk over memory, which leaves v alone."""
+    Hq, Hk = heads
+    qkv = tensor(layout, 2, 65, Hq + 2 * Hk, 64, torch.bfloat16, "cuda")
+    before, axis = qkv.clone(), layout.index("h")
+    parts = (0, Hq), (Hq, Hk), (Hq + Hk, Hk)
+    cos, sin = angles(130, 32, "cuda")
+    index = torch.randint(-1, 130, (130 if layout == "thd" else 65,), device="cuda")
+    for kw in (dict(), dict(interleaved=True), dict(blocks=2), dict(positions=index)):
+        qkv.copy_(before)
+        q, k, v = (qkv.narrow(axis, *part) for part in parts)
+        fused_rope.rotate_qk_(q, k, cos, sin, layout=layout, **kw)
+        x_q, x_k, x_v = (before.narrow(axis, *part) for part in parts)
+        same(q, bits(x_q, cos, sin, layout=layout, **kw))
+        same(k, bits(x_k, cos, sin, layout=layout, **kw))
+        same(v, x_v)
+
+
 def test_mixed_devices_are_refused():
     x, (cos, sin) = torch.randn(2, 5, 4, 16), angles(5, 8)
     with pytest.raises((ValueError, RuntimeError), match="device"):

@@ -165,6 +165,30 @@ inline bool has_lookups(const RowParams& rows) {
          rows.cu_seqlens.data != nullptr || rows.out_rows.data != nullptr;
 }
 
+// Whether one tensor's heads go on where the other's end, as slices of a packed QKV tensor do: then
+// one walk over memory serves both.
+inline bool are_neighbours(const RotateParams& p) {
+  if (p.count < 2 || p.per_head) return false;
+  const TensorParams& q = p.tensors[0];
+  const TensorParams& k = p.tensors[1];
+  const auto follows = [&](const void* first, const void* second, const Strides& s,
+                           const Strides& other) {
+    const auto same = [](int64_t size, int64_t x, int64_t y) { return size <= 1 || x == y; };
+    return static_cast<const char*>(first) + q.H * s.h * size_of(p.dtype) == second &&
+           s.h == other.h && s.d == other.d && same(p.B, s.b, other.b) && same(p.S, s.s, other.s);
+  };
+  return q.H > 0 && k.H > 0 && !q.scattered && !k.scattered &&
+         follows(q.in, k.in, q.in_strides, k.in_strides) &&
+         follows(q.out, k.out, q.out_strides, k.out_strides);
+}
+
+// The call with the heads of both tensors in the first.
+inline RotateParams joined(RotateParams p) {
+  p.tensors[0].H += p.tensors[1].H;
+  p.count = 1;
+  return p;
+}
+
 inline double tokens(const RotateParams& p) {
   return static_cast<double>(p.B) * static_cast<double>(p.S);
 }
