@@ -348,11 +348,11 @@ const TableCase kTableCases[] = {
 INSTANTIATE_TEST_SUITE_P(Rows, TableBytes, ::testing::ValuesIn(kTableCases),
                          [](const auto& info) { return std::string(info.param.name); });
 
-TEST(Plan, StreamsLanesBesideHeavyTablesAndLookUps) {
+TEST(Plan, StreamsLanesBesideHeavyTables) {
   const auto streams = [](int64_t H, auto change) {
     RotateParams p = call(2, 100, H, 64, 64);  // 128 bytes of lanes, 256 of cos and sin in a row
     change(p);
-    return make_plan(p, kLargeCache).streams;
+    return make_plan(p, kSmallCache).streams;
   };
   const auto as_it_is = [](RotateParams&) {};
   EXPECT_FALSE(streams(10, as_it_is)) << "100 rows beside 2000 heads: a tenth";
@@ -362,7 +362,13 @@ TEST(Plan, StreamsLanesBesideHeavyTablesAndLookUps) {
     p.count = 2;
     p.tensors[1] = p.tensors[0];
   })) << "as many heads of k";
-  EXPECT_TRUE(streams(100, [](RotateParams& p) { p.rows.positions = {memory, true}; }));
+}
+
+TEST(Plan, KeepsLanesThatFitInTheCache) {
+  const RotateParams p = call(2, 100, 5, 64, 64);
+  constexpr int64_t kLaneBytes = 2 * 100 * 5 * 64 * 2;
+  EXPECT_TRUE(make_plan(p, {kLaneBytes - 1, 132}).streams);
+  EXPECT_FALSE(make_plan(p, {kLaneBytes, 132}).streams);
 }
 
 TEST(Plan, GivesBlocksWholeHeads) {
@@ -471,11 +477,10 @@ TEST(Plan, FollowsOverridesWithinReason) {
   EXPECT_FALSE(make_plan(p, kLargeCache, {.keep = 0}).keeps_tables);
   EXPECT_FALSE(make_plan(p, kSmallCache).keeps_tables);
   EXPECT_TRUE(make_plan(p, kSmallCache, {.keep = 1}).keeps_tables);
-  EXPECT_TRUE(make_plan(p, kLargeCache).streams);
-  EXPECT_FALSE(make_plan(p, kLargeCache, {.stream = 0}).streams);
-  const RotateParams many = call(2, 3, 40, 64, 64);
-  EXPECT_FALSE(make_plan(many, kLargeCache).streams);
-  EXPECT_TRUE(make_plan(many, kLargeCache, {.stream = 1}).streams);
+  EXPECT_TRUE(make_plan(p, kSmallCache).streams);
+  EXPECT_FALSE(make_plan(p, kSmallCache, {.stream = 0}).streams);
+  EXPECT_FALSE(make_plan(p, kLargeCache).streams);
+  EXPECT_TRUE(make_plan(p, kLargeCache, {.stream = 1}).streams);
 }
 
 TEST(Plan, HasLargerBlocksWhereAllRunAtOnce) {

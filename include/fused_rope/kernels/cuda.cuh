@@ -145,13 +145,6 @@ struct Side {
   }
 };
 
-// Who leaves the L2 cache when: what createpolicy makes of L2::evict_first, evict_normal,
-// evict_last and evict_unchanged, the same on every architecture that has it (sm_80 and later).
-constexpr uint64_t kFirstInL2 = 0x12f0000000000000;
-constexpr uint64_t kNormalInL2 = 0x16f0000000000000;
-constexpr uint64_t kLastInL2 = 0x14f0000000000000;
-constexpr uint64_t kUnchangedInL2 = 0x10f0000000000000;
-
 // All that one launch is told: a box of q and one of k, in blocks one after the other or in turn.
 struct Work {
   unsigned second_block;            // blocks from here on are the second side's
@@ -180,8 +173,8 @@ struct Work {
         rotating_units(static_cast<uint32_t>(plan.rotating_units)),
         first_lane(static_cast<uint32_t>(p.lanes.offset)),
         to_partner(static_cast<uint32_t>(p.lanes.distance)),
-        lane_policy(plan.streams ? kFirstInL2 : kNormalInL2),
-        table_policy(plan.keeps_tables ? kLastInL2 : kUnchangedInL2),
+        lane_policy(policy_of(plan.streams ? kFirstInL2 : kNormalInL2)),
+        table_policy(policy_of(plan.keeps_tables ? kLastInL2 : kUnchangedInL2)),
         rotated_vectors(static_cast<uint32_t>(2 * p.lanes.P / plan.vector)),
         copying_units(static_cast<uint32_t>(plan.units - plan.rotating_units)),
         copied_vectors(static_cast<uint32_t>((p.D - 2 * p.lanes.P) / plan.vector)),

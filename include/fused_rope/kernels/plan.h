@@ -260,13 +260,14 @@ inline Plan make_plan(const RotateParams& p, const DeviceFacts& device,
       is_vectorizable(p.cos, p.table_dtype) && is_vectorizable(p.sin, p.table_dtype);
 
   // What layer after layer reads again should outlive the lanes that pass by, unless it takes much
-  // of the cache away from everyone else. Lanes make way where tables weigh much beside them, or
-  // where threads come late to their rows.
+  // of the cache away from everyone else. Lanes make way where tables weigh much beside them; those
+  // that fit in the cache stay for whoever reads them next.
   const double table = table_bytes(p);
-  const bool small = table * kKeptShare <= static_cast<double>(device.l2_bytes);
-  plan.keeps_tables = choose(overrides.keep, small) != 0;
-  const bool heavy = table * kHeavyShare > moved_lanes(p) * size_of(p.dtype);
-  plan.streams = choose(overrides.stream, heavy || plan.rows != Rows::kLinear) != 0;
+  const double lanes_bytes = moved_lanes(p) * size_of(p.dtype);
+  const auto l2_bytes = static_cast<double>(device.l2_bytes);
+  plan.keeps_tables = choose(overrides.keep, table * kKeptShare <= l2_bytes) != 0;
+  const bool heavy = table * kHeavyShare > lanes_bytes && lanes_bytes > l2_bytes;
+  plan.streams = choose(overrides.stream, heavy) != 0;
 
   const int64_t lanes_of_thread = vectors_of_thread(plan.arrangement, plan.rows) * plan.vector;
   const int64_t rotated = 2 * p.lanes.P;
