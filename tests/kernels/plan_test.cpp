@@ -46,7 +46,7 @@ void gather(RotateParams& p, const Strides& cos, const Strides& sin) {
   p.sin = {memory, 0, sin.b, sin.s, sin.h, 1};
 }
 
-TEST(Divider, IsExactBelowTwoToThe31) {
+TEST(Quotient, IsExactBelowTwoToThe31) {
   constexpr uint32_t kEnd = uint32_t{1} << 31;
   std::vector<uint32_t> divisors = {1, 2, 3, 5, 6, 7, 9, 10, 12, 16, 24, 32, 96, 127, 128, 641};
   for (int bit = 8; bit < 31; ++bit) {
@@ -60,7 +60,7 @@ TEST(Divider, IsExactBelowTwoToThe31) {
     divisors.push_back(1 + static_cast<uint32_t>(random.below(kEnd - 1) >> random.below(31)));
   }
   for (const uint32_t divisor : divisors) {
-    const Divider divider(divisor);
+    const Quotient quotient(divisor);
     std::vector<uint32_t> numbers = {0, 1, 2, divisor - 1, divisor, kEnd - 2, kEnd - 1};
     const uint32_t largest = (kEnd - 1) / divisor * divisor;
     numbers.insert(numbers.end(), {largest, largest - 1});
@@ -69,19 +69,12 @@ TEST(Divider, IsExactBelowTwoToThe31) {
       numbers.insert(numbers.end(), {n, n / divisor * divisor});
       if (n >= divisor) numbers.push_back(n / divisor * divisor - 1);
     }
-    for (const uint32_t n : numbers) {
-      uint32_t remainder = n;
-      const uint32_t quotient = divider.divide(remainder);
-      ASSERT_EQ(quotient, n / divisor) << n << " / " << divisor;
-      ASSERT_EQ(remainder, n % divisor) << n << " % " << divisor;
-    }
+    for (const uint32_t n : numbers)
+      ASSERT_EQ(quotient.of(n), n / divisor) << n << " / " << divisor;
   }
 }
 
-TEST(Divider, OfNothingDividesByOne) {
-  uint32_t n = 12345;
-  EXPECT_EQ(Divider().divide(n), 12345u);
-}
+TEST(Quotient, OfNothingIsByOne) { EXPECT_EQ(Quotient().of(12345), 12345u); }
 
 struct VectorCase {
   const char* name;
@@ -400,11 +393,30 @@ TEST(Plan, TakesSizesWhoseProductDoesNotFit) {
   EXPECT_FALSE(plan.streams);
 }
 
-TEST(Plan, LetsBlocksTakeTurnsWhereHeadsHaveTheirOwnRows) {
+TEST(Plan, KnowsHeadsWithTheirOwnRows) {
   RotateParams p = call(2, 3, 4, 64, 64);
-  EXPECT_FALSE(make_plan(p, kLargeCache).alternating);
+  EXPECT_EQ(make_plan(p, kLargeCache).rows, Rows::kLinear);
   p.per_head = true;
-  EXPECT_TRUE(make_plan(p, kLargeCache).alternating);
+  EXPECT_EQ(make_plan(p, kLargeCache).rows, Rows::kPerHead);
+  p.cos.j = 2;
+  EXPECT_EQ(make_plan(p, kLargeCache).rows, Rows::kLinear) << "one entry at a time";
+  p.rows.out_rows = {memory, true};
+  EXPECT_EQ(make_plan(p, kLargeCache).rows, Rows::kLookup);
+}
+
+TEST(Plan, IsPlainWhereAllLanesRotateInOneSpan) {
+  const auto plain = [](int64_t R, int64_t distance, bool in_place) {
+    RotateParams p = call(2, 3, 4, 64, R);
+    p.lanes.distance = distance;
+    p.in_place = in_place;
+    return make_plan(p, kLargeCache).plain;
+  };
+  EXPECT_TRUE(plain(64, 32, false));
+  EXPECT_TRUE(plain(64, 1, false));
+  EXPECT_FALSE(plain(64, 16, false)) << "two blocks";
+  EXPECT_FALSE(plain(32, 16, false)) << "threads that copy";
+  EXPECT_TRUE(plain(32, 16, true));
+  EXPECT_FALSE(plain(32, 8, true));
 }
 
 struct NeighbourCase {

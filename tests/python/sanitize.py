@@ -135,8 +135,9 @@ def memory() -> Iterator[Case]:
 
 def tables() -> Iterator[Case]:
     """Tables for each token and head, and views of wider and complex ones."""
-    for dtype, lanes in itertools.product((torch.bfloat16, torch.float64), LANES):
-        x = draw(2, 5, 3, 40, dtype=dtype)
+    spans = ((40, 8), (32, 0))
+    for dtype, (D, o), lanes in itertools.product((torch.bfloat16, torch.float64), spans, LANES):
+        x = draw(2, 5, 3, D, dtype=dtype)
         views: list[Any] = [
             *([t.view(B, 5, 16) for t in angles(B * 5, 16)] for B in (1, 2)),
             *([t.view(B, 5, 3, 16) for t in angles(B * 15, 16)] for B in (1, 2)),
@@ -149,7 +150,7 @@ def tables() -> Iterator[Case]:
             [t.expand(5, 16) for t in angles(1, 16)],
         ]
         for pair in views:
-            yield Case("", [x, x * 2], pair, rotary_offset=8, **lanes)
+            yield Case("", [x, x * 2], pair, rotary_offset=o, **lanes)
             yield Case("_", [x], pair, inverse=True, **lanes)
 
 

@@ -3,6 +3,8 @@
 // to know about values is data.
 #pragma once
 
+#include <cstddef>
+
 #include "fused_rope/kernels/launch.h"
 #include "fused_rope/kernels/rows.h"
 
@@ -38,8 +40,6 @@ struct PairAxes {
 };
 struct NoAxes {};
 
-constexpr bool has_axes(Rows rows) { return rows == Rows::kSections || rows == Rows::kAxes; }
-
 template <Rows kRows>
 using AxesOf = std::conditional_t<has_axes(kRows), PairAxes, NoAxes>;
 
@@ -49,29 +49,34 @@ struct Place {
   uint32_t digits[3];
 };
 
-// An address that is linear in a place; all of it but the base fits in 32 bits.
-struct Address {
-  const char* base;
-  uint32_t strides[3];  // bytes, from the fastest axis to the slowest
+// What one step along each axis adds to an address, in bytes: all of it but the base fits in 32
+// bits.
+struct Steps {
+  uint32_t bytes[3];  // from the fastest axis to the slowest
 
-  Address() = default;
-  Address(const void* data, const Strides& elements, int size, const Box& box,
-          const std::array<Axis, 3>& order)
-      : base(static_cast<const char*>(data)) {
-    for (int i = 0; i < 3; ++i) {
-      base += box.first[i] * stride_of(elements, static_cast<Axis>(i)) * size;
-      // What does not fit is the stride of an axis along which the box has one coordinate, 0.
-      strides[i] = static_cast<uint32_t>(stride_of(elements, order[i]) * size);
-    }
+  Steps() = default;
+  Steps(const Strides& elements, int size, const std::array<Axis, 3>& order) {
+    // What does not fit is the stride of an axis along which the box has one coordinate, 0.
+    for (int i = 0; i < 3; ++i)
+      bytes[i] = static_cast<uint32_t>(stride_of(elements, order[i]) * size);
   }
 
-  __device__ __forceinline__ const char* at(const Place& place) const {
-    const char* address = base;
+  // From the coordinate that is known first to the one that is known last.
+  __device__ __forceinline__ uint64_t to(const Place& place) const {
+    uint64_t offset = 0;
 #pragma unroll
-    for (int i = 0; i < 3; ++i) address += uint64_t{place.digits[i]} * strides[i];
-    return address;
+    for (int i = 2; i >= 0; --i) offset += uint64_t{place.digits[i]} * bytes[i];
+    return offset;
   }
 };
+
+// The element at the first coordinates of a box.
+inline const char* first_of(const void* data, const Strides& elements, int size, const Box& box) {
+  return static_cast<const char*>(data) +
+         (box.first[kBatch] * elements.b + box.first[kSequence] * elements.s +
+          box.first[kHead] * elements.h) *
+             size;
+}
 
 // Pair 0 of a token's rows, if it is not copied through.
 struct TableRows {
@@ -80,51 +85,81 @@ struct TableRows {
   bool copied;
 };
 
-// A box of one tensor and the part of linear tables that belongs to it. What every thread reads
-// comes first, so that it shares few lines of the constant cache.
+// All of a box of one tensor that a thread needs where nothing is looked up.
 struct Side {
   uint32_t threads;
-  Divider fast, middle;
-  Address in, cos;
+  uint32_t fast, middle;      // coordinates along the two fastest axes
+  Quotient outer, outermost;  // by threads of the fastest axis, of the two fastest
+  Steps in_steps;
+  const char* in;
+  const char* cos;        // of the first token: its row, or what is added to the row looked up
   int64_t sin_after_cos;  // bytes, where both take the same steps
-  Address out;            // of a scattered tensor, that of row 0
-  Address sin;
+  Steps cos_steps, out_steps;
+  char* out;  // of a scattered tensor, row 0
+
+  Side() = default;
+
+  Side(const RotateParams& p, const TensorParams& t, const Plan& plan, const Box& box,
+       const std::array<Axis, 3>& order)
+      : threads(static_cast<uint32_t>(box.size[0] * box.size[1] * box.size[2] * plan.units)),
+        fast(static_cast<uint32_t>(box.size[order[0]])),
+        middle(static_cast<uint32_t>(box.size[order[1]])),
+        outer(int64_t{fast} * plan.units),
+        outermost(int64_t{fast} * middle * plan.units),
+        in_steps(t.in_strides, size_of(p.dtype), order),
+        in(first_of(t.in, t.in_strides, size_of(p.dtype), box)),
+        cos(first_entry(p, p.cos, plan, box)),
+        sin_after_cos(first_entry(p, p.sin, plan, box) - cos),
+        cos_steps(linear_strides(p.cos, plan.rows), size_of(p.table_dtype), order) {
+    const Strides out_strides =
+        t.scattered ? Strides{0, 0, t.out_strides.h, t.out_strides.d} : t.out_strides;
+    out_steps = Steps(out_strides, size_of(p.dtype), order);
+    out = const_cast<char*>(first_of(t.out, out_strides, size_of(p.dtype), box));
+  }
+
+  // Where thread `index` works; index becomes that of its unit. No division waits for another.
+  __device__ __forceinline__ Place locate(uint32_t units, const Quotient& by_units,
+                                          uint32_t& index) const {
+    const uint32_t row = by_units.of(index);
+    const uint32_t x = outer.of(index);
+    const uint32_t y = outermost.of(index);
+    index -= row * units;
+    return {{row - x * fast, x - y * middle, y}};
+  }
+
+ private:
+  static const char* first_entry(const RotateParams& p, const TableParams& table, const Plan& plan,
+                                 const Box& box) {
+    const int64_t row = is_linear(plan.rows) ? p.rows.offset * table.m : 0;
+    const int size = size_of(p.table_dtype);
+    return first_of(table.data, linear_strides(table, plan.rows), size, box) + row * size;
+  }
+};
+
+// The rest that is known of a box.
+struct Details {
   Axis order[2];
   bool scattered;
   int64_t in_d, out_d, out_row;  // strides of lanes and of scattered rows
   int64_t first[3];              // by Axis
-  Address positions;
+  Steps sin_steps, positions_steps;
+  const char* positions;
 
-  Side() = default;
+  Details() = default;
 
-  Side(const RotateParams& p, const TensorParams& t, const Plan& plan, const Box& box)
-      : scattered(t.scattered),
+  Details(const RotateParams& p, const TensorParams& t, const Plan& plan, const Box& box,
+          const std::array<Axis, 3>& axes)
+      : order{axes[0], axes[1]},
+        scattered(t.scattered),
         in_d(t.in_strides.d),
         out_d(t.out_strides.d),
         out_row(t.out_strides.s),
-        first{box.first[0], box.first[1], box.first[2]} {
-    const std::array<Axis, 3> axes = memory_order(p, t);
-    const Strides out_strides =
-        scattered ? Strides{0, 0, t.out_strides.h, t.out_strides.d} : t.out_strides;
-    in = Address(t.in, t.in_strides, size_of(p.dtype), box, axes);
-    out = Address(t.out, out_strides, size_of(p.dtype), box, axes);
-    cos = table(p, p.cos, plan, box, axes);
-    sin = table(p, p.sin, plan, box, axes);
-    positions = Address(p.rows.positions.data, {p.rows.positions_b, p.rows.positions_s, 0, 0},
-                        size_of(p.rows.positions), box, axes);
-    sin_after_cos = sin.base - cos.base;
-    threads = static_cast<uint32_t>(box.size[0] * box.size[1] * box.size[2] * plan.units);
-    for (int i = 0; i < 2; ++i) order[i] = axes[i];
-    fast = Divider(box.size[order[0]]);
-    middle = Divider(box.size[order[1]]);
-  }
-
-  __device__ __forceinline__ Place locate(uint32_t row) const {
-    Place place;
-    place.digits[0] = row;
-    place.digits[1] = fast.divide(place.digits[0]);
-    place.digits[2] = middle.divide(place.digits[1]);
-    return place;
+        first{box.first[0], box.first[1], box.first[2]},
+        sin_steps(linear_strides(p.sin, plan.rows), size_of(p.table_dtype), axes) {
+    const Strides strides = {p.rows.positions_b, p.rows.positions_s, 0, 0};
+    const int size = size_of(p.rows.positions);
+    positions_steps = Steps(strides, size, axes);
+    positions = first_of(p.rows.positions.data, strides, size, box);
   }
 
   // The coordinate along an axis, within the box.
@@ -133,50 +168,44 @@ struct Side {
            : order[1] == axis ? place.digits[1]
                               : place.digits[2];
   }
-
- private:
-  // Where token (b, s) and head h have their entries: all of it, or what is added to the row looked
-  // up.
-  static Address table(const RotateParams& p, const TableParams& table, const Plan& plan,
-                       const Box& box, const std::array<Axis, 3>& order) {
-    const int64_t first = plan.rows == Rows::kLinear ? p.rows.offset * table.m : 0;
-    return Address(static_cast<const char*>(table.data) + first * size_of(p.table_dtype),
-                   linear_strides(table, plan.rows), size_of(p.table_dtype), box, order);
-  }
 };
 
 // All that one launch is told: a box of q and one of k, in blocks one after the other or in turn.
+// A line of the constant cache holds 64 bytes, the first 48 of these on sm_90, and is waited for:
+// what the usual call needs comes first.
 struct Work {
-  unsigned second_block;            // blocks from here on are the second side's
-  unsigned second_start;            // and are counted from here
-  uint8_t turns;                    // 1: so are all odd blocks, and each side's are counted in twos
-  bool inverse, in_place;           // kPair: inverse is done by first_lane and to_partner
-  Divider units, distance;          // by threads of a head, by lanes between the members of a pair
-  uint32_t rotating_units;          // threads of a head that rotate
-  uint32_t first_lane, to_partner;  // of pair 0, and kPair: from a lane to its partner's
-  uint64_t lane_policy, table_policy;  // of the L2 cache
+  uint32_t second_block;     // blocks from here on are the second side's
+  uint32_t units, distance;  // threads of a head, lanes between the members of a pair
+  Quotient by_units, by_distance;
+  uint32_t first_lane, to_partner;     // of pair 0, and kPair: from a lane to its partner's
+  uint32_t lane_policy, table_policy;  // of the L2 cache
+  bool inverse;                        // kPair: done by first_lane and to_partner
+  bool in_place;
+  uint8_t turns;  // kPerHead, 1: odd blocks are the second side's
   Side sides[kMaxTensors];
-  uint32_t rotated_vectors;                // kAdjacent: vectors that hold rotated lanes
-  uint32_t copying_units, copied_vectors;  // threads of a head that copy, and what they copy
+  uint32_t rotating_units, copying_units;    // threads of a head that rotate, that copy
+  uint32_t rotated_vectors, copied_vectors;  // kAdjacent: vectors of rotated lanes; of the others
   Lanes lanes;
   TableParams cos, sin;
   RowParams rows;
+  Details details[kMaxTensors];
 
   Work(const RotateParams& p, const Plan& plan)
       : second_block(0),
-        second_start(0),
-        turns(0),
-        inverse(p.inverse),
-        in_place(p.in_place),
-        units(plan.units),
-        distance(std::max<int64_t>(p.lanes.distance, 1)),
-        rotating_units(static_cast<uint32_t>(plan.rotating_units)),
+        units(static_cast<uint32_t>(plan.units)),
+        distance(static_cast<uint32_t>(std::max<int64_t>(p.lanes.distance, 1))),
+        by_units(units),
+        by_distance(distance),
         first_lane(static_cast<uint32_t>(p.lanes.offset)),
         to_partner(static_cast<uint32_t>(p.lanes.distance)),
-        lane_policy(policy_of(plan.streams ? kFirstInL2 : kNormalInL2)),
-        table_policy(policy_of(plan.keeps_tables ? kLastInL2 : kUnchangedInL2)),
-        rotated_vectors(static_cast<uint32_t>(2 * p.lanes.P / plan.vector)),
+        lane_policy(plan.streams ? kFirstInL2 : kNormalInL2),
+        table_policy(plan.keeps_tables ? kLastInL2 : kUnchangedInL2),
+        inverse(p.inverse),
+        in_place(p.in_place),
+        turns(0),
+        rotating_units(static_cast<uint32_t>(plan.rotating_units)),
         copying_units(static_cast<uint32_t>(plan.units - plan.rotating_units)),
+        rotated_vectors(static_cast<uint32_t>(2 * p.lanes.P / plan.vector)),
         copied_vectors(static_cast<uint32_t>((p.D - 2 * p.lanes.P) / plan.vector)),
         lanes(p.lanes),
         cos(p.cos),
@@ -189,26 +218,35 @@ struct Work {
       inverse = false;
     }
   }
+
+  void set(int side, const RotateParams& p, const TensorParams& t, const Plan& plan,
+           const Box& box) {
+    const std::array<Axis, 3> order = memory_order(p, t);
+    sides[side] = Side(p, t, plan, box, order);
+    details[side] = Details(p, t, plan, box, order);
+  }
 };
+static_assert(offsetof(Work, sides) == 48 && sizeof(Side) == 96);
 
 // The token at a place, as table_row asks for it: coordinates are put together only when needed.
 struct PlacedToken {
   const Work& work;
-  const Side& side;
+  const Details& details;
   const Place& place;
   uint32_t axis = 0;
 
   __device__ __forceinline__ PlacedToken on(uint32_t other) const {
-    return {work, side, place, other};
+    return {work, details, place, other};
   }
   __device__ __forceinline__ int64_t b() const {
-    return side.first[kBatch] + side.along(place, kBatch);
+    return details.first[kBatch] + details.along(place, kBatch);
   }
   __device__ __forceinline__ int64_t s() const {
-    return side.first[kSequence] + side.along(place, kSequence);
+    return details.first[kSequence] + details.along(place, kSequence);
   }
   __device__ __forceinline__ int64_t position() const {
-    const IndexParams here = {side.positions.at(place), work.rows.positions.is_int64};
+    const IndexParams here = {details.positions + details.positions_steps.to(place),
+                              work.rows.positions.is_int64};
     return load_index(here, axis * work.rows.positions_a);
   }
 };
@@ -227,13 +265,13 @@ constexpr bool kHasPolicy = false;
 #endif
 
 template <int kLanes, typename T>
-__device__ __forceinline__ Vector<T, kLanes> load(const T* from, uint64_t policy) {
+__device__ __forceinline__ Vector<T, kLanes> load(const T* from, uint32_t policy) {
   using V = Vector<T, kLanes>;
   if constexpr (kHasPolicy<V>) {
     uint4 raw;
     asm volatile("ld.global.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
                  : "=r"(raw.x), "=r"(raw.y), "=r"(raw.z), "=r"(raw.w)
-                 : "l"(from), "l"(policy));
+                 : "l"(from), "l"(policy_of(policy)));
     V value;
     std::memcpy(&value, &raw, sizeof(value));
     return value;
@@ -243,13 +281,13 @@ __device__ __forceinline__ Vector<T, kLanes> load(const T* from, uint64_t policy
 }
 
 template <typename T, int kLanes>
-__device__ __forceinline__ void store(T* to, const Vector<T, kLanes>& value, uint64_t policy) {
+__device__ __forceinline__ void store(T* to, const Vector<T, kLanes>& value, uint32_t policy) {
   using V = Vector<T, kLanes>;
   if constexpr (kHasPolicy<V>) {
     uint4 raw;
     std::memcpy(&raw, &value, sizeof(raw));
     asm volatile("st.global.L2::cache_hint.v4.u32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(to),
-                 "r"(raw.x), "r"(raw.y), "r"(raw.z), "r"(raw.w), "l"(policy)
+                 "r"(raw.x), "r"(raw.y), "r"(raw.z), "r"(raw.w), "l"(policy_of(policy))
                  : "memory");
   } else {
     *reinterpret_cast<V*>(to) = value;
@@ -260,7 +298,7 @@ __device__ __forceinline__ void store(T* to, const Vector<T, kLanes>& value, uin
 // neighbours and aligned.
 template <typename T, Precision kPrecision, int kPairs, bool kVectors, typename Table>
 __device__ __forceinline__ void load_entries(const Table* row, uint32_t pair, int64_t stride,
-                                             uint64_t policy, Wide<T>* entries) {
+                                             uint32_t policy, Wide<T>* entries) {
   if constexpr (kVectors) {
     constexpr int kLoad =
         kPairs * sizeof(Table) > kVectorBytes ? kVectorBytes / sizeof(Table) : kPairs;
@@ -313,7 +351,7 @@ __device__ __forceinline__ void narrow_two(Wide<T> x, Wide<T> y, T& to_x, T& to_
 
 // The vectors that one thread moves of its head, and how it rotates them.
 template <typename T, typename Table, Precision kPrecision, Arrangement kArrangement, int kLanes,
-          Rows kRows, bool kVectorTables>
+          Rows kRows, bool kVectorTables, bool kPlain>
 struct Unit {
   static constexpr int kVectors = vectors_of_thread(kArrangement, kRows);
   static constexpr int kPairs = kLanes * kVectors / 2;
@@ -329,7 +367,7 @@ struct Unit {
   Wide<T> c[kPairs], s[kPairs];
 
   __device__ __forceinline__ Unit(const Work& work, uint32_t unit)
-      : rotates(unit < work.rotating_units) {
+      : rotates(kPlain || unit < work.rotating_units) {
     if (!rotates) {
       unit -= work.rotating_units;
       spread(unit, work.copying_units, work.copied_vectors);
@@ -338,7 +376,7 @@ struct Unit {
 #pragma unroll
       for (uint32_t& first : lane) first += first < offset ? 0 : rotated;
     } else if constexpr (kArrangement == Arrangement::kAdjacent) {
-      spread(unit, work.rotating_units, work.rotated_vectors);
+      spread(unit, kPlain ? work.units : work.rotating_units, work.rotated_vectors);
 #pragma unroll
       for (int i = 0; i < kVectors; ++i) {
         pair[i] = lane[i] / 2;
@@ -346,20 +384,20 @@ struct Unit {
       }
     } else {
       pair[0] = unit * kLanes;
-      const uint32_t span = work.distance.quotient(pair[0]);
-      lane[0] = work.first_lane + span * work.distance.divisor + pair[0];
+      lane[0] = work.first_lane + pair[0];
+      if (!kPlain) lane[0] += work.by_distance.of(pair[0]) * work.distance;
       lane[1] = lane[0] + work.to_partner;
     }
   }
 
-  __device__ __forceinline__ void load_lanes(const char* head, int64_t stride, uint64_t policy,
+  __device__ __forceinline__ void load_lanes(const char* head, int64_t stride, uint32_t policy,
                                              Vectors& x) const {
 #pragma unroll
     for (int i = 0; i < kVectors; ++i)
       x[i] = load<kLanes>(reinterpret_cast<const T*>(head) + at(i, stride), policy);
   }
 
-  __device__ __forceinline__ void store_lanes(char* head, int64_t stride, uint64_t policy,
+  __device__ __forceinline__ void store_lanes(char* head, int64_t stride, uint32_t policy,
                                               const Vectors& x) const {
 #pragma unroll
     for (int i = 0; i < kVectors; ++i)
@@ -473,23 +511,37 @@ constexpr int min_blocks(Rows rows) {
   return crowded ? 4 : 6;
 }
 
+// Which box a block works on, and the how manieth of it the block is.
+struct Turn {
+  bool is_second;
+  uint32_t block;
+};
+
+template <Rows kRows>
+__device__ __forceinline__ Turn turn_of(const Work& work, uint32_t block) {
+  // With rows for each head q's and k's heads read the same rows: the second finds them in cache.
+  if (kRows == Rows::kPerHead && work.turns) return {block % 2 != 0, block / 2};
+  const bool is_second = block >= work.second_block;
+  return {is_second, block - (is_second ? work.second_block : 0)};
+}
+
 template <typename T, typename Table, Precision kPrecision, Arrangement kArrangement, int kLanes,
-          Rows kRows, bool kVectorTables>
+          Rows kRows, bool kVectorTables, bool kPlain>
 __global__ void __launch_bounds__(kMaxThreads, min_blocks<T, Table>(kRows))
     rotate_kernel(const __grid_constant__ Work work, const __grid_constant__ AxesOf<kRows> axes) {
-  const bool is_second = (blockIdx.x & work.turns) != 0 || blockIdx.x >= work.second_block;
-  const Side& side = work.sides[is_second];
-  const uint32_t block = (blockIdx.x - (is_second ? work.second_start : 0)) >> work.turns;
-  uint32_t index = block * blockDim.x + threadIdx.x;
+  const Turn turn = turn_of<kRows>(work, blockIdx.x);
+  const Side& side = work.sides[turn.is_second];
+  const Details& details = work.details[turn.is_second];
+  uint32_t index = turn.block * blockDim.x + threadIdx.x;
   if (index >= side.threads) return;
-  const Place place = side.locate(work.units.divide(index));  // index becomes that of the unit
-  Unit<T, Table, kPrecision, kArrangement, kLanes, kRows, kVectorTables> unit(work, index);
+  const Place place = side.locate(work.units, work.by_units, index);
+  Unit<T, Table, kPrecision, kArrangement, kLanes, kRows, kVectorTables, kPlain> unit(work, index);
 
   // The lanes are on their way before anything waits for a position or a table row.
   typename decltype(unit)::Vectors x;
-  unit.load_lanes(side.in.at(place), side.in_d, work.lane_policy, x);
+  unit.load_lanes(side.in + side.in_steps.to(place), details.in_d, work.lane_policy, x);
 
-  const PlacedToken token = {work, side, place};
+  const PlacedToken token = {work, details, place};
   const auto find_rows = [&](uint32_t axis) {
     const Row row = table_row(work.rows, token.on(axis));
     FUSED_ROPE_DEVICE_CHECK(row.copied || is_row(row.index, work.rows.M));
@@ -498,14 +550,14 @@ __global__ void __launch_bounds__(kMaxThreads, min_blocks<T, Table>(kRows))
                      static_cast<const char*>(work.sin.data) + bytes * work.sin.m, row.copied};
   };
   const auto choose_rows = [&]() -> TableRows {
-    if constexpr (kRows == Rows::kLinear) {
-      const char* cos = side.cos.at(place);
-      return {cos, cos + side.sin_after_cos, false};
-    } else if constexpr (kRows == Rows::kSections) {
+    if constexpr (kRows == Rows::kSections) {
       return find_rows(axes.axis[unit.pair[0]]);
     } else {
-      if (work.rows.gathered) return {side.cos.at(place), side.sin.at(place), false};
-      return find_rows(0);
+      if (!is_linear(kRows) && !work.rows.gathered) return find_rows(0);
+      const char* cos = side.cos + side.cos_steps.to(place);
+      if (is_linear(kRows)) return {cos, cos + side.sin_after_cos, false};
+      const char* sin = side.cos + side.sin_after_cos + details.sin_steps.to(place);
+      return {cos, sin, false};
     }
   };
   if (unit.rotates) {
@@ -527,38 +579,45 @@ __global__ void __launch_bounds__(kMaxThreads, min_blocks<T, Table>(kRows))
   }
   if (!unit.rotates && work.in_place) return;
 
-  char* out = const_cast<char*>(side.out.at(place));
-  if (kRows != Rows::kLinear && work.rows.out_rows.data != nullptr) {
+  char* out = side.out + side.out_steps.to(place);
+  if (!is_linear(kRows) && work.rows.out_rows.data != nullptr) {
     const int64_t row = output_row(work.rows, token.b(), token.s());
     FUSED_ROPE_DEVICE_CHECK(row == -1 || is_row(row, work.rows.out_rows_limit));
-    if (side.scattered) {
+    if (details.scattered) {
       if (row < 0) return;
-      out += row * side.out_row * static_cast<int64_t>(sizeof(T));
+      out += row * details.out_row * static_cast<int64_t>(sizeof(T));
     }
   }
-  unit.store_lanes(out, side.out_d, work.lane_policy, x);
+  unit.store_lanes(out, details.out_d, work.lane_policy, x);
 }
 
+// The instance for vectors of lanes; plain heads have one of their own where tables are aligned.
 template <typename T, typename Table, Precision kPrecision, Arrangement kArrangement, Rows kRows>
-auto choose_tables(const Plan& plan) {
+auto choose_vectors(const Plan& plan) {
   constexpr int kLanes = kVectorBytes / sizeof(T);
-  return plan.vector_tables
-             ? rotate_kernel<T, Table, kPrecision, kArrangement, kLanes, kRows, true>
-             : rotate_kernel<T, Table, kPrecision, kArrangement, kLanes, kRows, false>;
+  if constexpr (kRows != Rows::kPerHead) {
+    if (!plan.vector_tables)
+      return rotate_kernel<T, Table, kPrecision, kArrangement, kLanes, kRows, false, false>;
+  }
+  if constexpr (kRows != Rows::kAxes) {
+    if (plan.plain)
+      return rotate_kernel<T, Table, kPrecision, kArrangement, kLanes, kRows, true, true>;
+  }
+  return rotate_kernel<T, Table, kPrecision, kArrangement, kLanes, kRows, true, false>;
 }
 
 template <typename T, typename Table, Precision kPrecision, Rows kRows>
 auto choose_kernel(const Plan& plan) {
   constexpr auto kPair = Arrangement::kPair;
   constexpr auto kAdjacent = Arrangement::kAdjacent;
-  if constexpr (kRows != Rows::kAxes) {  // a single pair has one axis
-    if (plan.vector == 1) return rotate_kernel<T, Table, kPrecision, kPair, 1, kRows, false>;
+  if constexpr (kRows != Rows::kAxes && kRows != Rows::kPerHead) {  // a single pair has one axis
+    if (plan.vector == 1) return rotate_kernel<T, Table, kPrecision, kPair, 1, kRows, false, false>;
   }
   if constexpr (kRows != Rows::kAxes || sizeof(T) < sizeof(double)) {  // nor has one of two lanes
     if (plan.arrangement == kAdjacent)
-      return choose_tables<T, Table, kPrecision, kAdjacent, kRows>(plan);
+      return choose_vectors<T, Table, kPrecision, kAdjacent, kRows>(plan);
   }
-  return choose_tables<T, Table, kPrecision, kPair, kRows>(plan);
+  return choose_vectors<T, Table, kPrecision, kPair, kRows>(plan);
 }
 
 // Launches once for q and k together, unless one of them is so large that it needs several boxes.
@@ -573,11 +632,9 @@ cudaError_t launch_boxes(const RotateParams& p, const Plan& plan, cudaStream_t s
   int sides = 0;
   unsigned blocks[kMaxTensors] = {};  // of each side
   const auto flush = [&] {
+    work.second_block = blocks[0];
+    work.turns = plan.rows == Rows::kPerHead && blocks[0] == blocks[1] ? 1 : 0;
     const unsigned all = blocks[0] + blocks[1];
-    const bool in_turn = plan.alternating && blocks[0] == blocks[1];
-    work.turns = in_turn ? 1 : 0;
-    work.second_block = in_turn ? all : blocks[0];
-    work.second_start = in_turn ? 0 : blocks[0];
     if (sides > 0) kernel<<<all, static_cast<unsigned>(plan.threads), 0, stream>>>(work, axes);
     sides = 0;
     blocks[0] = blocks[1] = 0;
@@ -587,8 +644,9 @@ cudaError_t launch_boxes(const RotateParams& p, const Plan& plan, cudaStream_t s
     if (t.H == 0) continue;
     for_each_box(p, t, plan, {{0, 0, 0}, {p.B, p.S, t.H}}, [&](const Box& box) {
       if (sides == kMaxTensors) flush();
-      const Side& side = work.sides[sides] = Side(p, t, plan, box);
-      blocks[sides++] = static_cast<unsigned>(ceil_divide(side.threads, plan.threads));
+      work.set(sides, p, t, plan, box);
+      const int64_t threads = work.sides[sides].threads;
+      blocks[sides++] = static_cast<unsigned>(ceil_divide(threads, plan.threads));
     });
   }
   flush();
@@ -600,6 +658,8 @@ cudaError_t launch_rows(const RotateParams& p, const Plan& plan, cudaStream_t st
   switch (plan.rows) {
     case Rows::kLinear:
       return launch_boxes<T, Table, kPrecision, Rows::kLinear>(p, plan, stream);
+    case Rows::kPerHead:
+      return launch_boxes<T, Table, kPrecision, Rows::kPerHead>(p, plan, stream);
     case Rows::kLookup:
       return launch_boxes<T, Table, kPrecision, Rows::kLookup>(p, plan, stream);
     case Rows::kSections:

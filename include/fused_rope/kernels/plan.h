@@ -21,10 +21,16 @@ enum class Arrangement {
 // How a thread finds the table rows of its token.
 enum class Rows {
   kLinear,    // addresses are linear in batch, sequence and head, sin's a step beside cos's
+  kPerHead,   // the same, and heads have rows of their own, in vectors like the lanes
   kLookup,    // numbers in device memory name rows of the table or of the output
   kSections,  // the same, with several axes of positions, but one for all pairs of a thread
   kAxes,      // axes that differ within a thread
 };
+
+FUSED_ROPE_HOST_DEVICE constexpr bool is_linear(Rows rows) {
+  return rows == Rows::kLinear || rows == Rows::kPerHead;
+}
+constexpr bool has_axes(Rows rows) { return rows == Rows::kSections || rows == Rows::kAxes; }
 
 // Vectors that a thread moves: those of both members, or one or two of whole pairs. One keeps less
 // in flight, more evenly; where every thread looks a row up, two share it. Two vectors of sections
@@ -39,33 +45,26 @@ struct DeviceFacts {
   int64_t multiprocessors;
 };
 
-// Division by a constant by multiplication (Granlund and Montgomery 1994); exact for n < 2^31, 1 <=
+// floor(n / divisor) by multiplication (Granlund and Montgomery 1994); exact for n < 2^31, 1 <=
 // divisor < 2^31.
-struct Divider {
-  uint32_t divisor = 1;
+struct Quotient {
   uint32_t multiplier = 0;
   uint32_t shift = 0;
 
-  Divider() = default;
-  explicit Divider(int64_t by) : divisor(static_cast<uint32_t>(by)) {
-    while ((uint64_t{1} << shift) < divisor) ++shift;
-    multiplier = static_cast<uint32_t>(
-        ((uint64_t{1} << 32) * ((uint64_t{1} << shift) - divisor)) / divisor + 1);
+  Quotient() = default;
+  explicit Quotient(int64_t divisor) {
+    const auto by = static_cast<uint32_t>(divisor);
+    while ((uint64_t{1} << shift) < by) ++shift;
+    multiplier =
+        static_cast<uint32_t>(((uint64_t{1} << 32) * ((uint64_t{1} << shift) - by)) / by + 1);
   }
 
-  FUSED_ROPE_HOST_DEVICE uint32_t quotient(uint32_t n) const {
+  FUSED_ROPE_HOST_DEVICE uint32_t of(uint32_t n) const {
 #if defined(__CUDA_ARCH__)
     return (__umulhi(n, multiplier) + n) >> shift;
 #else
     return static_cast<uint32_t>((((uint64_t{n} * multiplier) >> 32) + n) >> shift);
 #endif
-  }
-
-  // The quotient of n; n becomes the remainder.
-  FUSED_ROPE_HOST_DEVICE uint32_t divide(uint32_t& n) const {
-    const uint32_t q = quotient(n);
-    n -= q * divisor;
-    return q;
   }
 };
 
@@ -92,8 +91,8 @@ struct Plan {
   int vector;          // lanes moved at once: 16 bytes of them, or 1
   int rotating_units;  // threads of one head that rotate
   int units;           // threads of one head: those that rotate, then those that copy
+  bool plain;          // every thread rotates, and pairs are not in several blocks
   int threads;         // of a block
-  bool alternating;    // q's and k's blocks take turns
 };
 
 constexpr int kVectorBytes = 16;
@@ -244,7 +243,8 @@ inline Rows choose_rows(const RotateParams& p, const Plan& plan) {
     return has_sections_of(p, adjacent ? plan.vector / 2 : plan.vector) ? Rows::kSections
                                                                         : Rows::kAxes;
   }
-  return has_lookups(p.rows) || !have_same_strides(p.cos, p.sin) ? Rows::kLookup : Rows::kLinear;
+  if (has_lookups(p.rows) || !have_same_strides(p.cos, p.sin)) return Rows::kLookup;
+  return p.per_head && plan.vector > 1 && plan.vector_tables ? Rows::kPerHead : Rows::kLinear;
 }
 
 inline Plan make_plan(const RotateParams& p, const DeviceFacts& device,
@@ -255,9 +255,9 @@ inline Plan make_plan(const RotateParams& p, const DeviceFacts& device,
   plan.vector = is_vectorizable(p, lanes) ? lanes : 1;
   const bool adjacent = plan.vector > 1 && p.lanes.distance == 1;
   plan.arrangement = adjacent ? Arrangement::kAdjacent : Arrangement::kPair;
-  plan.rows = choose_rows(p, plan);
   plan.vector_tables =
       is_vectorizable(p.cos, p.table_dtype) && is_vectorizable(p.sin, p.table_dtype);
+  plan.rows = choose_rows(p, plan);
 
   // What layer after layer reads again should outlive the lanes that pass by, unless it takes much
   // of the cache away from everyone else. Lanes make way where tables weigh much beside them; those
@@ -269,24 +269,23 @@ inline Plan make_plan(const RotateParams& p, const DeviceFacts& device,
   const bool heavy = table * kHeavyShare > lanes_bytes && lanes_bytes > l2_bytes;
   plan.streams = choose(overrides.stream, heavy) != 0;
 
-  const int64_t lanes_of_thread = vectors_of_thread(plan.arrangement, plan.rows) * plan.vector;
   const int64_t rotated = 2 * p.lanes.P;
   const int64_t copied = moved_lanes_of_head(p) - rotated;
+  const bool one_span = p.lanes.distance == 1 || p.lanes.distance == p.lanes.P;
+  plan.plain = one_span && copied == 0;
+  const int64_t lanes_of_thread = vectors_of_thread(plan.arrangement, plan.rows) * plan.vector;
   plan.rotating_units = static_cast<int>(ceil_divide(rotated, lanes_of_thread));
   plan.units = plan.rotating_units + static_cast<int>(ceil_divide(copied, lanes_of_thread));
   const int threads =
       choose(overrides.threads, threads_of_block(p, device, plan.units, lanes_of_thread));
   plan.threads = std::clamp(threads / kWarp * kWarp, kWarp, kMaxThreads);
-
-  // With a row for each head, q's and k's heads read the same rows: the second finds them in cache.
-  plan.alternating = p.per_head;
   return plan;
 }
 
 // How a table's entries follow batch, sequence and head. Where no row is looked up, a shared table
 // has its rows along the sequence.
 inline Strides linear_strides(const TableParams& table, Rows rows) {
-  return {table.b, table.s + (rows == Rows::kLinear ? table.m : 0), table.h, table.j};
+  return {table.b, table.s + (is_linear(rows) ? table.m : 0), table.h, table.j};
 }
 
 inline int64_t stride_of(const Strides& strides, Axis axis) {
