@@ -39,7 +39,7 @@ static cudaError_t device_facts(DeviceFacts* facts) {
   return cudaSuccess;
 }
 
-// FUSED_ROPE_PLAN="threads=64 keep=0 stream=1", for experiments; read once.
+// FUSED_ROPE_PLAN="vector=16 threads=64 keep=0 stream=1", for experiments; read once.
 static PlanOverrides read_overrides() {
   PlanOverrides overrides;
   const char* text = std::getenv("FUSED_ROPE_PLAN");
@@ -48,6 +48,7 @@ static PlanOverrides read_overrides() {
     const size_t equals = word.find('=');
     const std::string name = word.substr(0, equals);
     const int value = equals == std::string::npos ? -1 : std::atoi(word.c_str() + equals + 1);
+    if (name == "vector") overrides.vector = value;
     if (name == "threads") overrides.threads = value;
     if (name == "keep") overrides.keep = value;
     if (name == "stream") overrides.stream = value;

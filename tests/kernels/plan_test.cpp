@@ -384,6 +384,55 @@ TEST(Plan, GivesBlocksWholeHeads) {
   EXPECT_EQ(threads(397, 128, 1), 128);
 }
 
+struct HalfVectorCase {
+  const char* name;
+  void (*change)(RotateParams&);
+  bool half;  // of 32 heads of 128 lanes, one token more than fits
+};
+
+void PrintTo(const HalfVectorCase& c, std::ostream* out) { *out << c.name; }
+
+class HalfVectors : public ::testing::TestWithParam<HalfVectorCase> {};
+
+TEST_P(HalfVectors, PutRequestsCloserTogether) {
+  RotateParams p = call(1, 793, 32, 128, 128);
+  p.rows.M = 4096;
+  GetParam().change(p);
+  const Plan plan = make_plan(p, kLargeCache);
+  const int lanes = kVectorBytes / size_of(p.dtype);
+  EXPECT_EQ(plan.vector, GetParam().half ? lanes / 2 : lanes);
+  EXPECT_EQ(make_plan(p, kLargeCache, {.vector = 16}).vector, lanes);
+}
+
+const HalfVectorCase kHalfVectorCases[] = {
+    {"Large", [](RotateParams&) {}, true},
+    {"AllAtOnce", [](RotateParams& p) { p.S = 792; }, false},
+    {"Float16", [](RotateParams& p) { p.dtype = DType::kFloat16; }, true},
+    {"Float32", [](RotateParams& p) { p.dtype = DType::kFloat32; }, false},
+    {"Interleaved", [](RotateParams& p) { p.lanes.distance = 1; }, false},
+    {"Blocks", [](RotateParams& p) { p.lanes.distance = 32; }, false},
+    {"Copies", [](RotateParams& p) { p.lanes.P = p.lanes.distance = 32; }, false},
+    {"PassesOver",
+     [](RotateParams& p) {
+       p.S *= 2;
+       p.lanes.P = p.lanes.distance = 32;
+       p.in_place = true;
+     },
+     true},
+    {"LookUps", [](RotateParams& p) { p.rows.positions = {memory, true}; }, false},
+    {"SingleEntries", [](RotateParams& p) { p.cos.j = p.sin.j = 2; }, false},
+};
+
+INSTANTIATE_TEST_SUITE_P(Of, HalfVectors, ::testing::ValuesIn(kHalfVectorCases),
+                         [](const auto& info) { return std::string(info.param.name); });
+
+TEST(Plan, HasWholeVectorsOfWhatStreams) {
+  RotateParams p = call(1, 1 << 16, 9, 128, 128);
+  EXPECT_TRUE(make_plan(p, kSmallCache).streams);
+  EXPECT_EQ(make_plan(p, kSmallCache).vector, 8);
+  EXPECT_EQ(make_plan(p, kLargeCache).vector, 4);
+}
+
 TEST(Plan, TakesSizesWhoseProductDoesNotFit) {
   constexpr int64_t kHuge = int64_t{1} << 40;
   RotateParams p = call(1, 1, 1, 64, 64);

@@ -600,6 +600,10 @@ auto choose_vectors(const Plan& plan) {
       return rotate_kernel<T, Table, kPrecision, kArrangement, kLanes, kRows, false, false>;
   }
   if constexpr (kRows != Rows::kAxes) {
+    if constexpr (kRows == Rows::kLinear && kArrangement == Arrangement::kPair && sizeof(T) == 2) {
+      if (plan.vector < kLanes)
+        return rotate_kernel<T, Table, kPrecision, kArrangement, kLanes / 2, kRows, true, true>;
+    }
     if (plan.plain)
       return rotate_kernel<T, Table, kPrecision, kArrangement, kLanes, kRows, true, true>;
   }

@@ -77,6 +77,7 @@ struct Box {
 
 // What an experiment may decide instead of the plan; -1 leaves it to the plan.
 struct PlanOverrides {
+  int vector = -1;  // bytes: 8 or 16
   int threads = -1;
   int keep = -1;
   int stream = -1;
@@ -88,7 +89,7 @@ struct Plan {
   bool vector_tables;  // cos and sin can be read 16 bytes at a time
   bool keeps_tables;   // their lines, where read in vectors of 16 bytes, leave the L2 cache last
   bool streams;        // lines of lanes leave it first
-  int vector;          // lanes moved at once: 16 bytes of them, or 1
+  int vector;          // lanes moved at once: 16 or 8 bytes of them, or 1
   int rotating_units;  // threads of one head that rotate
   int units;           // threads of one head: those that rotate, then those that copy
   bool plain;          // every thread rotates, and pairs are not in several blocks
@@ -216,13 +217,24 @@ inline double moved_lanes(const RotateParams& p) {
          static_cast<double>(moved_lanes_of_head(p));
 }
 
+// The calls for which there are vectors of 8 bytes beside those of 16.
+inline bool has_half_vectors(const RotateParams& p, const Plan& plan) {
+  return plan.rows == Rows::kLinear && plan.arrangement == Arrangement::kPair && plan.plain &&
+         plan.vector > 1 && plan.vector_tables && size_of(p.dtype) == 2 && !plan.streams;
+}
+
+// Threads for each multiprocessor, where each moves so many lanes.
+inline double threads_each(const RotateParams& p, const DeviceFacts& device,
+                           int64_t lanes_of_thread) {
+  return moved_lanes(p) / static_cast<double>(lanes_of_thread * device.multiprocessors);
+}
+
 // Small blocks leave no gaps when one ends and the next begins. Where all are on the device at
 // once, fewer start sooner; where there is less than one for each multiprocessor, more run side by
 // side. Blocks of whole heads do not share lines with each other.
 inline int threads_of_block(const RotateParams& p, const DeviceFacts& device, int units,
                             int64_t lanes_of_thread) {
-  const double each =
-      moved_lanes(p) / static_cast<double>(lanes_of_thread * device.multiprocessors);
+  const double each = threads_each(p, device, lanes_of_thread);
   const int threads = each > 128 && each <= kResidentThreads ? 256 : 128;
   const int64_t whole = std::lcm<int64_t>(std::max(units, 1), kWarp);
   if (whole > kMaxThreads) return threads;
@@ -273,6 +285,11 @@ inline Plan make_plan(const RotateParams& p, const DeviceFacts& device,
   const int64_t copied = moved_lanes_of_head(p) - rotated;
   const bool one_span = p.lanes.distance == 1 || p.lanes.distance == p.lanes.P;
   plan.plain = one_span && copied == 0;
+  // Half a vector a request puts a warp's two requests, for first members and their partners,
+  // closer together in memory: worth twice the threads where memory is what they wait for.
+  const bool large = threads_each(p, device, 2 * lanes) > kResidentThreads;
+  if (choose(overrides.vector, large ? 8 : 16) == 8 && has_half_vectors(p, plan)) plan.vector /= 2;
+
   const int64_t lanes_of_thread = vectors_of_thread(plan.arrangement, plan.rows) * plan.vector;
   plan.rotating_units = static_cast<int>(ceil_divide(rotated, lanes_of_thread));
   plan.units = plan.rotating_units + static_cast<int>(ceil_divide(copied, lanes_of_thread));
