@@ -19,6 +19,8 @@ AnyCall = Callable[[], Any]
 GRAPH_BYTES = 8e9  # a graph moves this much, some 2 ms, so that its own launch does not count
 GRAPH_CALLS = 512  # or holds this many calls, whichever is less
 L2_MULTIPLE = 3
+PACE_BYTES = 128 << 20  # more than an L2 cache
+SLOWED = 1.03
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,33 @@ class CloneGraph(Graph):
         source = torch.randn(sets, elements, dtype=torch.bfloat16, device=device)
         source[0].clone()
         super().__init__([x.clone for x in source] * rounds(sets, bytes_of_a_call))
+
+
+class Pace:
+    """Whether a GPU is as fast as it was at its best in this process.
+
+    A card that is hot, or short of power, slows down for seconds or minutes: copies by up to half,
+    what is bound by instructions by more.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        source = torch.randn(2, PACE_BYTES // 2, dtype=torch.bfloat16, device=device)
+        source[0].clone()
+        self._graph = Graph([x.clone for x in source] * 4)
+        self._best = float("inf")
+
+    def slowed(self) -> bool:
+        return self.is_slow(self._graph.time(QUICK).median)
+
+    def is_slow(self, time: float) -> bool:
+        """Whether a time of the same copies is more than a few percent above the least so far."""
+        self._best = min(self._best, time)
+        return time > SLOWED * self._best
+
+
+def pace_of(device: torch.device) -> Pace | None:
+    """The pace of a GPU; a CPU's is not watched."""
+    return Pace(device) if device.type == "cuda" else None
 
 
 @contextmanager

@@ -17,6 +17,7 @@ import datetime
 import json
 import re
 import subprocess
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -46,6 +47,8 @@ HERE = Path(__file__).resolve().parent
 Row = dict[str, Any]
 PEAK_WORKS = (Work(CASES["train"]),)
 SECONDS_A_FIGURE, SECONDS_A_COMPILATION = 0.4, 4
+TRIES = 3  # of a figure during which the card slowed down
+REST = 60  # seconds in which a run waits for a card that did
 PATIENCE = 3  # a provider that failed this often without one figure is left out of the rest
 
 
@@ -69,8 +72,11 @@ class Runner:
         self.cache = measure.cache_bytes(device)
         self.rows: list[Row] = []
         self.refused: list[str] = []
+        self.slowed: list[str] = []
         self.failures: Counter[str] = Counter()
         self.on_gpu = device.type == "cuda"
+        self.pace = measure.pace_of(device)
+        self.rest = REST
 
     def run(self, step: Step, progress: tqdm) -> None:
         """Measures one step; its memory is given back at the end."""
@@ -120,18 +126,38 @@ class Runner:
         self, bench: Bench, direction: str, providers: Sequence[Provider], progress: tqdm
     ) -> Iterator[Row]:
         yardstick = self._yardstick(yardstick_bytes(bench.work, direction))
-        before = yardstick.time(self.effort).median
         for trial in self._trials(bench, direction, providers, progress):
             try:
-                figure = self._replayed(trial) if self.on_gpu else self._passed(trial)
+                row = self._steady(trial, yardstick)
             except Exception as error:
                 self._refuse(bench.work, direction, trial.provider, error)
                 continue
-            after = yardstick.time(self.effort).median
-            yield row_of(trial, "gpu_us" if self.on_gpu else "cpu_us", figure, (before, after))
-            before = after
+            yield row
             if self.on_gpu and bench.work in PEAK_WORKS:
                 yield self._peak(trial)
+
+    def _steady(self, trial: Trial, yardstick: measure.CloneGraph | measure.Memcpy) -> Row:
+        """One figure between two yardsticks; taken again where the card slowed down meanwhile."""
+        for _ in range(TRIES):
+            self._settle()
+            before = yardstick.time(self.effort).median
+            figure = self._replayed(trial) if self.on_gpu else self._passed(trial)
+            after = yardstick.time(self.effort).median
+            slowed = self.pace is not None and self.pace.slowed()
+            if not slowed:
+                break
+        row = row_of(trial, "gpu_us" if self.on_gpu else "cpu_us", figure, (before, after))
+        if slowed:
+            row["slowed"] = True
+            work = trial.bench.work
+            self.slowed.append(f"{work.name} {trial.direction} {trial.provider.name}")
+        return row
+
+    def _settle(self) -> None:
+        """Waits for the card to be as fast as it was, a minute in a whole run at most."""
+        while self.pace is not None and self.rest > 0 and self.pace.slowed():
+            time.sleep(1)
+            self.rest -= 1
 
     def _yardstick(self, moved: int) -> measure.CloneGraph | measure.Memcpy:
         if self.on_gpu:
@@ -287,8 +313,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tqdm(total=sum(map(len, steps)), unit="figure", mininterval=1) as progress:
         for step in steps:
             runner.run(step, progress)
-            write(out, meta | {"refused": runner.refused}, runner.rows)
+            write(out, meta | {"refused": runner.refused, "slowed": runner.slowed}, runner.rows)
     print(markdown(runner.rows))
+    for name in runner.slowed:
+        print(f"taken while the card was slower than at its best: {name}")
     print(f"{len(runner.rows)} figures in {out}")
     if args.plots:
         from plots import draw

@@ -15,6 +15,7 @@ pytest.importorskip("matplotlib")
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import compare
+import measure
 import oracle
 import providers
 import run
@@ -205,6 +206,46 @@ def test_what_is_wrong_is_not_timed(tiny, monkeypatch, liar):
     status, content, _ = tiny("--cases", "tiny", "--providers", "quack")
     assert status == 1 and content["rows"] == []
     assert content["meta"]["refused"]
+
+
+class Tired:
+    """A pace that slows down where it is told to."""
+
+    def __init__(self, answers):
+        self.answers = iter(answers)
+
+    def slowed(self):
+        return next(self.answers, False)
+
+
+@pytest.mark.parametrize(
+    "answers,waits,named",
+    [
+        ([], 0, False),
+        ([True, True, False, False], 2, False),  # before the figure
+        ([False, True, False, False], 0, False),  # meanwhile; the second try is steady
+        ([False, True] * 3, 0, True),
+        ([True] * 9, 4, True),  # it does not recover
+    ],
+    ids=["steady", "waits", "retakes", "meanwhile", "always"],
+)
+def test_a_slowed_card_is_waited_for_and_named(tiny, monkeypatch, answers, waits, named):
+    naps = []
+    monkeypatch.setattr(measure, "pace_of", lambda device: Tired(answers))
+    monkeypatch.setattr(run, "REST", 4)
+    monkeypatch.setattr(run.time, "sleep", naps.append)
+    arguments = ("--cases", "tiny", "--providers", "reference", "--directions", "forward")
+    status, content, _ = tiny(*arguments, "--variants", "")
+    (row,) = content["rows"]
+    assert status == 0 and len(naps) == waits
+    assert row.get("slowed", False) == named
+    assert content["meta"]["slowed"] == ["tiny forward reference"] * named
+
+
+def test_pace_is_held_against_the_best():
+    pace = object.__new__(measure.Pace)
+    pace._best = float("inf")
+    assert [pace.is_slow(t) for t in (10, 10.2, 9, 9.2, 9.3)] == [False, False, False, False, True]
 
 
 def test_what_is_not_installed_is_named(monkeypatch):
