@@ -329,8 +329,8 @@ def test_sweep_puts_plans_side_by_side(tmp_path, capsys):
 
 
 def test_readme_shows_the_figures():
-    """`python benchmarks/table.py benchmarks/results/h200.json --readme README.md` writes them."""
-    path = "benchmarks/results/h200.json"
+    """`python benchmarks/table.py benchmarks/results/h100.json --readme README.md` writes them."""
+    path = "benchmarks/results/h100.json"
     text = (ROOT / "README.md").read_text()
     content = json.loads((ROOT / path).read_text())
     figures = table.section(content, path)
