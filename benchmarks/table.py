@@ -86,8 +86,9 @@ def section(content: dict[str, Any], path: str) -> str:
     stem = path.removesuffix(".json")
     parts = [
         f"{meta['device']}, torch {meta['torch']}, commit {meta['commit']}, bfloat16, GPU "
-        "microseconds; in brackets\nthe fraction of the speed of a `clone` that moves as many bytes "
-        f"in the same run ([{Path(path).name}]({path})).\nAn asterisk: in place, where that is quicker. "
+        "microseconds; in brackets\nthe fraction of the speed of a `clone` that moves as many "
+        f"bytes in the same run ([{Path(path).name}]({path})).\n"
+        "An asterisk: in place, where that is quicker. "
         "Ours in place with fewer lanes rotated than D is held against a\n`clone` of those lanes.",
         _shapes(gpu),
         f"The first shape, {_shape(Work(CASES['train']))}, in other memory, styles, tables and "

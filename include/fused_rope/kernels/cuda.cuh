@@ -624,6 +624,15 @@ auto choose_kernel(const Plan& plan) {
   return choose_vectors<T, Table, kPrecision, kPair, kRows>(plan);
 }
 
+#if defined(__CUDACC__)  // elsewhere the tests' emulation launches
+template <typename Axes>
+cudaError_t enqueue(void (*kernel)(Work, Axes), unsigned blocks, int threads, cudaStream_t stream,
+                    const Work& work, const Axes& axes) {
+  kernel<<<blocks, static_cast<unsigned>(threads), 0, stream>>>(work, axes);
+  return cudaGetLastError();
+}
+#endif
+
 // Launches once for q and k together, unless one of them is so large that it needs several boxes.
 template <typename T, typename Table, Precision kPrecision, Rows kRows>
 cudaError_t launch_boxes(const RotateParams& p, const Plan& plan, cudaStream_t stream) {
@@ -635,11 +644,12 @@ cudaError_t launch_boxes(const RotateParams& p, const Plan& plan, cudaStream_t s
   Work work(p, plan);
   int sides = 0;
   unsigned blocks[kMaxTensors] = {};  // of each side
+  cudaError_t error = cudaSuccess;
   const auto flush = [&] {
     work.second_block = blocks[0];
     work.turns = plan.rows == Rows::kPerHead && blocks[0] == blocks[1] ? 1 : 0;
-    const unsigned all = blocks[0] + blocks[1];
-    if (sides > 0) kernel<<<all, static_cast<unsigned>(plan.threads), 0, stream>>>(work, axes);
+    if (sides > 0 && error == cudaSuccess)
+      error = enqueue(kernel, blocks[0] + blocks[1], plan.threads, stream, work, axes);
     sides = 0;
     blocks[0] = blocks[1] = 0;
   };
@@ -654,7 +664,7 @@ cudaError_t launch_boxes(const RotateParams& p, const Plan& plan, cudaStream_t s
     });
   }
   flush();
-  return cudaGetLastError();
+  return error;
 }
 
 template <typename T, typename Table, Precision kPrecision>

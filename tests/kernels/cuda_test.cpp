@@ -1,0 +1,304 @@
+// The CUDA kernel, compiled for the host, against the CPU kernel: which lanes, entries and rows its
+// threads touch. What only a GPU can show is tested in tests/python/test_cuda.py.
+#include "fused_rope/kernels/cuda.cuh"
+
+#include <gtest/gtest.h>
+
+#include <map>
+#include <string>
+#include <vector>
+
+#include "fused_rope/kernels/cpu.h"
+#include "reference.h"
+
+namespace fused_rope {
+namespace {
+
+using testing::Random;
+
+constexpr int64_t kRows = 24;   // M
+constexpr int64_t kGuard = 16;  // elements that nobody may touch around every tensor
+
+template <typename T>
+constexpr DType kDType = std::is_same_v<T, Float16>    ? DType::kFloat16
+                         : std::is_same_v<T, BFloat16> ? DType::kBFloat16
+                         : std::is_same_v<T, float>    ? DType::kFloat32
+                                                       : DType::kFloat64;
+
+// Memory that starts on a 64-byte boundary, full of random numbers.
+template <typename T>
+class Memory {
+ public:
+  Memory() = default;
+  Memory(int64_t size, double scale, Random& random) : lines_(size * sizeof(T) / 64 + 2) {
+    for (int64_t i = 0; i < size; ++i)
+      data()[i] = narrow<T>(static_cast<Wide<T>>(scale * random.normal()));
+  }
+  T* data() { return reinterpret_cast<T*>(lines_.data()); }
+  bool operator==(const Memory& other) const {
+    return std::memcmp(lines_.data(), other.lines_.data(), lines_.size() * 64) == 0;
+  }
+
+ private:
+  struct alignas(64) Line {
+    unsigned char bytes[64] = {};
+  };
+  std::vector<Line> lines_;
+};
+
+// A call drawn from its number: everything of RotateParams, in memory of its own.
+template <typename T, typename Table, Precision kPrecision>
+class Call {
+ public:
+  explicit Call(uint64_t seed) : random_(seed) {
+    draw_shape();
+    draw_tables();
+    draw_rows();
+    for (int i = 0; i < p_.count; ++i) draw_tensor(i);
+    p_.dtype = kDType<T>;
+    p_.table_dtype = kDType<Table>;
+    p_.precision = kPrecision;
+    p_.inverse = chance(2);
+  }
+
+  // All memory after the call by `rotate`; the inputs are as they were before.
+  template <typename F>
+  std::vector<Memory<T>> run(const F& rotate) {
+    std::vector<Memory<T>> memory = memory_;
+    RotateParams p = p_;
+    for (int i = 0; i < p.count; ++i) {
+      p.tensors[i].in = memory[in_[i].memory].data() + in_[i].first;
+      p.tensors[i].out = memory[out_[i].memory].data() + out_[i].first;
+    }
+    rotate(p);
+    return memory;
+  }
+
+  PlanOverrides overrides() {
+    PlanOverrides o;
+    if (chance(2)) o.vector = 8;
+    if (chance(2)) o.threads = 32 << random_.below(4);
+    return o;
+  }
+
+  DeviceFacts facts() { return {chance(2) ? 0 : int64_t{1} << 40, 1 + random_.below(132)}; }
+
+ private:
+  struct Spot {
+    size_t memory;
+    int64_t first;
+  };
+
+  bool chance(int64_t n) { return random_.below(n) == 0; }
+
+  void draw_shape() {
+    constexpr int64_t kVector = kVectorBytes / sizeof(T);
+    p_.B = 1 + random_.below(3);
+    p_.S = 1 + random_.below(6);
+    p_.D = chance(4) ? 2 + random_.below(24) : kVector * (2 + random_.below(5));
+    p_.count = chance(3) ? 1 : 2;
+    const int64_t widest = p_.D / 2;
+    int64_t P = chance(3) ? random_.below(widest + 1) : widest;
+    if (chance(2)) P = std::max<int64_t>(P / kVector * kVector, std::min(kVector, widest));
+    int64_t distance = P;
+    const int64_t style = random_.below(4);
+    if (style == 0 && P > 0) distance = 1;
+    if (style == 1 && P % 2 == 0 && P > 0) distance = P / 2;
+    int64_t offset = chance(2) ? 0 : random_.below(p_.D - 2 * P + 1);
+    if (chance(2)) offset = offset / kVector * kVector;
+    p_.lanes = {P, offset, distance};
+    p_.in_place = chance(3);
+  }
+
+  // Strides of tables in memory of whole vectors, or a little off.
+  void draw_tables() {
+    const int64_t step = chance(5) ? 2 : 1;
+    const int64_t P = p_.lanes.P;
+    const int64_t row = chance(2) ? (P + 15) / 16 * 16 * step : P * step + random_.below(3);
+    TableParams t = {nullptr, 0, 0, 0, 0, step};
+    const int64_t form = random_.below(3);
+    int64_t H = 1;
+    if (form == 0) {
+      t.m = row;
+    } else {
+      p_.per_head = form == 2;
+      heads_ = 1 + random_.below(5);
+      H = p_.per_head ? heads_ : 1;
+      t.h = p_.per_head ? row : 0;
+      t.s = H * row;
+      t.b = chance(2) ? 0 : p_.S * t.s;
+    }
+    p_.rows.gathered = form != 0;
+    const int64_t size = form == 0 ? kRows * row : p_.B * p_.S * H * row;
+    cos_ = Memory<Table>(size + kGuard, 1, random_);
+    sin_ = Memory<Table>(3 * size + kGuard, 1, random_);
+    p_.cos = p_.sin = t;
+    if (chance(4)) {  // sin takes other steps
+      p_.sin = {nullptr, 2 * t.m, 2 * t.b, 2 * t.s, 2 * t.h, t.j};
+    }
+    p_.cos.data = cos_.data() + (chance(4) ? 1 : 0);
+    p_.sin.data = sin_.data();
+  }
+
+  void draw_rows() {
+    RowParams& rows = p_.rows;
+    rows.M = kRows;
+    if (rows.gathered) return;
+    rows.offset = random_.below(4);
+    const int64_t axes = chance(4) && p_.lanes.P > 0 ? 1 + random_.below(3) : 0;
+    if (axes > 0 || chance(3)) {
+      rows.positions = integers(std::max<int64_t>(axes, 1) * p_.B * p_.S, -1, 12);
+      rows.positions_a = p_.B * p_.S;
+      rows.positions_b = p_.S;
+      rows.positions_s = 1;
+    }
+    if (axes > 0) {
+      const int64_t run = chance(2) ? 16 : 1 + random_.below(3);  // pairs in a row of one axis
+      for (int64_t j = 0; j < p_.lanes.P; ++j) axes_.push_back(j / run % axes);
+      p_.axes = axes_.data();
+    }
+    if (p_.B == 1 && chance(2)) {
+      rows.N = 2;
+      std::vector<int64_t> starts = {0, random_.below(p_.S + 1), random_.below(p_.S + 1)};
+      std::sort(starts.begin(), starts.end());
+      rows.cu_seqlens = integers(starts);
+      rows.cu_seqlens_stride = 1;
+    }
+    if (chance(3)) {
+      rows.offsets = integers(std::max<int64_t>(p_.B, 2), 0, 5);
+      rows.offsets_stride = 1;
+    }
+  }
+
+  IndexParams integers(int64_t count, int64_t low, int64_t high) {
+    std::vector<int64_t> values;
+    for (int64_t i = 0; i < count; ++i) values.push_back(low + random_.below(high - low));
+    return integers(values);
+  }
+
+  IndexParams integers(const std::vector<int64_t>& values) {
+    if (chance(2)) {
+      longs_.push_back(values);
+      return {longs_.back().data(), true};
+    }
+    ints_.emplace_back(values.begin(), values.end());
+    return {ints_.back().data(), false};
+  }
+
+  // Strides of [B, S, H, D] in a random order of the first three, lanes side by side or apart.
+  Strides draw_strides(int64_t B, int64_t S, int64_t H, int64_t* size) {
+    constexpr int64_t kVector = kVectorBytes / sizeof(T);
+    Strides strides = {};
+    strides.d = chance(8) ? 2 : 1;
+    int64_t next = p_.D * strides.d;
+    if (chance(3)) next += chance(2) ? kVector : 1;
+    std::array<std::pair<int64_t*, int64_t>, 3> axes = {
+        {{&strides.b, B}, {&strides.s, S}, {&strides.h, H}}};
+    if (chance(2)) std::swap(axes[1], axes[2]);
+    if (chance(4)) std::swap(axes[0], axes[1]);
+    for (int i = 2; i >= 0; --i) {
+      *axes[i].first = next;
+      next *= axes[i].second;
+    }
+    *size = next;
+    return strides;
+  }
+
+  size_t add(int64_t size) {
+    memory_.emplace_back(size + 2 * kGuard, 1, random_);
+    return memory_.size() - 1;
+  }
+
+  void draw_tensor(int i) {
+    TensorParams& t = p_.tensors[i];
+    t.H = p_.per_head ? heads_ : random_.below(5);
+    const bool beside = i == 1 && p_.tensors[0].H > 0 && packed_;
+    int64_t size = 0;
+    if (beside) {  // k goes on where q ends
+      t = p_.tensors[0];
+      t.H = p_.per_head ? heads_ : 1 + random_.below(packed_heads_);
+      in_[1] = {in_[0].memory, in_[0].first + p_.tensors[0].H * t.in_strides.h};
+    } else {
+      packed_ = i == 0 && chance(2);
+      packed_heads_ = 3;
+      const int64_t held = t.H + (packed_ ? std::max<int64_t>(packed_heads_, heads_) : 0);
+      t.in_strides = draw_strides(p_.B, p_.S, std::max<int64_t>(held, 1), &size);
+      in_[i] = {add(size), kGuard};
+    }
+    if (p_.in_place) {
+      t.out_strides = t.in_strides;
+      out_[i] = in_[i];
+      return;
+    }
+    t.scattered = i + 1 == p_.count && !p_.rows.gathered && chance(4);
+    if (t.scattered) {
+      std::vector<int64_t> slots(p_.B * p_.S);
+      for (size_t j = 0; j < slots.size(); ++j)
+        slots[j] = chance(4) ? -1 : static_cast<int64_t>(2 * j);
+      p_.rows.out_rows = integers(slots);
+      p_.rows.out_rows_b = p_.S;
+      p_.rows.out_rows_s = 1;
+      p_.rows.out_rows_limit = 2 * p_.B * p_.S;
+      t.out_strides = draw_strides(1, p_.rows.out_rows_limit, std::max<int64_t>(t.H, 1), &size);
+    } else {
+      t.out_strides = draw_strides(p_.B, p_.S, std::max<int64_t>(t.H, 1), &size);
+    }
+    out_[i] = {add(size), kGuard};
+  }
+
+  Random random_;
+  RotateParams p_ = {};
+  int64_t heads_ = 0, packed_heads_ = 0;
+  bool packed_ = false;
+  Memory<Table> cos_, sin_;
+  std::vector<int64_t> axes_;
+  std::vector<Memory<T>> memory_;
+  std::vector<std::vector<int64_t>> longs_;
+  std::vector<std::vector<int32_t>> ints_;
+  Spot in_[kMaxTensors] = {}, out_[kMaxTensors] = {};
+};
+
+// What a plan decides of the instance.
+std::string name_of(const Plan& plan) {
+  constexpr const char* kRowNames[] = {"linear", "per head", "look-up", "sections", "axes"};
+  return std::string(kRowNames[static_cast<int>(plan.rows)]) +
+         (plan.arrangement == Arrangement::kPair ? " pair" : " adjacent") +
+         (plan.plain ? " plain" : "") + (plan.vector_tables ? " rows" : "") + " x" +
+         std::to_string(plan.vector);
+}
+
+template <typename T, typename Table, Precision kPrecision>
+void check(std::map<std::string, int>& seen) {
+  constexpr uint64_t kCalls = 3000;
+  for (uint64_t seed = 0; seed < kCalls; ++seed) {
+    SCOPED_TRACE(::testing::Message() << "seed " << seed);
+    Call<T, Table, kPrecision> call(seed);
+    const PlanOverrides overrides = call.overrides();
+    const DeviceFacts facts = call.facts();
+    const auto on_gpu = [&](const RotateParams& given) {
+      const RotateParams p = are_neighbours(given) ? joined(given) : given;
+      if (total_heads(p) == 0) return;
+      const Plan plan = make_plan(p, facts, overrides);
+      SCOPED_TRACE(name_of(plan));
+      if (plan.units == 0) return;
+      ++seen[name_of(plan) + (p.count < given.count ? " joined" : "")];
+      EXPECT_EQ((launch_rows<T, Table, kPrecision>(p, plan, nullptr)), cudaSuccess);
+    };
+    const auto on_cpu = [](const RotateParams& p) { rotate_tokens(p, 0, p.B * p.S); };
+    ASSERT_TRUE(call.run(on_gpu) == call.run(on_cpu));
+  }
+}
+
+TEST(CudaKernel, HasTheBitsOfTheCpuKernel) {
+  std::map<std::string, int> seen;
+  check<BFloat16, float, Precision::kFp32>(seen);
+  check<BFloat16, BFloat16, Precision::kModel>(seen);
+  check<Float16, float, Precision::kFp32>(seen);
+  check<float, float, Precision::kFp32>(seen);
+  check<double, float, Precision::kFp32>(seen);
+  for (const auto& [name, count] : seen) RecordProperty(name, count);
+  EXPECT_GE(seen.size(), 60u) << "instances";
+}
+
+}  // namespace
+}  // namespace fused_rope

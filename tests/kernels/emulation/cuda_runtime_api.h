@@ -1,0 +1,56 @@
+// As much of CUDA as the kernel's header needs to be compiled for the host, where threads run one
+// after another: its addressing is tested on machines without a GPU or nvcc.
+#pragma once
+
+#include "fused_rope/kernels/numeric.h"
+
+#define __device__
+#define __forceinline__ inline
+#define __global__
+#define __grid_constant__
+#define __host__
+#define __launch_bounds__(...)
+
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
+using cudaStream_t = void*;
+
+struct Index {
+  unsigned x;
+};
+inline Index blockIdx, blockDim, threadIdx;
+
+struct uint4 {
+  uint32_t x, y, z, w;
+};
+
+inline int __ffs(uint32_t bits) { return __builtin_ffs(static_cast<int>(bits)); }
+
+struct __nv_bfloat162 {
+  fused_rope::BFloat16 x, y;
+};
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
+  return {fused_rope::to_bfloat16(x), fused_rope::to_bfloat16(y)};
+}
+inline uint16_t __bfloat16_as_ushort(fused_rope::BFloat16 x) { return x.bits; }
+
+struct __half2 {
+  fused_rope::Float16 x, y;
+};
+inline __half2 __floats2half2_rn(float x, float y) {
+  return {fused_rope::to_float16(x), fused_rope::to_float16(y)};
+}
+inline uint16_t __half_as_ushort(fused_rope::Float16 x) { return x.bits; }
+
+namespace fused_rope {
+
+template <typename Work, typename Axes>
+cudaError_t enqueue(void (*kernel)(Work, Axes), unsigned blocks, int threads, cudaStream_t,
+                    const Work& work, const Axes& axes) {
+  blockDim.x = static_cast<unsigned>(threads);
+  for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
+    for (threadIdx.x = 0; threadIdx.x < blockDim.x; ++threadIdx.x) kernel(work, axes);
+  }
+  return cudaSuccess;
+}
+
+}  // namespace fused_rope
