@@ -420,6 +420,8 @@ const HalfVectorCase kHalfVectorCases[] = {
      },
      true},
     {"LookUps", [](RotateParams& p) { p.rows.positions = {memory, true}; }, false},
+    {"Float64Entries", [](RotateParams& p) { p.table_dtype = DType::kFloat64; }, true},
+    {"ShortEntries", [](RotateParams& p) { p.table_dtype = DType::kBFloat16; }, false},
     {"SingleEntries", [](RotateParams& p) { p.cos.j = p.sin.j = 2; }, false},
 };
 

@@ -49,8 +49,7 @@ struct Place {
   uint32_t digits[3];
 };
 
-// What one step along each axis adds to an address, in bytes: all of it but the base fits in 32
-// bits.
+// What one step along each axis adds to an address, in bytes: each fits in 32 bits.
 struct Steps {
   uint32_t bytes[3];  // from the fastest axis to the slowest
 
@@ -171,8 +170,7 @@ struct Details {
 };
 
 // All that one launch is told: a box of q and one of k, in blocks one after the other or in turn.
-// A line of the constant cache holds 64 bytes, the first 48 of these on sm_90, and is waited for:
-// what the usual call needs comes first.
+// What calls without look-ups need comes first, in few lines of the constant cache.
 struct Work {
   uint32_t second_block;     // blocks from here on are the second side's
   uint32_t units, distance;  // threads of a head, lanes between the members of a pair
@@ -226,7 +224,7 @@ struct Work {
     details[side] = Details(p, t, plan, box, order);
   }
 };
-static_assert(offsetof(Work, sides) == 48 && sizeof(Side) == 96);
+static_assert(offsetof(Work, sides) == 48 && sizeof(Side) == 96, "without gaps");
 
 // The token at a place, as table_row asks for it: coordinates are put together only when needed.
 struct PlacedToken {
@@ -519,7 +517,6 @@ struct Turn {
 
 template <Rows kRows>
 __device__ __forceinline__ Turn turn_of(const Work& work, uint32_t block) {
-  // With rows for each head q's and k's heads read the same rows: the second finds them in cache.
   if (kRows == Rows::kPerHead && work.turns) return {block % 2 != 0, block / 2};
   const bool is_second = block >= work.second_block;
   return {is_second, block - (is_second ? work.second_block : 0)};
@@ -600,7 +597,8 @@ auto choose_vectors(const Plan& plan) {
       return rotate_kernel<T, Table, kPrecision, kArrangement, kLanes, kRows, false, false>;
   }
   if constexpr (kRows != Rows::kAxes) {
-    if constexpr (kRows == Rows::kLinear && kArrangement == Arrangement::kPair && sizeof(T) == 2) {
+    if constexpr (kRows == Rows::kLinear && kArrangement == Arrangement::kPair && sizeof(T) == 2 &&
+                  sizeof(Table) >= 4) {
       if (plan.vector < kLanes)
         return rotate_kernel<T, Table, kPrecision, kArrangement, kLanes / 2, kRows, true, true>;
     }

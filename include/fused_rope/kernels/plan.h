@@ -21,7 +21,8 @@ enum class Arrangement {
 // How a thread finds the table rows of its token.
 enum class Rows {
   kLinear,    // addresses are linear in batch, sequence and head, sin's a step beside cos's
-  kPerHead,   // the same, and heads have rows of their own, in vectors like the lanes
+  kPerHead,   // the same, and heads have rows of their own, in vectors like the lanes: q's and k's
+              // blocks take turns, so that the second finds its rows in cache
   kLookup,    // numbers in device memory name rows of the table or of the output
   kSections,  // the same, with several axes of positions, but one for all pairs of a thread
   kAxes,      // axes that differ within a thread
@@ -88,7 +89,7 @@ struct Plan {
   Rows rows;
   bool vector_tables;  // cos and sin can be read 16 bytes at a time
   bool keeps_tables;   // their lines, where read in vectors of 16 bytes, leave the L2 cache last
-  bool streams;        // lines of lanes leave it first
+  bool streams;        // lines of lanes, moved in such vectors, leave it first
   int vector;          // lanes moved at once: 16 or 8 bytes of them, or 1
   int rotating_units;  // threads of one head that rotate
   int units;           // threads of one head: those that rotate, then those that copy
@@ -101,7 +102,7 @@ constexpr int kWarp = 32;
 constexpr int kMaxThreads = 256;        // of a block
 constexpr int kResidentThreads = 1536;  // of a multiprocessor
 constexpr int kKeptShare = 4;           // tables of up to a quarter of the L2 cache are kept in it
-constexpr int kHeavyShare = 10;         // tables of more than a tenth of the lanes make them stream
+constexpr int kHeavyShare = 10;  // tables of more than a tenth of many lanes make them stream
 constexpr int64_t kMaxWork = int64_t{1} << 30;  // threads of one launch
 
 constexpr int64_t ceil_divide(int64_t n, int64_t by) { return (n + by - 1) / by; }
@@ -217,10 +218,12 @@ inline double moved_lanes(const RotateParams& p) {
          static_cast<double>(moved_lanes_of_head(p));
 }
 
-// The calls for which there are vectors of 8 bytes beside those of 16.
+// The calls for which there are vectors of 8 bytes beside those of 16. What is moved in them has no
+// policy of the L2 cache, so lanes must not need one, and entries must still come 16 bytes at once.
 inline bool has_half_vectors(const RotateParams& p, const Plan& plan) {
   return plan.rows == Rows::kLinear && plan.arrangement == Arrangement::kPair && plan.plain &&
-         plan.vector > 1 && plan.vector_tables && size_of(p.dtype) == 2 && !plan.streams;
+         plan.vector > 1 && size_of(p.dtype) == 2 && !plan.streams && plan.vector_tables &&
+         size_of(p.table_dtype) >= 4;
 }
 
 // Threads for each multiprocessor, where each moves so many lanes.
