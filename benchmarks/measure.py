@@ -20,7 +20,7 @@ GRAPH_BYTES = 8e9  # a graph moves this much, some 2 ms, so that its own launch 
 GRAPH_CALLS = 512  # or holds this many calls, whichever is less
 L2_MULTIPLE = 3
 PACE_BYTES = 128 << 20  # more than an L2 cache
-SLOWED = 1.03
+SLOWED = 1.03  # times its best is more than copies differ between runs
 
 
 @dataclass(frozen=True)
@@ -124,16 +124,16 @@ class CloneGraph(Graph):
 
 
 class Pace:
-    """Whether a GPU is as fast as it was at its best in this process.
+    """Whether a GPU copies as fast as it did at its best in this process.
 
-    A card that is hot, or short of power, slows down for seconds or minutes: copies by up to half,
-    what is bound by instructions by more.
+    A card that is hot, or short of power, slows down for seconds or minutes, what is bound by
+    instructions more than copies.
     """
 
     def __init__(self, device: torch.device) -> None:
-        source = torch.randn(2, PACE_BYTES // 2, dtype=torch.bfloat16, device=device)
-        source[0].clone()
-        self._graph = Graph([x.clone for x in source] * 4)
+        source = torch.randn(PACE_BYTES // 2, dtype=torch.bfloat16, device=device)
+        copy = functools.partial(source.clone().copy_, source)
+        self._graph = Graph([copy] * 8)
         self._best = float("inf")
 
     def slowed(self) -> bool:
