@@ -62,7 +62,9 @@ def work(rank: int, backend: str, folder: Path) -> None:
         except Exception:
             failures[name] = traceback.format_exc()
     (folder / f"{rank}.pickle").write_bytes(pickle.dumps(failures))
-    dist.destroy_process_group()
+    dist.barrier()
+    # A thread of torch's that still runs while the interpreter is taken down aborts the process.
+    os._exit(0)
 
 
 def two_gpus() -> bool:
