@@ -139,10 +139,10 @@ class Pace:
     def slowed(self) -> bool:
         return self.is_slow(self._graph.time(QUICK).median)
 
-    def is_slow(self, time: float) -> bool:
-        """Whether a time of the same copies is more than a few percent above the least so far."""
-        self._best = min(self._best, time)
-        return time > SLOWED * self._best
+    def is_slow(self, copy_us: float) -> bool:
+        """Whether the copies took more than a few percent longer than they ever did."""
+        self._best = min(self._best, copy_us)
+        return copy_us > SLOWED * self._best
 
 
 def pace_of(device: torch.device) -> Pace | None:

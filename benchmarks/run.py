@@ -45,6 +45,7 @@ from trial import Bench, Trial
 
 HERE = Path(__file__).resolve().parent
 Row = dict[str, Any]
+Yardstick = measure.CloneGraph | measure.Memcpy
 PEAK_WORKS = (Work(CASES["train"]),)
 SECONDS_A_FIGURE, SECONDS_A_COMPILATION = 0.4, 4
 TRIES = 3  # of a figure during which the card slowed down
@@ -126,29 +127,30 @@ class Runner:
         self, bench: Bench, direction: str, providers: Sequence[Provider], progress: tqdm
     ) -> Iterator[Row]:
         yardstick = self._yardstick(yardstick_bytes(bench.work, direction))
+        before = self._settled(yardstick)
         for trial in self._trials(bench, direction, providers, progress):
             try:
-                row = self._steady(trial, yardstick)
+                row = self._steady(trial, yardstick, before)
             except Exception as error:
                 self._refuse(bench.work, direction, trial.provider, error)
                 continue
+            before = self._settled(yardstick) if "slowed" in row else row["yardsticks"][1]
             yield row
             if self.on_gpu and bench.work in PEAK_WORKS:
                 yield self._peak(trial)
 
-    def _steady(self, trial: Trial, yardstick: measure.CloneGraph | measure.Memcpy) -> Row:
+    def _steady(self, trial: Trial, yardstick: Yardstick, before: float) -> Row:
         """One figure between two yardsticks; taken again where the card slowed down meanwhile.
 
         Once the run has waited long enough for its card, figures are only marked.
         """
-        for _ in range(TRIES):
-            self._settle()
-            before = yardstick.time(self.effort).median
+        for left in reversed(range(TRIES)):
             figure = self._replayed(trial) if self.on_gpu else self._passed(trial)
             after = yardstick.time(self.effort).median
-            slowed = self.pace is not None and self.pace.slowed()
-            if not slowed or self.rest == 0:
+            slowed = self._slowed()
+            if not (slowed and left and self.rest):
                 break
+            before = self._settled(yardstick)
         row = row_of(trial, "gpu_us" if self.on_gpu else "cpu_us", figure, (before, after))
         if slowed:
             row["slowed"] = True
@@ -156,13 +158,17 @@ class Runner:
             self.slowed.append(f"{work.name} {trial.direction} {trial.provider.name}")
         return row
 
-    def _settle(self) -> None:
-        """Waits for the card to be as fast as it was, a minute in a whole run at most."""
-        while self.pace is not None and self.rest > 0 and self.pace.slowed():
+    def _slowed(self) -> bool:
+        return self.pace is not None and self.pace.slowed()
+
+    def _settled(self, yardstick: Yardstick) -> float:
+        """The yardstick, once the card is as fast as it was or the run has waited long enough."""
+        while self.rest and self._slowed():
             time.sleep(1)
             self.rest -= 1
+        return yardstick.time(self.effort).median
 
-    def _yardstick(self, moved: int) -> measure.CloneGraph | measure.Memcpy:
+    def _yardstick(self, moved: int) -> Yardstick:
         if self.on_gpu:
             return measure.CloneGraph(moved, self.cache, self.device, self.effort)
         return measure.Memcpy(moved, self.cache, self.effort)
