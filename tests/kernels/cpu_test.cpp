@@ -112,8 +112,8 @@ class Rotation {
     p_.D = c.D;
     p_.count = static_cast<int>(c.heads.size());
     p_.lanes = {P(), c.rotary_offset, c.interleaved ? 1 : P() / c.blocks};
-    p_.dtype = dtype_of<T>();
-    p_.table_dtype = dtype_of<Table>();
+    p_.dtype = testing::kDType<T>;
+    p_.table_dtype = testing::kDType<Table>;
     p_.precision = precision;
     p_.inverse = inverse;
     p_.in_place = c.in_place;
@@ -151,13 +151,6 @@ class Rotation {
 
  private:
   int64_t P() const { return c_.R / 2; }
-
-  template <typename U>
-  static DType dtype_of() {
-    if (std::is_same_v<U, Float16>) return DType::kFloat16;
-    if (std::is_same_v<U, BFloat16>) return DType::kBFloat16;
-    return std::is_same_v<U, float> ? DType::kFloat32 : DType::kFloat64;
-  }
 
   void make_tables() {
     const int64_t step = c_.strided_tables ? 3 : 1;

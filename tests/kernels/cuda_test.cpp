@@ -14,25 +14,20 @@
 namespace fused_rope {
 namespace {
 
+using testing::kDType;
 using testing::Random;
 
 constexpr int64_t kRows = 24;   // M
+constexpr int64_t kBeside = 3;  // heads of k beside q's, at most
 constexpr int64_t kGuard = 16;  // elements that nobody may touch around every tensor
-
-template <typename T>
-constexpr DType kDType = std::is_same_v<T, Float16>    ? DType::kFloat16
-                         : std::is_same_v<T, BFloat16> ? DType::kBFloat16
-                         : std::is_same_v<T, float>    ? DType::kFloat32
-                                                       : DType::kFloat64;
 
 // Memory that starts on a 64-byte boundary, full of random numbers.
 template <typename T>
 class Memory {
  public:
   Memory() = default;
-  Memory(int64_t size, double scale, Random& random) : lines_(size * sizeof(T) / 64 + 2) {
-    for (int64_t i = 0; i < size; ++i)
-      data()[i] = narrow<T>(static_cast<Wide<T>>(scale * random.normal()));
+  Memory(int64_t size, Random& random) : lines_(size * sizeof(T) / 64 + 2) {
+    for (int64_t i = 0; i < size; ++i) data()[i] = narrow<T>(static_cast<Wide<T>>(random.normal()));
   }
   T* data() { return reinterpret_cast<T*>(lines_.data()); }
   bool operator==(const Memory& other) const {
@@ -130,8 +125,8 @@ class Call {
     }
     p_.rows.gathered = form != 0;
     const int64_t size = form == 0 ? kRows * row : p_.B * p_.S * H * row;
-    cos_ = Memory<Table>(size + kGuard, 1, random_);
-    sin_ = Memory<Table>(3 * size + kGuard, 1, random_);
+    cos_ = Memory<Table>(size + kGuard, random_);
+    sin_ = Memory<Table>(3 * size + kGuard, random_);
     p_.cos = p_.sin = t;
     if (chance(4)) {  // sin takes other steps
       p_.sin = {nullptr, 2 * t.m, 2 * t.b, 2 * t.s, 2 * t.h, t.j};
@@ -205,8 +200,13 @@ class Call {
   }
 
   size_t add(int64_t size) {
-    memory_.emplace_back(size + 2 * kGuard, 1, random_);
+    memory_.emplace_back(size + 2 * kGuard, random_);
     return memory_.size() - 1;
+  }
+
+  // Heads that a tensor's memory has room for: its own, and k's beside q's.
+  int64_t held_heads(const TensorParams& t) const {
+    return std::max<int64_t>(t.H + (packed_ ? std::max(kBeside, heads_) : 0), 1);
   }
 
   void draw_tensor(int i) {
@@ -216,13 +216,11 @@ class Call {
     int64_t size = 0;
     if (beside) {  // k goes on where q ends
       t = p_.tensors[0];
-      t.H = p_.per_head ? heads_ : 1 + random_.below(packed_heads_);
+      t.H = p_.per_head ? heads_ : 1 + random_.below(kBeside);
       in_[1] = {in_[0].memory, in_[0].first + p_.tensors[0].H * t.in_strides.h};
     } else {
       packed_ = i == 0 && chance(2);
-      packed_heads_ = 3;
-      const int64_t held = t.H + (packed_ ? std::max<int64_t>(packed_heads_, heads_) : 0);
-      t.in_strides = draw_strides(p_.B, p_.S, std::max<int64_t>(held, 1), &size);
+      t.in_strides = draw_strides(p_.B, p_.S, held_heads(t), &size);
       in_[i] = {add(size), kGuard};
     }
     if (p_.in_place) {
@@ -241,20 +239,19 @@ class Call {
       p_.rows.out_rows_limit = 2 * p_.B * p_.S;
       t.out_strides = draw_strides(1, p_.rows.out_rows_limit, std::max<int64_t>(t.H, 1), &size);
     } else {
-      const int64_t held = t.H + (packed_ ? std::max<int64_t>(packed_heads_, heads_) : 0);
       if (beside && chance(2)) {  // k's output goes on where q's ends
         t.out_strides = p_.tensors[0].out_strides;
         out_[i] = {out_[0].memory, out_[0].first + p_.tensors[0].H * t.out_strides.h};
         return;
       }
-      t.out_strides = draw_strides(p_.B, p_.S, std::max<int64_t>(held, 1), &size);
+      t.out_strides = draw_strides(p_.B, p_.S, held_heads(t), &size);
     }
     out_[i] = {add(size), kGuard};
   }
 
   Random random_;
   RotateParams p_ = {};
-  int64_t heads_ = 0, packed_heads_ = 0;
+  int64_t heads_ = 0;
   bool packed_ = false;
   Memory<Table> cos_, sin_;
   std::vector<int64_t> axes_;
@@ -287,9 +284,8 @@ void check(std::map<std::string, int>& seen) {
       const Plan plan = make_plan(p, facts, overrides);
       SCOPED_TRACE(name_of(plan));
       if (plan.units == 0) return;
-      const bool in_place = given.in_place;
       ++seen[name_of(plan)];
-      if (p.count < given.count) ++seen[in_place ? "joined in place" : "joined"];
+      if (p.count < given.count) ++seen[p.in_place ? "joined in place" : "joined"];
       EXPECT_EQ((launch_rows<T, Table, kPrecision>(p, plan, nullptr)), cudaSuccess);
     };
     const auto on_cpu = [](const RotateParams& p) { rotate_tokens(p, 0, p.B * p.S); };

@@ -33,6 +33,12 @@ inline constexpr Format kFormat<Float16> = {10, -14, 15};
 template <>
 inline constexpr Format kFormat<BFloat16> = {7, -126, 127};
 
+template <typename T>
+constexpr DType kDType = std::is_same_v<T, Float16>    ? DType::kFloat16
+                         : std::is_same_v<T, BFloat16> ? DType::kBFloat16
+                         : std::is_same_v<T, float>    ? DType::kFloat32
+                                                       : DType::kFloat64;
+
 // The distance between the neighbours of `value` in a format.
 inline double ulp(const Format& format, double value) {
   const int exponent = value == 0 ? format.min_exponent : std::ilogb(value);
