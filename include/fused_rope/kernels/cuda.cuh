@@ -176,7 +176,7 @@ struct Work {
   uint32_t units, distance;  // threads of a head, lanes between the members of a pair
   Quotient by_units, by_distance;
   uint32_t first_lane, to_partner;     // of pair 0, and kPair: from a lane to its partner's
-  uint32_t lane_policy, table_policy;  // of the L2 cache
+  uint64_t lane_policy, table_policy;  // of the L2 cache
   bool inverse;                        // kPair: done by first_lane and to_partner
   bool in_place;
   uint8_t turns;  // kPerHead, 1: odd blocks are the second side's
@@ -224,7 +224,6 @@ struct Work {
     details[side] = Details(p, t, plan, box, order);
   }
 };
-static_assert(offsetof(Work, sides) == 48 && sizeof(Side) == 96, "without gaps");
 
 // The token at a place, as table_row asks for it: coordinates are put together only when needed.
 struct PlacedToken {
@@ -262,30 +261,36 @@ constexpr bool kHasPolicy = sizeof(V) == kVectorBytes;
 constexpr bool kHasPolicy = false;
 #endif
 
+// Reads a vector if it is `wanted`, without a branch.
 template <int kLanes, typename T>
-__device__ __forceinline__ Vector<T, kLanes> load(const T* from, uint32_t policy) {
+__device__ __forceinline__ Vector<T, kLanes> load(const T* from, uint64_t policy, bool wanted) {
   using V = Vector<T, kLanes>;
+  V value{};
   if constexpr (kHasPolicy<V>) {
     uint4 raw;
-    asm volatile("ld.global.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
-                 : "=r"(raw.x), "=r"(raw.y), "=r"(raw.z), "=r"(raw.w)
-                 : "l"(from), "l"(policy_of(policy)));
-    V value;
+    asm volatile(
+        "{\n"
+        ".reg .pred wanted;\n"
+        "setp.ne.u32 wanted, %6, 0;\n"
+        "@wanted ld.global.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;\n"
+        "}"
+        : "=r"(raw.x), "=r"(raw.y), "=r"(raw.z), "=r"(raw.w)
+        : "l"(from), "l"(policy), "r"(static_cast<uint32_t>(wanted)));
     std::memcpy(&value, &raw, sizeof(value));
-    return value;
-  } else {
-    return *reinterpret_cast<const V*>(from);
+  } else if (wanted) {
+    value = *reinterpret_cast<const V*>(from);
   }
+  return value;
 }
 
 template <typename T, int kLanes>
-__device__ __forceinline__ void store(T* to, const Vector<T, kLanes>& value, uint32_t policy) {
+__device__ __forceinline__ void store(T* to, const Vector<T, kLanes>& value, uint64_t policy) {
   using V = Vector<T, kLanes>;
   if constexpr (kHasPolicy<V>) {
     uint4 raw;
     std::memcpy(&raw, &value, sizeof(raw));
     asm volatile("st.global.L2::cache_hint.v4.u32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(to),
-                 "r"(raw.x), "r"(raw.y), "r"(raw.z), "r"(raw.w), "l"(policy_of(policy))
+                 "r"(raw.x), "r"(raw.y), "r"(raw.z), "r"(raw.w), "l"(policy)
                  : "memory");
   } else {
     *reinterpret_cast<V*>(to) = value;
@@ -296,13 +301,13 @@ __device__ __forceinline__ void store(T* to, const Vector<T, kLanes>& value, uin
 // neighbours and aligned.
 template <typename T, Precision kPrecision, int kPairs, bool kVectors, typename Table>
 __device__ __forceinline__ void load_entries(const Table* row, uint32_t pair, int64_t stride,
-                                             uint32_t policy, Wide<T>* entries) {
+                                             uint64_t policy, Wide<T>* entries) {
   if constexpr (kVectors) {
     constexpr int kLoad =
         kPairs * sizeof(Table) > kVectorBytes ? kVectorBytes / sizeof(Table) : kPairs;
 #pragma unroll
     for (int i = 0; i < kPairs; i += kLoad) {
-      const auto loaded = load<kLoad>(row + pair + i, policy);
+      const auto loaded = load<kLoad>(row + pair + i, policy, true);
 #pragma unroll
       for (int j = 0; j < kLoad; ++j)
         entries[i + j] = rounded<T, kPrecision>(widen(loaded.lane[j]));
@@ -388,14 +393,14 @@ struct Unit {
     }
   }
 
-  __device__ __forceinline__ void load_lanes(const char* head, int64_t stride, uint32_t policy,
-                                             Vectors& x) const {
+  __device__ __forceinline__ void load_lanes(const char* head, int64_t stride, uint64_t policy,
+                                             bool wanted, Vectors& x) const {
 #pragma unroll
     for (int i = 0; i < kVectors; ++i)
-      x[i] = load<kLanes>(reinterpret_cast<const T*>(head) + at(i, stride), policy);
+      x[i] = load<kLanes>(reinterpret_cast<const T*>(head) + at(i, stride), policy, wanted);
   }
 
-  __device__ __forceinline__ void store_lanes(char* head, int64_t stride, uint32_t policy,
+  __device__ __forceinline__ void store_lanes(char* head, int64_t stride, uint64_t policy,
                                               const Vectors& x) const {
 #pragma unroll
     for (int i = 0; i < kVectors; ++i)
@@ -530,13 +535,15 @@ __global__ void __launch_bounds__(kMaxThreads, min_blocks<T, Table>(kRows))
   const Side& side = work.sides[turn.is_second];
   const Details& details = work.details[turn.is_second];
   uint32_t index = turn.block * blockDim.x + threadIdx.x;
-  if (index >= side.threads) return;
+  const bool has_work = index < side.threads;
   const Place place = side.locate(work.units, work.by_units, index);
   Unit<T, Table, kPrecision, kArrangement, kLanes, kRows, kVectorTables, kPlain> unit(work, index);
 
-  // The lanes are on their way before anything waits for a position or a table row.
+  // The lanes are on their way before anything waits for a position, a table row, or the branch
+  // of threads beyond the last head.
   typename decltype(unit)::Vectors x;
-  unit.load_lanes(side.in + side.in_steps.to(place), details.in_d, work.lane_policy, x);
+  unit.load_lanes(side.in + side.in_steps.to(place), details.in_d, work.lane_policy, has_work, x);
+  if (!has_work) return;
 
   const PlacedToken token = {work, details, place};
   const auto find_rows = [&](uint32_t axis) {

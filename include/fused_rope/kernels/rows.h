@@ -22,16 +22,17 @@ FUSED_ROPE_HOST_DEVICE bool is_row(int64_t index, int64_t rows) {
 FUSED_ROPE_HOST_DEVICE int64_t load_index(const IndexParams& index, int64_t i) {
   const char* at = static_cast<const char*>(index.data) + i * size_of(index);
 #if __CUDA_ARCH__ >= 800
-  constexpr uint64_t kPolicy = policy_of(kLastInL2);
   if (index.is_int64) {
     int64_t value;
     asm volatile("ld.global.L2::cache_hint.s64 %0, [%1], %2;"
                  : "=l"(value)
-                 : "l"(at), "l"(kPolicy));
+                 : "l"(at), "l"(kLastInL2));
     return value;
   }
   int32_t value;
-  asm volatile("ld.global.L2::cache_hint.s32 %0, [%1], %2;" : "=r"(value) : "l"(at), "l"(kPolicy));
+  asm volatile("ld.global.L2::cache_hint.s32 %0, [%1], %2;"
+               : "=r"(value)
+               : "l"(at), "l"(kLastInL2));
   return value;
 #else
   return index.is_int64 ? *reinterpret_cast<const int64_t*>(at)
