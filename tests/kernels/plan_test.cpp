@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <limits>
+#include <random>
 #include <set>
 #include <vector>
 
@@ -803,16 +804,17 @@ void PrintTo(const StrideCase& c, std::ostream* out) { *out << c.name; }
 
 class BoxesOfHugeStrides : public ::testing::TestWithParam<StrideCase> {};
 
-// Along an axis whose stride needs more than 32 bits a box has one coordinate; along others it is
-// not cut.
+// Along an axis whose steps need more than 32 bits a box has one coordinate; along others it is not
+// cut.
 TEST_P(BoxesOfHugeStrides, HoldOneCoordinate) {
   const int64_t large = (int64_t{1} << 32) / GetParam().size;
+  const int64_t fits = INT32_MAX / 7 / GetParam().size;  // also for a run of all heads
   const Box whole = {{0, 0, 0}, {5, 6, 7}};
   for (const auto& [strides, count] : {std::pair{Strides{large, 64, 64, 1}, 5},
                                        {Strides{64, large, 64, 1}, 6},
                                        {Strides{64, 64, large, 1}, 7},
                                        {Strides{large, 64, large, 1}, 35},
-                                       {Strides{large - 1, 64, large - 1, 1}, 1},
+                                       {Strides{fits, 64, 64, 1}, 1},
                                        {Strides{64, 64, 64, large}, 1}}) {
     RotateParams p = call(5, 6, 7, 64, 64);
     p.tensors[0].in_strides = p.tensors[0].out_strides = kShort;
@@ -847,6 +849,60 @@ const StrideCase kStrideCases[] = {
 
 INSTANTIATE_TEST_SUITE_P(Of, BoxesOfHugeStrides, ::testing::ValuesIn(kStrideCases),
                          [](const auto& info) { return std::string(info.param.name); });
+
+// Heads after heads, runs after runs: no step is longer than a head, however large the tensor.
+TEST(BoxesOfHugeTensors, AreNotCutWhereMemoryIsContiguous) {
+  RotateParams p = call(4, 6, 7, 64, 64);
+  const int64_t h = int64_t{1} << 29;
+  p.tensors[0].in_strides = p.tensors[0].out_strides = {42 * h, 7 * h, h, 1};
+  EXPECT_EQ(boxes_of(p, {{0, 0, 0}, {4, 6, 7}}, 8).size(), 1u);
+}
+
+// The output of the other memory order: a run of heads takes back more than 32 bits.
+TEST(BoxesOfHugeTensors, AreCutAlongRunsThatAreTooLong) {
+  RotateParams p = call(1, 6, 8, 64, 64);
+  const int64_t h = int64_t{1} << 28;
+  p.tensors[0].in_strides = {0, 8 * 64, 64, 1};
+  p.tensors[0].out_strides = {0, 64, h, 1};
+  const std::vector<Box> boxes = boxes_of(p, {{0, 0, 0}, {1, 6, 8}}, 8);
+  ASSERT_EQ(boxes.size(), 2u);
+  for (const Box& box : boxes) EXPECT_EQ(box.size[kHead], 4);
+}
+
+// Whatever the strides: what a place adds to an address is what its coordinates add.
+TEST(Steps, LeadToEveryCoordinate) {
+  std::mt19937_64 random(7);
+  const auto below = [&](int64_t n) { return static_cast<int64_t>(random() % n); };
+  const auto stride = [&] { return below(4) == 0 ? 0 : below(int64_t{1} << below(33)) + 1; };
+  const auto strides = [&] { return Strides{stride(), stride(), stride(), 1}; };
+  for (int round = 0; round < 2000; ++round) {
+    const Box whole = {{0, 0, 0}, {1 + below(4), 1 + below(4), 1 + below(4)}};
+    RotateParams p = call(whole.size[kBatch], whole.size[kSequence], whole.size[kHead], 64, 64);
+    TensorParams& t = p.tensors[0];
+    t.in_strides = strides();
+    t.out_strides = strides();
+    gather(p, strides(), strides());
+    const Plan plan = make_plan(p, kLargeCache);
+    const Walks walks = walks_of(p, t, plan.rows);
+    Exact covered = 0;
+    for (const Box& box : boxes_of(p, whole, 8)) {
+      const Runs runs = {memory_order(p, t), box};
+      covered += volume(box);
+      for (uint32_t head = 0; head < runs.heads(); ++head) {
+        const auto fast = static_cast<uint32_t>(runs.size(0));
+        const auto middle = static_cast<uint32_t>(runs.size(1));
+        const Place place = {{head, head / fast, head / fast / middle}};
+        const uint32_t at[] = {head % fast, head / fast % middle, head / fast / middle};
+        for (const Strides& walk : walks) {
+          int64_t expected = 0;
+          for (size_t i = 0; i < 3; ++i) expected += at[i] * stride_of(walk, runs.order[i]);
+          ASSERT_EQ(Steps(walk, runs).to(place), expected) << "round " << round;
+        }
+      }
+    }
+    ASSERT_TRUE(covered == volume(whole)) << "round " << round;
+  }
+}
 
 TEST(BoxesOfHugeRows, HoldOneTokenWhereNothingIsLookedUp) {
   RotateParams p = call(5, 6, 7, 64, 64);

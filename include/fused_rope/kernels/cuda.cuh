@@ -3,8 +3,6 @@
 // to know about values is data.
 #pragma once
 
-#include <cstddef>
-
 #include "fused_rope/kernels/launch.h"
 #include "fused_rope/kernels/rows.h"
 
@@ -43,38 +41,10 @@ struct NoAxes {};
 template <Rows kRows>
 using AxesOf = std::conditional_t<has_axes(kRows), PairAxes, NoAxes>;
 
-// Where a thread works, counted from the first token and head of its box: from the fastest axis to
-// the slowest.
-struct Place {
-  uint32_t digits[3];
-};
-
-// What one step along each axis adds to an address, in bytes: each fits in 32 bits.
-struct Steps {
-  uint32_t bytes[3];  // from the fastest axis to the slowest
-
-  Steps() = default;
-  Steps(const Strides& elements, int size, const std::array<Axis, 3>& order) {
-    // What does not fit is the stride of an axis along which the box has one coordinate, 0.
-    for (int i = 0; i < 3; ++i)
-      bytes[i] = static_cast<uint32_t>(stride_of(elements, order[i]) * size);
-  }
-
-  // From the coordinate that is known first to the one that is known last.
-  __device__ __forceinline__ uint64_t to(const Place& place) const {
-    uint64_t offset = 0;
-#pragma unroll
-    for (int i = 2; i >= 0; --i) offset += uint64_t{place.digits[i]} * bytes[i];
-    return offset;
-  }
-};
-
-// The element at the first coordinates of a box.
-inline const char* first_of(const void* data, const Strides& elements, int size, const Box& box) {
-  return static_cast<const char*>(data) +
-         (box.first[kBatch] * elements.b + box.first[kSequence] * elements.s +
-          box.first[kHead] * elements.h) *
-             size;
+// What is at the first coordinates of a box; strides in bytes.
+inline const char* first_of(const void* data, const Strides& bytes, const Box& box) {
+  return static_cast<const char*>(data) + box.first[kBatch] * bytes.b +
+         box.first[kSequence] * bytes.s + box.first[kHead] * bytes.h;
 }
 
 // Pair 0 of a token's rows, if it is not copied through.
@@ -87,7 +57,6 @@ struct TableRows {
 // All of a box of one tensor that a thread needs where nothing is looked up.
 struct Side {
   uint32_t threads;
-  uint32_t fast, middle;      // coordinates along the two fastest axes
   Quotient outer, outermost;  // by threads of the fastest axis, of the two fastest
   Steps in_steps;
   const char* in;
@@ -98,46 +67,39 @@ struct Side {
 
   Side() = default;
 
-  Side(const RotateParams& p, const TensorParams& t, const Plan& plan, const Box& box,
-       const std::array<Axis, 3>& order)
-      : threads(static_cast<uint32_t>(box.size[0] * box.size[1] * box.size[2] * plan.units)),
-        fast(static_cast<uint32_t>(box.size[order[0]])),
-        middle(static_cast<uint32_t>(box.size[order[1]])),
-        outer(int64_t{fast} * plan.units),
-        outermost(int64_t{fast} * middle * plan.units),
-        in_steps(t.in_strides, size_of(p.dtype), order),
-        in(first_of(t.in, t.in_strides, size_of(p.dtype), box)),
-        cos(first_entry(p, p.cos, plan, box)),
-        sin_after_cos(first_entry(p, p.sin, plan, box) - cos),
-        cos_steps(linear_strides(p.cos, plan.rows), size_of(p.table_dtype), order) {
-    const Strides out_strides =
-        t.scattered ? Strides{0, 0, t.out_strides.h, t.out_strides.d} : t.out_strides;
-    out_steps = Steps(out_strides, size_of(p.dtype), order);
-    out = const_cast<char*>(first_of(t.out, out_strides, size_of(p.dtype), box));
-  }
+  Side(const RotateParams& p, const TensorParams& t, const Plan& plan, const Walks& walks,
+       const Runs& runs)
+      : threads(static_cast<uint32_t>(runs.heads() * plan.units)),
+        outer(runs.size(0) * plan.units),
+        outermost(runs.size(0) * runs.size(1) * plan.units),
+        in_steps(walks[kIn], runs),
+        in(first_of(t.in, walks[kIn], runs.box)),
+        cos(first_entry(p, p.cos, plan, walks[kCos], runs.box)),
+        sin_after_cos(first_entry(p, p.sin, plan, walks[kSin], runs.box) - cos),
+        cos_steps(walks[kCos], runs),
+        out_steps(walks[kOut], runs),
+        out(const_cast<char*>(first_of(t.out, walks[kOut], runs.box))) {}
 
   // Where thread `index` works; index becomes that of its unit. No division waits for another.
   __device__ __forceinline__ Place locate(uint32_t units, const Quotient& by_units,
                                           uint32_t& index) const {
-    const uint32_t row = by_units.of(index);
-    const uint32_t x = outer.of(index);
-    const uint32_t y = outermost.of(index);
-    index -= row * units;
-    return {{row - x * fast, x - y * middle, y}};
+    const Place place = {{by_units.of(index), outer.of(index), outermost.of(index)}};
+    index -= place.before[0] * units;
+    return place;
   }
 
  private:
   static const char* first_entry(const RotateParams& p, const TableParams& table, const Plan& plan,
-                                 const Box& box) {
+                                 const Strides& bytes, const Box& box) {
     const int64_t row = is_linear(plan.rows) ? p.rows.offset * table.m : 0;
-    const int size = size_of(p.table_dtype);
-    return first_of(table.data, linear_strides(table, plan.rows), size, box) + row * size;
+    return first_of(table.data, bytes, box) + row * size_of(p.table_dtype);
   }
 };
 
 // The rest that is known of a box.
 struct Details {
   Axis order[2];
+  uint32_t fast, middle;  // coordinates along the two fastest axes
   bool scattered;
   int64_t in_d, out_d, out_row;  // strides of lanes and of scattered rows
   int64_t first[3];              // by Axis
@@ -146,26 +108,25 @@ struct Details {
 
   Details() = default;
 
-  Details(const RotateParams& p, const TensorParams& t, const Plan& plan, const Box& box,
-          const std::array<Axis, 3>& axes)
-      : order{axes[0], axes[1]},
+  Details(const RotateParams& p, const TensorParams& t, const Walks& walks, const Runs& runs)
+      : order{runs.order[0], runs.order[1]},
+        fast(static_cast<uint32_t>(runs.size(0))),
+        middle(static_cast<uint32_t>(runs.size(1))),
         scattered(t.scattered),
         in_d(t.in_strides.d),
         out_d(t.out_strides.d),
         out_row(t.out_strides.s),
-        first{box.first[0], box.first[1], box.first[2]},
-        sin_steps(linear_strides(p.sin, plan.rows), size_of(p.table_dtype), axes) {
-    const Strides strides = {p.rows.positions_b, p.rows.positions_s, 0, 0};
-    const int size = size_of(p.rows.positions);
-    positions_steps = Steps(strides, size, axes);
-    positions = first_of(p.rows.positions.data, strides, size, box);
-  }
+        first{runs.box.first[0], runs.box.first[1], runs.box.first[2]},
+        sin_steps(walks[kSin], runs),
+        positions_steps(walks[kPositions], runs),
+        positions(first_of(p.rows.positions.data, walks[kPositions], runs.box)) {}
 
   // The coordinate along an axis, within the box.
   __device__ __forceinline__ uint32_t along(const Place& place, Axis axis) const {
-    return order[0] == axis   ? place.digits[0]
-           : order[1] == axis ? place.digits[1]
-                              : place.digits[2];
+    const auto& before = place.before;
+    return order[0] == axis   ? before[0] - before[1] * fast
+           : order[1] == axis ? before[1] - before[2] * middle
+                              : before[2];
   }
 };
 
@@ -219,9 +180,10 @@ struct Work {
 
   void set(int side, const RotateParams& p, const TensorParams& t, const Plan& plan,
            const Box& box) {
-    const std::array<Axis, 3> order = memory_order(p, t);
-    sides[side] = Side(p, t, plan, box, order);
-    details[side] = Details(p, t, plan, box, order);
+    const Walks walks = walks_of(p, t, plan.rows);
+    const Runs runs = {memory_order(p, t), box};
+    sides[side] = Side(p, t, plan, walks, runs);
+    details[side] = Details(p, t, walks, runs);
   }
 };
 

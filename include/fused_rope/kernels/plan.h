@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <cstdlib>
 #include <numeric>
 #include <optional>
 
@@ -302,33 +303,98 @@ inline Plan make_plan(const RotateParams& p, const DeviceFacts& device,
   return plan;
 }
 
-// How a table's entries follow batch, sequence and head. Where no row is looked up, a shared table
-// has its rows along the sequence.
-inline Strides linear_strides(const TableParams& table, Rows rows) {
-  return {table.b, table.s + (is_linear(rows) ? table.m : 0), table.h, table.j};
-}
-
 inline int64_t stride_of(const Strides& strides, Axis axis) {
   return axis == kBatch ? strides.b : axis == kSequence ? strides.s : strides.h;
 }
 
-// The longest step of a launch along an axis, in bytes.
-inline int64_t longest_stride(const RotateParams& p, const TensorParams& t, Rows rows, Axis axis) {
-  const bool scattered = t.scattered && axis != kHead;
-  const Strides positions = {p.rows.positions_b, p.rows.positions_s, 0, 0};
-  return std::max({stride_of(t.in_strides, axis) * size_of(p.dtype),
-                   scattered ? 0 : stride_of(t.out_strides, axis) * size_of(p.dtype),
-                   stride_of(linear_strides(p.cos, rows), axis) * size_of(p.table_dtype),
-                   stride_of(linear_strides(p.sin, rows), axis) * size_of(p.table_dtype),
-                   stride_of(positions, axis) * size_of(p.rows.positions)});
+// What a launch walks through, and how each follows batch, sequence and heads, in bytes.
+enum Walk { kIn, kOut, kCos, kSin, kPositions };
+using Walks = std::array<Strides, 5>;
+
+inline Walks walks_of(const RotateParams& p, const TensorParams& t, Rows rows) {
+  const auto in_bytes = [](const Strides& s, int size) {
+    return Strides{s.b * size, s.s * size, s.h * size, s.d * size};
+  };
+  // Where no row is looked up, a shared table has its rows along the sequence.
+  const auto entries = [&](const TableParams& table) {
+    const int64_t s = table.s + (is_linear(rows) ? table.m : 0);
+    return in_bytes({table.b, s, table.h, table.j}, size_of(p.table_dtype));
+  };
+  const Strides& out = t.out_strides;
+  const int size = size_of(p.dtype);
+  return {in_bytes(t.in_strides, size),
+          in_bytes(t.scattered ? Strides{0, 0, out.h, out.d} : out, size), entries(p.cos),
+          entries(p.sin),
+          in_bytes({p.rows.positions_b, p.rows.positions_s, 0, 0}, size_of(p.rows.positions))};
 }
 
-// The axis along which a box must be halved before its threads and its strides fit in 32 bits, if
+// The axes of a box from the fastest to the slowest: a run of the first is one step of the second.
+struct Runs {
+  std::array<Axis, 3> order;
+  Box box;
+
+  int64_t size(int i) const { return box.size[order[i]]; }
+  int64_t heads() const { return size(0) * size(1) * size(2); }
+};
+
+// Where a thread works: the heads of its box before its own, the whole runs of the fastest axis
+// before it, those of the two fastest.
+struct Place {
+  uint32_t before[3];
+};
+
+// What each head, run and run of runs before a place adds to an address, in bytes. A run takes back
+// what its heads have added, so that no coordinate is needed:
+// heads * step + runs * (step of the next axis - heads of a run * step) + ...
+struct Steps {
+  int32_t bytes[3];
+
+  Steps() = default;
+  Steps(const Strides& walk, const Runs& runs) {
+    for (int i = 0; i < 3; ++i) bytes[i] = static_cast<int32_t>(exact(walk, runs, i));
+  }
+
+  static int64_t exact(const Strides& walk, const Runs& runs, int i) {
+    if (i == 0) return step(walk, runs, 0);
+    // No place has the only run of all before it.
+    if (runs.size(i) == 1 && (i == 2 || runs.size(2) == 1)) return 0;
+    return step(walk, runs, i) - runs.size(i - 1) * step(walk, runs, i - 1);
+  }
+
+  // Nothing steps along an axis of one coordinate, whatever its stride.
+  static int64_t step(const Strides& walk, const Runs& runs, int i) {
+    return runs.size(i) > 1 ? stride_of(walk, runs.order[i]) : 0;
+  }
+
+  FUSED_ROPE_HOST_DEVICE int64_t to(const Place& place) const {
+    return product(place.before[0], bytes[0]) + product(place.before[1], bytes[1]) +
+           product(place.before[2], bytes[2]);
+  }
+
+ private:
+  // One instruction, also where the compiler keeps a factor in 64 bits from another block.
+  FUSED_ROPE_HOST_DEVICE static int64_t product(uint32_t count, int32_t step) {
+#if defined(__CUDA_ARCH__)
+    int64_t exact;
+    asm("mul.wide.s32 %0, %1, %2;" : "=l"(exact) : "r"(count), "r"(step));
+    return exact;
+#else
+    return int64_t{count} * step;
+#endif
+  }
+};
+
+// The axis along which a box must be halved before its threads and its steps fit in 32 bits, if
 // any.
 inline std::optional<Axis> axis_to_split(const RotateParams& p, const TensorParams& t,
                                          const Plan& plan, const Box& box) {
-  for (const Axis axis : {kBatch, kSequence, kHead}) {
-    if (box.size[axis] > 1 && longest_stride(p, t, plan.rows, axis) > UINT32_MAX) return axis;
+  const Runs runs = {memory_order(p, t), box};
+  for (const Strides& walk : walks_of(p, t, plan.rows)) {
+    for (int i = 0; i < 3; ++i) {
+      if (std::abs(Steps::exact(walk, runs, i)) <= INT32_MAX) continue;
+      // Either the step itself is too long or the run that it takes back.
+      return runs.order[Steps::step(walk, runs, i) > INT32_MAX ? i : i - 1];
+    }
   }
   // Divided one by one, because the product of the sizes may not fit in 64 bits.
   if (box.size[0] <= kMaxWork / plan.units / box.size[1] / box.size[2]) return std::nullopt;
