@@ -215,12 +215,12 @@ struct alignas(sizeof(T) * kLanes) Vector {
   T lane[kLanes];
 };
 
-// Whether vectors of this size are moved with a policy of the L2 cache.
+// Vectors of this size are moved with a policy of the L2 cache: 2 or 4 words, or none.
 template <typename V>
 #if __CUDA_ARCH__ >= 800
-constexpr bool kHasPolicy = sizeof(V) == kVectorBytes;
+constexpr int kWords = sizeof(V) == 8 || sizeof(V) == 16 ? sizeof(V) / 4 : 0;
 #else
-constexpr bool kHasPolicy = false;
+constexpr int kWords = 0;
 #endif
 
 // Reads a vector if it is `wanted`, without a branch.
@@ -228,17 +228,29 @@ template <int kLanes, typename T>
 __device__ __forceinline__ Vector<T, kLanes> load(const T* from, uint64_t policy, bool wanted) {
   using V = Vector<T, kLanes>;
   V value{};
-  if constexpr (kHasPolicy<V>) {
-    uint4 raw;
-    asm volatile(
-        "{\n"
-        ".reg .pred wanted;\n"
-        "setp.ne.u32 wanted, %6, 0;\n"
-        "@wanted ld.global.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;\n"
-        "}"
-        : "=r"(raw.x), "=r"(raw.y), "=r"(raw.z), "=r"(raw.w)
-        : "l"(from), "l"(policy), "r"(static_cast<uint32_t>(wanted)));
-    std::memcpy(&value, &raw, sizeof(value));
+  if constexpr (kWords<V> > 0) {
+    const auto flag = static_cast<uint32_t>(wanted);
+    uint32_t words[kWords<V>];
+    if constexpr (kWords<V> == 4) {
+      asm volatile(
+          "{\n"
+          ".reg .pred wanted;\n"
+          "setp.ne.u32 wanted, %6, 0;\n"
+          "@wanted ld.global.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;\n"
+          "}"
+          : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+          : "l"(from), "l"(policy), "r"(flag));
+    } else {
+      asm volatile(
+          "{\n"
+          ".reg .pred wanted;\n"
+          "setp.ne.u32 wanted, %4, 0;\n"
+          "@wanted ld.global.L2::cache_hint.v2.u32 {%0, %1}, [%2], %3;\n"
+          "}"
+          : "=r"(words[0]), "=r"(words[1])
+          : "l"(from), "l"(policy), "r"(flag));
+    }
+    std::memcpy(&value, words, sizeof(value));
   } else if (wanted) {
     value = *reinterpret_cast<const V*>(from);
   }
@@ -248,12 +260,18 @@ __device__ __forceinline__ Vector<T, kLanes> load(const T* from, uint64_t policy
 template <typename T, int kLanes>
 __device__ __forceinline__ void store(T* to, const Vector<T, kLanes>& value, uint64_t policy) {
   using V = Vector<T, kLanes>;
-  if constexpr (kHasPolicy<V>) {
-    uint4 raw;
-    std::memcpy(&raw, &value, sizeof(raw));
-    asm volatile("st.global.L2::cache_hint.v4.u32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(to),
-                 "r"(raw.x), "r"(raw.y), "r"(raw.z), "r"(raw.w), "l"(policy)
-                 : "memory");
+  if constexpr (kWords<V> > 0) {
+    uint32_t words[kWords<V>];
+    std::memcpy(words, &value, sizeof(value));
+    if constexpr (kWords<V> == 4) {
+      asm volatile("st.global.L2::cache_hint.v4.u32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(to),
+                   "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3]), "l"(policy)
+                   : "memory");
+    } else {
+      asm volatile("st.global.L2::cache_hint.v2.u32 [%0], {%1, %2}, %3;" ::"l"(to), "r"(words[0]),
+                   "r"(words[1]), "l"(policy)
+                   : "memory");
+    }
   } else {
     *reinterpret_cast<V*>(to) = value;
   }
@@ -566,8 +584,7 @@ auto choose_vectors(const Plan& plan) {
       return rotate_kernel<T, Table, kPrecision, kArrangement, kLanes, kRows, false, false>;
   }
   if constexpr (kRows != Rows::kAxes) {
-    if constexpr (kRows == Rows::kLinear && kArrangement == Arrangement::kPair && sizeof(T) == 2 &&
-                  sizeof(Table) >= 4) {
+    if constexpr (kRows == Rows::kLinear && kArrangement == Arrangement::kPair && sizeof(T) == 2) {
       if (plan.vector < kLanes)
         return rotate_kernel<T, Table, kPrecision, kArrangement, kLanes / 2, kRows, true, true>;
     }

@@ -89,7 +89,7 @@ struct Plan {
   Arrangement arrangement;
   Rows rows;
   bool vector_tables;  // cos and sin can be read 16 bytes at a time
-  bool keeps_tables;   // their lines, where read in vectors of 16 bytes, leave the L2 cache last
+  bool keeps_tables;   // their lines, where read in vectors, leave the L2 cache last
   bool streams;        // lines of lanes, moved in such vectors, leave it first
   int vector;          // lanes moved at once: 16 or 8 bytes of them, or 1
   int rotating_units;  // threads of one head that rotate
@@ -219,12 +219,10 @@ inline double moved_lanes(const RotateParams& p) {
          static_cast<double>(moved_lanes_of_head(p));
 }
 
-// The calls for which there are vectors of 8 bytes beside those of 16. What is moved in them has no
-// policy of the L2 cache, so lanes must not need one, and entries must still come 16 bytes at once.
+// The calls for which there are vectors of 8 bytes beside those of 16.
 inline bool has_half_vectors(const RotateParams& p, const Plan& plan) {
   return plan.rows == Rows::kLinear && plan.arrangement == Arrangement::kPair && plan.plain &&
-         plan.vector > 1 && size_of(p.dtype) == 2 && !plan.streams && plan.vector_tables &&
-         size_of(p.table_dtype) >= 4;
+         plan.vector > 1 && size_of(p.dtype) == 2 && plan.vector_tables;
 }
 
 // Threads for each multiprocessor, where each moves so many lanes.
