@@ -39,7 +39,7 @@ static cudaError_t device_facts(DeviceFacts* facts) {
   return cudaSuccess;
 }
 
-// FUSED_ROPE_PLAN="vector=16 threads=64 keep=0 stream=1", for experiments; read once.
+// FUSED_ROPE_PLAN="vector=16 threads=64 keep=0 stream=1 work=96", for experiments; read once.
 static PlanOverrides read_overrides() {
   PlanOverrides overrides;
   const char* text = std::getenv("FUSED_ROPE_PLAN");
@@ -52,6 +52,7 @@ static PlanOverrides read_overrides() {
     if (name == "threads") overrides.threads = value;
     if (name == "keep") overrides.keep = value;
     if (name == "stream") overrides.stream = value;
+    if (name == "work") overrides.work = value;
   }
   return overrides;
 }

@@ -73,6 +73,7 @@ class Call {
     PlanOverrides o;
     if (chance(2)) o.vector = 8;
     if (chance(2)) o.threads = 32 << random_.below(4);
+    if (chance(3)) o.work = static_cast<int>(random_.below(100));
     return o;
   }
 
@@ -144,7 +145,7 @@ class Call {
     if (axes > 0 || chance(3)) {
       rows.positions = integers(std::max<int64_t>(axes, 1) * p_.B * p_.S, -1, 12);
       rows.positions_a = p_.B * p_.S;
-      rows.positions_b = p_.S;
+      rows.positions_b = chance(4) ? 0 : p_.S;
       rows.positions_s = 1;
     }
     if (axes > 0) {
@@ -199,6 +200,12 @@ class Call {
     return strides;
   }
 
+  void expand(Strides& strides) {
+    if (chance(2)) strides.b = 0;
+    if (chance(2)) strides.s = 0;
+    if (chance(2) && !packed_) strides.h = 0;
+  }
+
   size_t add(int64_t size) {
     memory_.emplace_back(size + 2 * kGuard, random_);
     return memory_.size() - 1;
@@ -221,6 +228,7 @@ class Call {
     } else {
       packed_ = i == 0 && chance(2);
       t.in_strides = draw_strides(p_.B, p_.S, held_heads(t), &size);
+      if (!p_.in_place && chance(5)) expand(t.in_strides);
       in_[i] = {add(size), kGuard};
     }
     if (p_.in_place) {
@@ -261,18 +269,18 @@ class Call {
   Spot in_[kMaxTensors] = {}, out_[kMaxTensors] = {};
 };
 
-// What a plan decides of the instance.
-std::string name_of(const Plan& plan) {
+// What chooses the instance; sizes in bytes of lanes and entries.
+std::string name_of(const Plan& plan, size_t lane, size_t entry) {
   constexpr const char* kRowNames[] = {"linear", "per head", "look-up", "sections", "axes"};
   return std::string(kRowNames[static_cast<int>(plan.rows)]) +
          (plan.arrangement == Arrangement::kPair ? " pair" : " adjacent") +
          (plan.plain ? " plain" : "") + (plan.vector_tables ? " rows" : "") + " x" +
-         std::to_string(plan.vector);
+         std::to_string(plan.vector) + ", " + std::to_string(lane) + "/" + std::to_string(entry);
 }
 
 template <typename T, typename Table, Precision kPrecision>
 void check(std::map<std::string, int>& seen) {
-  constexpr uint64_t kCalls = 3000;
+  constexpr uint64_t kCalls = 6000;
   for (uint64_t seed = 0; seed < kCalls; ++seed) {
     SCOPED_TRACE(::testing::Message() << "seed " << seed);
     Call<T, Table, kPrecision> call(seed);
@@ -282,9 +290,12 @@ void check(std::map<std::string, int>& seen) {
       const RotateParams p = are_neighbours(given) ? joined(given) : given;
       if (total_heads(p) == 0) return;
       const Plan plan = make_plan(p, facts, overrides);
-      SCOPED_TRACE(name_of(plan));
+      const std::string name = name_of(plan, sizeof(T), sizeof(Table));
+      SCOPED_TRACE(name);
       if (plan.units == 0) return;
-      ++seen[name_of(plan)];
+      ++seen[name];
+      if (p.B * p.S * total_heads(p) * plan.units > int64_t{2} * plan.work)
+        ++seen["in several launches"];
       if (p.count < given.count) ++seen[p.in_place ? "joined in place" : "joined"];
       EXPECT_EQ((launch_rows<T, Table, kPrecision>(p, plan, nullptr)), cudaSuccess);
     };
@@ -301,13 +312,26 @@ TEST(CudaKernel, HasTheBitsOfTheCpuKernel) {
   check<float, float, Precision::kFp32>(seen);
   check<double, float, Precision::kFp32>(seen);
   for (const auto& [name, count] : seen) RecordProperty(name, count);
-  for (const char* name :
-       {"linear pair plain rows x8", "linear pair plain rows x4", "linear pair rows x8",
-        "linear pair x8", "linear pair x1", "linear adjacent plain rows x8", "linear adjacent x8",
-        "per head pair plain rows x8", "per head adjacent rows x8", "look-up pair plain rows x8",
-        "look-up pair rows x8", "look-up adjacent plain rows x8", "sections pair plain rows x8",
-        "sections adjacent rows x8", "axes pair plain rows x8", "axes adjacent plain rows x8",
-        "joined", "joined in place"}) {
+  for (const char* name : {"linear pair plain rows x8, 2/4",
+                           "linear pair plain rows x4, 2/4",
+                           "linear pair plain rows x4, 2/2",
+                           "linear pair rows x8, 2/4",
+                           "linear pair x8, 2/4",
+                           "linear pair x1, 2/4",
+                           "linear adjacent plain rows x8, 2/4",
+                           "linear adjacent x8, 2/4",
+                           "per head pair plain rows x8, 2/4",
+                           "per head adjacent rows x8, 2/4",
+                           "look-up pair plain rows x8, 2/4",
+                           "look-up pair rows x8, 2/4",
+                           "look-up adjacent plain rows x8, 2/4",
+                           "sections pair plain rows x8, 2/4",
+                           "sections adjacent rows x8, 2/4",
+                           "axes pair plain rows x8, 2/4",
+                           "axes adjacent plain rows x8, 2/4",
+                           "joined",
+                           "joined in place",
+                           "in several launches"}) {
     EXPECT_GT(seen[name], 0) << name;
   }
 }

@@ -3,7 +3,6 @@
 #include <gtest/gtest.h>
 
 #include <limits>
-#include <random>
 #include <set>
 #include <vector>
 
@@ -399,10 +398,11 @@ TEST_P(HalfVectors, PutRequestsCloserTogether) {
   RotateParams p = call(1, 793, 32, 128, 128);
   p.rows.M = 4096;
   GetParam().change(p);
-  const Plan plan = make_plan(p, kLargeCache);
   const int lanes = kVectorBytes / size_of(p.dtype);
-  EXPECT_EQ(plan.vector, GetParam().half ? lanes / 2 : lanes);
-  EXPECT_EQ(make_plan(p, kLargeCache, {.vector = 16}).vector, lanes);
+  for (const DeviceFacts& device : {kSmallCache, kLargeCache}) {
+    EXPECT_EQ(make_plan(p, device).vector, GetParam().half ? lanes / 2 : lanes);
+    EXPECT_EQ(make_plan(p, device, {.vector = 16}).vector, lanes);
+  }
 }
 
 const HalfVectorCase kHalfVectorCases[] = {
@@ -423,6 +423,7 @@ const HalfVectorCase kHalfVectorCases[] = {
     {"LookUps", [](RotateParams& p) { p.rows.positions = {memory, true}; }, false},
     {"Float64Entries", [](RotateParams& p) { p.table_dtype = DType::kFloat64; }, true},
     {"ShortEntries", [](RotateParams& p) { p.table_dtype = DType::kBFloat16; }, true},
+    {"Streams", [](RotateParams& p) { p.S = 1 << 16, p.tensors[0].H = 1; }, true},
     {"SingleEntries", [](RotateParams& p) { p.cos.j = p.sin.j = 2; }, false},
 };
 
@@ -708,16 +709,22 @@ TEST(Plan, CountsTheHeadsOfBothTensors) {
 
 constexpr Strides kShort = {64, 64, 64, 1};
 
-std::vector<Box> boxes_of(const RotateParams& p, const Box& whole, int units) {
-  Plan plan = make_plan(p, kLargeCache);
+std::vector<Runs> boxes_of(const RotateParams& p, const Box& whole, int units = 8,
+                           int work = kMaxWork) {
+  const TensorParams& t = p.tensors[0];
+  Plan plan = make_plan(p, kLargeCache, {.work = work});
   plan.units = units;
-  std::vector<Box> boxes;
-  for_each_box(p, p.tensors[0], plan, whole, [&](const Box& box) { boxes.push_back(box); });
+  std::vector<Runs> boxes;
+  for_each_box(walks_of(p, t, plan.rows), {memory_order(p, t), whole}, plan,
+               [&](const Runs& runs) { boxes.push_back(runs); });
   return boxes;
 }
 
-std::vector<Box> boxes_of(const Box& whole, int units) {
-  return boxes_of(call(1, 1, 1, 64, 64), whole, units);
+// Of a contiguous tensor, whose table takes no steps.
+std::vector<Runs> boxes_of(const std::array<int64_t, 3>& size, int units) {
+  RotateParams p = call(size[kBatch], size[kSequence], size[kHead], 64, 64);
+  p.cos.m = p.sin.m = 0;
+  return boxes_of(p, {{0, 0, 0}, size}, units);
 }
 
 Exact volume(const Box& box) { return Exact{box.size[0]} * box.size[1] * box.size[2]; }
@@ -743,18 +750,19 @@ class Boxes : public ::testing::TestWithParam<WorkCase> {};
 // Boxes inside the whole that do not meet and are together as large as it hold every index once.
 TEST_P(Boxes, HoldEveryIndexOnce) {
   const Box whole = {{0, 0, 0}, GetParam().size};
-  const std::vector<Box> boxes = boxes_of(whole, GetParam().units);
+  const std::vector<Runs> boxes = boxes_of(GetParam().size, GetParam().units);
   ASSERT_LE(boxes.size(), 4096u);
   Exact total = 0;
   for (size_t i = 0; i < boxes.size(); ++i) {
+    const Box& box = boxes[i].box;
     for (size_t axis = 0; axis < 3; ++axis) {
-      EXPECT_GT(boxes[i].size[axis], 0);
-      EXPECT_GE(boxes[i].first[axis], 0);
-      EXPECT_LE(boxes[i].first[axis] + boxes[i].size[axis], whole.size[axis]);
+      EXPECT_GT(box.size[axis], 0);
+      EXPECT_GE(box.first[axis], 0);
+      EXPECT_LE(box.first[axis] + box.size[axis], whole.size[axis]);
     }
-    EXPECT_LE(volume(boxes[i]) * GetParam().units, Exact{kMaxWork});
-    total += volume(boxes[i]);
-    for (size_t j = 0; j < i; ++j) ASSERT_FALSE(meet(boxes[i], boxes[j])) << i << " and " << j;
+    EXPECT_LE(volume(box) * GetParam().units, Exact{kMaxWork});
+    total += volume(box);
+    for (size_t j = 0; j < i; ++j) ASSERT_FALSE(meet(box, boxes[j].box)) << i << " and " << j;
   }
   EXPECT_TRUE(total == volume(whole));
 }
@@ -762,7 +770,7 @@ TEST_P(Boxes, HoldEveryIndexOnce) {
 TEST_P(Boxes, AreFew) {
   const Box whole = {{0, 0, 0}, GetParam().size};
   const Exact least = (volume(whole) * GetParam().units + kMaxWork - 1) / kMaxWork;
-  EXPECT_TRUE(Exact{boxes_of(whole, GetParam().units).size()} <= 4 * least);
+  EXPECT_TRUE(Exact{boxes_of(GetParam().size, GetParam().units).size()} <= 4 * least);
 }
 
 constexpr int64_t kHuge = int64_t{1} << 33;
@@ -797,7 +805,7 @@ void PrintTo(const StrideCase& c, std::ostream* out) { *out << c.name; }
 
 class BoxesOfHugeStrides : public ::testing::TestWithParam<StrideCase> {};
 
-// Along an axis whose steps need more than 32 bits a box has one coordinate; along others it is not
+// Along an axis whose steps do not fit in int32 a box has one coordinate; along others it is not
 // cut.
 TEST_P(BoxesOfHugeStrides, HoldOneCoordinate) {
   const int64_t large = (int64_t{1} << 32) / GetParam().size;
@@ -812,10 +820,10 @@ TEST_P(BoxesOfHugeStrides, HoldOneCoordinate) {
     RotateParams p = call(5, 6, 7, 64, 64);
     p.tensors[0].in_strides = p.tensors[0].out_strides = kShort;
     GetParam().change(p, strides);
-    const std::vector<Box> boxes = boxes_of(p, whole, 8);
+    const std::vector<Runs> boxes = boxes_of(p, whole);
     EXPECT_EQ(static_cast<int>(boxes.size()), count);
     Exact total = 0;
-    for (const Box& box : boxes) {
+    for (const auto& [order, box] : boxes) {
       total += volume(box);
       EXPECT_TRUE(box.size[0] == 1 || strides.b < large);
       EXPECT_TRUE(box.size[1] == 1 || strides.s < large);
@@ -843,12 +851,33 @@ const StrideCase kStrideCases[] = {
 INSTANTIATE_TEST_SUITE_P(Of, BoxesOfHugeStrides, ::testing::ValuesIn(kStrideCases),
                          [](const auto& info) { return std::string(info.param.name); });
 
-// Heads after heads, runs after runs: no step is longer than a head, however large the tensor.
-TEST(BoxesOfHugeTensors, AreNotCutWhereMemoryIsContiguous) {
-  RotateParams p = call(4, 6, 7, 64, 64);
-  const int64_t h = int64_t{1} << 29;
-  p.tensors[0].in_strides = p.tensors[0].out_strides = {42 * h, 7 * h, h, 1};
-  EXPECT_EQ(boxes_of(p, {{0, 0, 0}, {4, 6, 7}}, 8).size(), 1u);
+TEST(BoxesOfHugeStrides, FitInInt32ToTheByte) {
+  const auto boxes = [](const Strides& in, const Strides& out) {
+    RotateParams p = call(2, 2, 1, 64, 64);
+    p.tensors[0].in_strides = in;
+    p.tensors[0].out_strides = out;
+    return boxes_of(p, {{0, 0, 0}, {2, 2, 1}}).size();
+  };
+  const Strides near = {64, 32, 0, 1};
+  // The last multiple of 4 that fits, and the first that does not.
+  for (const int64_t bytes : {int64_t{INT32_MAX} - 3, int64_t{INT32_MAX} + 1}) {
+    const size_t count = bytes > INT32_MAX ? 2 : 1;
+    EXPECT_EQ(boxes({bytes / 2, 0, 0, 1}, near), count) << bytes;
+    for (const int sign : {1, -1})  // a run of two takes back twice its step
+      EXPECT_EQ(boxes(near, {0, sign * bytes / 4, 0, 1}), count) << sign * bytes;
+  }
+  EXPECT_EQ(boxes({-(int64_t{1} << 33), 32, 0, 1}, near), 2u);
+}
+
+// Heads after heads, runs after runs: no step is longer than a head, however large the tensor, and
+// halves of the slowest axis are as contiguous as the whole.
+TEST(BoxesOfHugeTensors, AreFewWhereMemoryIsContiguous) {
+  RotateParams p = call(8, 1 << 10, 32, 64, 64);
+  const int64_t h = int64_t{1} << 28;
+  p.tensors[0].in_strides = p.tensors[0].out_strides = {h << 15, h << 5, h, 1};
+  const Box whole = {{0, 0, 0}, {8, 1 << 10, 32}};
+  EXPECT_EQ(boxes_of(p, whole).size(), 1u);
+  EXPECT_EQ(boxes_of(p, whole, 8, 1 << 19).size(), 4u);
 }
 
 // The output of the other memory order: a run of heads takes back more than 32 bits.
@@ -857,38 +886,49 @@ TEST(BoxesOfHugeTensors, AreCutAlongRunsThatAreTooLong) {
   const int64_t h = int64_t{1} << 28;
   p.tensors[0].in_strides = {0, 8 * 64, 64, 1};
   p.tensors[0].out_strides = {0, 64, h, 1};
-  const std::vector<Box> boxes = boxes_of(p, {{0, 0, 0}, {1, 6, 8}}, 8);
+  const std::vector<Runs> boxes = boxes_of(p, {{0, 0, 0}, {1, 6, 8}});
   ASSERT_EQ(boxes.size(), 2u);
-  for (const Box& box : boxes) EXPECT_EQ(box.size[kHead], 4);
+  for (const Runs& runs : boxes) EXPECT_EQ(runs.box.size[kHead], 4);
 }
 
 // Whatever the strides: what a place adds to an address is what its coordinates add.
 TEST(Steps, LeadToEveryCoordinate) {
-  std::mt19937_64 random(7);
-  const auto below = [&](int64_t n) { return static_cast<int64_t>(random() % n); };
-  const auto stride = [&] { return below(4) == 0 ? 0 : below(int64_t{1} << below(33)) + 1; };
+  constexpr uint64_t kSeed = 7;
+  SCOPED_TRACE(kSeed);
+  testing::Random random(kSeed);
+  const auto chance = [&] { return random.below(4) == 0; };
+  const auto stride = [&] {
+    return chance() ? 0 : random.below(int64_t{1} << random.below(33)) + 1;
+  };
   const auto strides = [&] { return Strides{stride(), stride(), stride(), 1}; };
   for (int round = 0; round < 2000; ++round) {
-    const Box whole = {{0, 0, 0}, {1 + below(4), 1 + below(4), 1 + below(4)}};
-    RotateParams p = call(whole.size[kBatch], whole.size[kSequence], whole.size[kHead], 64, 64);
+    const std::array<int64_t, 3> size = {1 + random.below(4), 1 + random.below(4),
+                                         1 + random.below(4)};
+    const Box whole = {{0, 0, 0}, size};
+    RotateParams p = call(size[kBatch], size[kSequence], size[kHead], 64, 64);
     TensorParams& t = p.tensors[0];
     t.in_strides = strides();
     t.out_strides = strides();
-    gather(p, strides(), strides());
-    const Plan plan = make_plan(p, kLargeCache);
-    const Walks walks = walks_of(p, t, plan.rows);
+    t.scattered = chance();
+    if (chance()) {
+      p.rows.positions = {memory, true};
+      p.rows.positions_b = stride();
+      p.rows.positions_s = stride();
+    } else {
+      gather(p, strides(), strides());
+    }
+    const Walks walks = walks_of(p, t, make_plan(p, kLargeCache).rows);
     Exact covered = 0;
-    for (const Box& box : boxes_of(p, whole, 8)) {
-      const Runs runs = {memory_order(p, t), box};
-      covered += volume(box);
+    for (const Runs& runs : boxes_of(p, whole, 8, 8 + static_cast<int>(random.below(500)))) {
+      covered += volume(runs.box);
+      const auto fast = static_cast<uint32_t>(runs.size(0));
+      const auto middle = static_cast<uint32_t>(runs.size(1));
       for (uint32_t head = 0; head < runs.heads(); ++head) {
-        const auto fast = static_cast<uint32_t>(runs.size(0));
-        const auto middle = static_cast<uint32_t>(runs.size(1));
         const Place place = {{head, head / fast, head / fast / middle}};
         const uint32_t at[] = {head % fast, head / fast % middle, head / fast / middle};
-        for (const Strides& walk : walks) {
+        for (const Walk& walk : walks) {
           int64_t expected = 0;
-          for (size_t i = 0; i < 3; ++i) expected += at[i] * stride_of(walk, runs.order[i]);
+          for (size_t i = 0; i < 3; ++i) expected += at[i] * walk[runs.order[i]];
           ASSERT_EQ(Steps(walk, runs).to(place), expected) << "round " << round;
         }
       }
@@ -900,24 +940,25 @@ TEST(Steps, LeadToEveryCoordinate) {
 TEST(BoxesOfHugeRows, HoldOneTokenWhereNothingIsLookedUp) {
   RotateParams p = call(5, 6, 7, 64, 64);
   p.cos.m = p.sin.m = int64_t{1} << 30;
-  EXPECT_EQ(boxes_of(p, {{0, 0, 0}, {5, 6, 7}}, 8).size(), 6u);
+  EXPECT_EQ(boxes_of(p, {{0, 0, 0}, {5, 6, 7}}).size(), 6u);
   p.rows.positions = {memory, true};
-  EXPECT_EQ(boxes_of(p, {{0, 0, 0}, {5, 6, 7}}, 8).size(), 1u);
+  EXPECT_EQ(boxes_of(p, {{0, 0, 0}, {5, 6, 7}}).size(), 1u);
 }
 
 TEST(BoxesOfHugeWork, NeverOverflow) {
   // Sizes whose product exceeds 64 bits; only the first boxes are looked at.
   struct Enough {};
   int count = 0;
-  const Box whole = {{0, 0, 0}, {kHuge, kHuge, kHuge}};
-  const auto look = [&](const Box& box) {
-    EXPECT_LE(volume(box) * 16, Exact{kMaxWork});
-    if (++count == 1000) throw Enough();
-  };
-  const RotateParams p = call(1, 1, 1, 64, 64);
+  RotateParams p = call(1, 1, 1, 64, 64);
   Plan plan = make_plan(p, kLargeCache);
   plan.units = 16;
-  EXPECT_THROW(for_each_box(p, p.tensors[0], plan, whole, look), Enough);
+  const Walks nowhere = {};
+  const Runs whole = {memory_order(p, p.tensors[0]), {{0, 0, 0}, {kHuge, kHuge, kHuge}}};
+  const auto look = [&](const Runs& runs) {
+    EXPECT_LE(volume(runs.box) * 16, Exact{kMaxWork});
+    if (++count == 1000) throw Enough();
+  };
+  EXPECT_THROW(for_each_box(nowhere, whole, plan, look), Enough);
 }
 
 }  // namespace

@@ -41,10 +41,10 @@ struct NoAxes {};
 template <Rows kRows>
 using AxesOf = std::conditional_t<has_axes(kRows), PairAxes, NoAxes>;
 
-// What is at the first coordinates of a box; strides in bytes.
-inline const char* first_of(const void* data, const Strides& bytes, const Box& box) {
-  return static_cast<const char*>(data) + box.first[kBatch] * bytes.b +
-         box.first[kSequence] * bytes.s + box.first[kHead] * bytes.h;
+// What is at the first coordinates of a box.
+inline const char* first_of(const void* data, const Walk& walk, const Box& box) {
+  return static_cast<const char*>(data) + box.first[kBatch] * walk[kBatch] +
+         box.first[kSequence] * walk[kSequence] + box.first[kHead] * walk[kHead];
 }
 
 // Pair 0 of a token's rows, if it is not copied through.
@@ -90,9 +90,9 @@ struct Side {
 
  private:
   static const char* first_entry(const RotateParams& p, const TableParams& table, const Plan& plan,
-                                 const Strides& bytes, const Box& box) {
+                                 const Walk& walk, const Box& box) {
     const int64_t row = is_linear(plan.rows) ? p.rows.offset * table.m : 0;
-    return first_of(table.data, bytes, box) + row * size_of(p.table_dtype);
+    return first_of(table.data, walk, box) + row * size_of(p.table_dtype);
   }
 };
 
@@ -179,9 +179,7 @@ struct Work {
   }
 
   void set(int side, const RotateParams& p, const TensorParams& t, const Plan& plan,
-           const Box& box) {
-    const Walks walks = walks_of(p, t, plan.rows);
-    const Runs runs = {memory_order(p, t), box};
+           const Walks& walks, const Runs& runs) {
     sides[side] = Side(p, t, plan, walks, runs);
     details[side] = Details(p, t, walks, runs);
   }
@@ -640,9 +638,11 @@ cudaError_t launch_boxes(const RotateParams& p, const Plan& plan, cudaStream_t s
   for (int i = 0; i < p.count; ++i) {
     const TensorParams& t = p.tensors[i];
     if (t.H == 0) continue;
-    for_each_box(p, t, plan, {{0, 0, 0}, {p.B, p.S, t.H}}, [&](const Box& box) {
+    const Walks walks = walks_of(p, t, plan.rows);
+    const Runs whole = {memory_order(p, t), {{0, 0, 0}, {p.B, p.S, t.H}}};
+    for_each_box(walks, whole, plan, [&](const Runs& runs) {
       if (sides == kMaxTensors) flush();
-      work.set(sides, p, t, plan, box);
+      work.set(sides, p, t, plan, walks, runs);
       const int64_t threads = work.sides[sides].threads;
       blocks[sides++] = static_cast<unsigned>(ceil_divide(threads, plan.threads));
     });

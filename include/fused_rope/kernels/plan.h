@@ -83,19 +83,21 @@ struct PlanOverrides {
   int threads = -1;
   int keep = -1;
   int stream = -1;
+  int work = -1;
 };
 
 struct Plan {
   Arrangement arrangement;
   Rows rows;
   bool vector_tables;  // cos and sin can be read 16 bytes at a time
-  bool keeps_tables;   // their lines, where read in vectors, leave the L2 cache last
-  bool streams;        // lines of lanes, moved in such vectors, leave it first
+  bool keeps_tables;   // their lines, where read 8 or 16 bytes at once, leave the L2 cache last
+  bool streams;        // lines of lanes, where moved so, leave it first
   int vector;          // lanes moved at once: 16 or 8 bytes of them, or 1
   int rotating_units;  // threads of one head that rotate
   int units;           // threads of one head: those that rotate, then those that copy
   bool plain;          // every thread rotates, and pairs are not in several blocks
   int threads;         // of a block
+  int work;            // threads of one launch, at most
 };
 
 constexpr int kVectorBytes = 16;
@@ -103,8 +105,8 @@ constexpr int kWarp = 32;
 constexpr int kMaxThreads = 256;        // of a block
 constexpr int kResidentThreads = 1536;  // of a multiprocessor
 constexpr int kKeptShare = 4;           // tables of up to a quarter of the L2 cache are kept in it
-constexpr int kHeavyShare = 10;  // tables of more than a tenth of many lanes make them stream
-constexpr int64_t kMaxWork = int64_t{1} << 30;  // threads of one launch
+constexpr int kHeavyShare = 10;    // tables of more than a tenth of many lanes make them stream
+constexpr int kMaxWork = 1 << 30;  // threads of one launch
 
 constexpr int64_t ceil_divide(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
@@ -148,8 +150,9 @@ inline std::array<Axis, 3> memory_order(const RotateParams& p, const TensorParam
   const std::array<int64_t, 3> strides = {t.in_strides.b, t.in_strides.s, t.in_strides.h};
   const auto stride = [&](Axis axis) { return sizes[axis] <= 1 ? INT64_MAX : strides[axis]; };
   std::array<Axis, 3> order = {kHead, kSequence, kBatch};
-  std::stable_sort(order.begin(), order.end(),
-                   [&](Axis x, Axis y) { return stride(x) < stride(y); });
+  for (const int i : {0, 1, 0}) {
+    if (stride(order[i + 1]) < stride(order[i])) std::swap(order[i], order[i + 1]);
+  }
   return order;
 }
 
@@ -298,35 +301,34 @@ inline Plan make_plan(const RotateParams& p, const DeviceFacts& device,
   const int threads =
       choose(overrides.threads, threads_of_block(p, device, plan.units, lanes_of_thread));
   plan.threads = std::clamp(threads / kWarp * kWarp, kWarp, kMaxThreads);
+  plan.work = choose(overrides.work, kMaxWork);
   return plan;
 }
 
-inline int64_t stride_of(const Strides& strides, Axis axis) {
-  return axis == kBatch ? strides.b : axis == kSequence ? strides.s : strides.h;
-}
-
-// What a launch walks through, and how each follows batch, sequence and heads, in bytes.
-enum Walk { kIn, kOut, kCos, kSin, kPositions };
-using Walks = std::array<Strides, 5>;
+// What a launch walks through: bytes that it moves on along each axis; none along an axis of one
+// coordinate, whatever its stride.
+using Walk = std::array<int64_t, 3>;
+enum WalkOf { kIn, kOut, kCos, kSin, kPositions };
+using Walks = std::array<Walk, 5>;
 
 inline Walks walks_of(const RotateParams& p, const TensorParams& t, Rows rows) {
-  const auto in_bytes = [](const Strides& s, int size) {
-    return Strides{s.b * size, s.s * size, s.h * size, s.d * size};
+  const auto walk = [&](int size, int64_t b, int64_t s, int64_t h) {
+    return Walk{p.B > 1 ? b * size : 0, p.S > 1 ? s * size : 0, t.H > 1 ? h * size : 0};
   };
   // Where no row is looked up, a shared table has its rows along the sequence.
   const auto entries = [&](const TableParams& table) {
     const int64_t s = table.s + (is_linear(rows) ? table.m : 0);
-    return in_bytes({table.b, s, table.h, table.j}, size_of(p.table_dtype));
+    return walk(size_of(p.table_dtype), table.b, s, table.h);
   };
-  const Strides& out = t.out_strides;
+  const Strides& in = t.in_strides;
+  const Strides out = t.scattered ? Strides{0, 0, t.out_strides.h, 0} : t.out_strides;
+  const RowParams& r = p.rows;
   const int size = size_of(p.dtype);
-  return {in_bytes(t.in_strides, size),
-          in_bytes(t.scattered ? Strides{0, 0, out.h, out.d} : out, size), entries(p.cos),
-          entries(p.sin),
-          in_bytes({p.rows.positions_b, p.rows.positions_s, 0, 0}, size_of(p.rows.positions))};
+  return {walk(size, in.b, in.s, in.h), walk(size, out.b, out.s, out.h), entries(p.cos),
+          entries(p.sin), walk(size_of(r.positions), r.positions_b, r.positions_s, 0)};
 }
 
-// The axes of a box from the fastest to the slowest: a run of the first is one step of the second.
+// A box and its axes in memory order. A run is all coordinates along one of them.
 struct Runs {
   std::array<Axis, 3> order;
   Box box;
@@ -348,20 +350,19 @@ struct Steps {
   int32_t bytes[3];
 
   Steps() = default;
-  Steps(const Strides& walk, const Runs& runs) {
+  Steps(const Walk& walk, const Runs& runs) {
     for (int i = 0; i < 3; ++i) bytes[i] = static_cast<int32_t>(exact(walk, runs, i));
   }
 
-  static int64_t exact(const Strides& walk, const Runs& runs, int i) {
+  static int64_t exact(const Walk& walk, const Runs& runs, int i) {
     if (i == 0) return step(walk, runs, 0);
-    // No place has the only run of all before it.
+    // Where there is one such run, no place has it before it.
     if (runs.size(i) == 1 && (i == 2 || runs.size(2) == 1)) return 0;
     return step(walk, runs, i) - runs.size(i - 1) * step(walk, runs, i - 1);
   }
 
-  // Nothing steps along an axis of one coordinate, whatever its stride.
-  static int64_t step(const Strides& walk, const Runs& runs, int i) {
-    return runs.size(i) > 1 ? stride_of(walk, runs.order[i]) : 0;
+  static int64_t step(const Walk& walk, const Runs& runs, int i) {
+    return runs.size(i) > 1 ? walk[runs.order[i]] : 0;
   }
 
   FUSED_ROPE_HOST_DEVICE int64_t to(const Place& place) const {
@@ -373,46 +374,47 @@ struct Steps {
   // One instruction, also where the compiler keeps a factor in 64 bits from another block.
   FUSED_ROPE_HOST_DEVICE static int64_t product(uint32_t count, int32_t step) {
 #if defined(__CUDA_ARCH__)
-    int64_t exact;
-    asm("mul.wide.s32 %0, %1, %2;" : "=l"(exact) : "r"(count), "r"(step));
-    return exact;
+    int64_t bytes;
+    asm("mul.wide.s32 %0, %1, %2;" : "=l"(bytes) : "r"(count), "r"(step));
+    return bytes;
 #else
     return int64_t{count} * step;
 #endif
   }
 };
 
-// The axis along which a box must be halved before its threads and its steps fit in 32 bits, if
-// any.
-inline std::optional<Axis> axis_to_split(const RotateParams& p, const TensorParams& t,
-                                         const Plan& plan, const Box& box) {
-  const Runs runs = {memory_order(p, t), box};
-  for (const Strides& walk : walks_of(p, t, plan.rows)) {
+// The axis along which a box must be halved before its threads fit in one launch and its steps in
+// 32 bits, if any.
+inline std::optional<Axis> axis_to_split(const Walks& walks, const Runs& runs, const Plan& plan) {
+  const auto fits = [](int64_t step) { return std::abs(step) <= INT32_MAX; };
+  for (const Walk& walk : walks) {
     for (int i = 0; i < 3; ++i) {
-      if (std::abs(Steps::exact(walk, runs, i)) <= INT32_MAX) continue;
       // Either the step itself is too long or the run that it takes back.
-      return runs.order[Steps::step(walk, runs, i) > INT32_MAX ? i : i - 1];
+      if (!fits(Steps::exact(walk, runs, i)))
+        return runs.order[fits(Steps::step(walk, runs, i)) ? i - 1 : i];
     }
   }
-  // Divided one by one, because the product of the sizes may not fit in 64 bits.
-  if (box.size[0] <= kMaxWork / plan.units / box.size[1] / box.size[2]) return std::nullopt;
-  const auto longest = std::max_element(box.size.begin(), box.size.end());
-  return *longest > 1 ? std::optional(static_cast<Axis>(longest - box.size.begin())) : std::nullopt;
+  // Divided one by one, because the product of the sizes may not fit in 64 bits. Half of the
+  // slowest axis leaves every step as it is.
+  if (runs.size(0) <= plan.work / plan.units / runs.size(1) / runs.size(2)) return std::nullopt;
+  for (int i = 2; i >= 0; --i) {
+    if (runs.size(i) > 1) return runs.order[i];
+  }
+  return std::nullopt;
 }
 
-// Calls f(box) for boxes that cover `whole`, none of which axis_to_split would split.
+// Calls f(runs) for boxes that cover `whole`, none of which axis_to_split would split.
 template <typename F>
-void for_each_box(const RotateParams& p, const TensorParams& t, const Plan& plan, const Box& whole,
-                  const F& f) {
-  const std::optional<Axis> axis = axis_to_split(p, t, plan, whole);
+void for_each_box(const Walks& walks, const Runs& whole, const Plan& plan, const F& f) {
+  const std::optional<Axis> axis = axis_to_split(walks, whole, plan);
   if (!axis.has_value()) return f(whole);
-  Box low = whole;
-  Box high = whole;
-  low.size[*axis] = whole.size[*axis] / 2;
-  high.first[*axis] += low.size[*axis];
-  high.size[*axis] -= low.size[*axis];
-  for_each_box(p, t, plan, low, f);
-  for_each_box(p, t, plan, high, f);
+  Runs low = whole;
+  Runs high = whole;
+  low.box.size[*axis] = whole.box.size[*axis] / 2;
+  high.box.first[*axis] += low.box.size[*axis];
+  high.box.size[*axis] -= low.box.size[*axis];
+  for_each_box(walks, low, plan, f);
+  for_each_box(walks, high, plan, f);
 }
 
 }  // namespace fused_rope

@@ -19,10 +19,6 @@ struct Index {
 };
 inline Index blockIdx, blockDim, threadIdx;
 
-struct uint4 {
-  uint32_t x, y, z, w;
-};
-
 inline int __ffs(uint32_t bits) { return __builtin_ffs(static_cast<int>(bits)); }
 
 struct __nv_bfloat162 {
