@@ -851,7 +851,7 @@ const StrideCase kStrideCases[] = {
 INSTANTIATE_TEST_SUITE_P(Of, BoxesOfHugeStrides, ::testing::ValuesIn(kStrideCases),
                          [](const auto& info) { return std::string(info.param.name); });
 
-TEST(BoxesOfHugeStrides, FitInInt32ToTheByte) {
+TEST(StepsOfBoxes, FitInInt32ToTheByte) {
   const auto boxes = [](const Strides& in, const Strides& out) {
     RotateParams p = call(2, 2, 1, 64, 64);
     p.tensors[0].in_strides = in;

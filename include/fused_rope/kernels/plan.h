@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <numeric>
 #include <optional>
+#include <utility>
 
 #include "fused_rope/kernels/params.h"
 
@@ -150,7 +151,7 @@ inline std::array<Axis, 3> memory_order(const RotateParams& p, const TensorParam
   const std::array<int64_t, 3> strides = {t.in_strides.b, t.in_strides.s, t.in_strides.h};
   const auto stride = [&](Axis axis) { return sizes[axis] <= 1 ? INT64_MAX : strides[axis]; };
   std::array<Axis, 3> order = {kHead, kSequence, kBatch};
-  for (const int i : {0, 1, 0}) {
+  for (const int i : {0, 1, 0}) {  // a stable sort of three
     if (stride(order[i + 1]) < stride(order[i])) std::swap(order[i], order[i + 1]);
   }
   return order;
