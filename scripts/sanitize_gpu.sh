@@ -14,7 +14,7 @@ status=0
 for tool in "$@"; do
   options=()
   [ "$tool" != memcheck ] || options=(--padding 4096)  # so that an overrun does not land in the next tensor
-  for plan in "" "vector=8 keep=0 threads=256 work=300"; do
+  for plan in "" "vector=8 keep=0 threads=256 work=300" "vector=4"; do
     if FUSED_ROPE_PLAN=$plan compute-sanitizer --tool "$tool" "${options[@]}" --error-exitcode 1 \
         python3 tests/python/sanitize.py >"$log" 2>&1; then
       verdict=passed

@@ -71,7 +71,7 @@ class Call {
 
   PlanOverrides overrides() {
     PlanOverrides o;
-    if (chance(2)) o.vector = 8;
+    if (chance(2)) o.vector = 4 << random_.below(2);
     if (chance(2)) o.threads = 32 << random_.below(4);
     if (chance(3)) o.work = static_cast<int>(random_.below(100));
     return o;

@@ -384,50 +384,88 @@ TEST(Plan, GivesBlocksWholeHeads) {
   EXPECT_EQ(threads(397, 128, 1), 128);
 }
 
-struct HalfVectorCase {
+struct VectorBytesCase {
   const char* name;
   void (*change)(RotateParams&);
-  bool half;  // of 32 heads of 128 lanes, one token more than fits
+  int bytes;     // of 32 heads of 128 lanes, one token more than fits
+  int shortest;  // that an experiment may have
 };
 
-void PrintTo(const HalfVectorCase& c, std::ostream* out) { *out << c.name; }
+void PrintTo(const VectorBytesCase& c, std::ostream* out) { *out << c.name; }
 
-class HalfVectors : public ::testing::TestWithParam<HalfVectorCase> {};
+class VectorBytes : public ::testing::TestWithParam<VectorBytesCase> {};
 
-TEST_P(HalfVectors, PutRequestsCloserTogether) {
+TEST_P(VectorBytes, SuitWhatMemoryLikes) {
   RotateParams p = call(1, 793, 32, 128, 128);
   p.rows.M = 4096;
   GetParam().change(p);
-  const int lanes = kVectorBytes / size_of(p.dtype);
   for (const DeviceFacts& device : {kSmallCache, kLargeCache}) {
-    EXPECT_EQ(make_plan(p, device).vector, GetParam().half ? lanes / 2 : lanes);
-    EXPECT_EQ(make_plan(p, device, {.vector = 16}).vector, lanes);
+    const auto bytes = [&](int override) {
+      return make_plan(p, device, {.vector = override}).vector * size_of(p.dtype);
+    };
+    EXPECT_EQ(bytes(-1), GetParam().bytes);
+    for (const int override : {0, 1, 2, 4, 8, 16, 32})
+      EXPECT_EQ(bytes(override), std::clamp(override, GetParam().shortest, 16)) << override;
   }
 }
 
-const HalfVectorCase kHalfVectorCases[] = {
-    {"Large", [](RotateParams&) {}, true},
-    {"AllAtOnce", [](RotateParams& p) { p.S = 792; }, false},
-    {"Float16", [](RotateParams& p) { p.dtype = DType::kFloat16; }, true},
-    {"Float32", [](RotateParams& p) { p.dtype = DType::kFloat32; }, false},
-    {"Interleaved", [](RotateParams& p) { p.lanes.distance = 1; }, false},
-    {"Blocks", [](RotateParams& p) { p.lanes.distance = 32; }, false},
-    {"Copies", [](RotateParams& p) { p.lanes.P = p.lanes.distance = 32; }, false},
-    {"PassesOver",
+// 64 of every 256 bytes, of as many as are large.
+void in_pieces(RotateParams& p) {
+  p.S *= 4;
+  p.lanes.P = p.lanes.distance = 16;
+  p.in_place = true;
+}
+
+const VectorBytesCase kVectorBytesCases[] = {
+    {"Large", [](RotateParams&) {}, 8, 4},
+    {"AllAtOnce", [](RotateParams& p) { p.S = 792; }, 16, 4},
+    {"Float16", [](RotateParams& p) { p.dtype = DType::kFloat16; }, 8, 4},
+    {"Float32", [](RotateParams& p) { p.dtype = DType::kFloat32; }, 16, 16},
+    {"Interleaved", [](RotateParams& p) { p.lanes.distance = 1; }, 16, 8},
+    {"Blocks", [](RotateParams& p) { p.lanes.distance = 32; }, 16, 16},
+    {"Copies", [](RotateParams& p) { p.lanes.P = p.lanes.distance = 32; }, 16, 16},
+    {"LookUps", [](RotateParams& p) { p.rows.positions = {memory, true}; }, 16, 16},
+    {"Float64Entries", [](RotateParams& p) { p.table_dtype = DType::kFloat64; }, 8, 4},
+    {"ShortEntries", [](RotateParams& p) { p.table_dtype = DType::kBFloat16; }, 8, 4},
+    {"Streams", [](RotateParams& p) { p.S = 1 << 16, p.tensors[0].H = 1; }, 8, 4},
+    {"SingleEntries", [](RotateParams& p) { p.cos.j = p.sin.j = 2; }, 16, 16},
+    {"Pieces", in_pieces, 4, 4},
+    {"PiecesAtOnce", [](RotateParams& p) { in_pieces(p), p.S = 4 * 792; }, 16, 4},
+    {"PiecesAtTheEnd", [](RotateParams& p) { in_pieces(p), p.lanes.offset = 96; }, 4, 4},
+    {"PiecesOfFloat32", [](RotateParams& p) { in_pieces(p), p.dtype = DType::kFloat32; }, 16, 16},
+    {"InterleavedPieces", [](RotateParams& p) { in_pieces(p), p.lanes.distance = 1; }, 8, 8},
+    {"PiecesOfHeadsApart",
      [](RotateParams& p) {
-       p.S *= 2;
-       p.lanes.P = p.lanes.distance = 32;
-       p.in_place = true;
+       in_pieces(p);
+       p.tensors[0].in_strides = p.tensors[0].out_strides = bhsd(p.S, 32, 128);
      },
-     true},
-    {"LookUps", [](RotateParams& p) { p.rows.positions = {memory, true}; }, false},
-    {"Float64Entries", [](RotateParams& p) { p.table_dtype = DType::kFloat64; }, true},
-    {"ShortEntries", [](RotateParams& p) { p.table_dtype = DType::kBFloat16; }, true},
-    {"Streams", [](RotateParams& p) { p.S = 1 << 16, p.tensors[0].H = 1; }, true},
-    {"SingleEntries", [](RotateParams& p) { p.cos.j = p.sin.j = 2; }, false},
+     4, 4},
+    {"PiecesOfTheSecond",
+     [](RotateParams& p) {
+       in_pieces(p);
+       p.count = 2;
+       p.tensors[1] = p.tensors[0];
+       p.tensors[0].H = 0;
+     },
+     4, 4},
+    {"PiecesBackwards",
+     [](RotateParams& p) {
+       in_pieces(p);
+       p.tensors[0].in_strides.h = p.tensors[0].out_strides.h = -128;
+     },
+     4, 4},
+    {"Slices", [](RotateParams& p) { in_pieces(p), p.D = 32; }, 4, 4},
+    {"HeadsSideBySide",
+     [](RotateParams& p) {
+       in_pieces(p);
+       p.D = 32;
+       p.tensors[0].in_strides = p.tensors[0].out_strides = bshd(p.S, 32, 32);
+     },
+     8, 4},
+    {"LongPieces", [](RotateParams& p) { in_pieces(p), p.lanes.P = p.lanes.distance = 24; }, 8, 4},
 };
 
-INSTANTIATE_TEST_SUITE_P(Of, HalfVectors, ::testing::ValuesIn(kHalfVectorCases),
+INSTANTIATE_TEST_SUITE_P(Of, VectorBytes, ::testing::ValuesIn(kVectorBytesCases),
                          [](const auto& info) { return std::string(info.param.name); });
 
 TEST(Plan, TakesSizesWhoseProductDoesNotFit) {
@@ -647,14 +685,16 @@ TEST_P(HeadCoverage, TouchesEveryLaneOnce) {
          {std::pair{true, false}, {true, true}, {false, false}}) {
       RotateParams p = params(dtype, aligned);
       if (positions) p.rows.positions = {memory, true};
-      const Plan plan = make_plan(p, kLargeCache);
-      SCOPED_TRACE(::testing::Message() << "size " << size_of(dtype) << " vector " << plan.vector
-                                        << " positions " << positions);
-      EXPECT_TRUE(aligned || plan.vector == 1);
-      const std::vector<int> count = touched(p, plan);
-      for (int64_t lane = 0; lane < p.D; ++lane) {
-        const bool rotated = lane >= p.lanes.offset && lane < p.lanes.end();
-        ASSERT_EQ(count[lane], rotated || !p.in_place) << "lane " << lane;
+      for (const int bytes : {4, 8, 16}) {
+        const Plan plan = make_plan(p, kLargeCache, {.vector = bytes});
+        SCOPED_TRACE(::testing::Message() << "size " << size_of(dtype) << " vector " << plan.vector
+                                          << " positions " << positions);
+        EXPECT_TRUE(aligned || plan.vector == 1);
+        const std::vector<int> count = touched(p, plan);
+        for (int64_t lane = 0; lane < p.D; ++lane) {
+          const bool rotated = lane >= p.lanes.offset && lane < p.lanes.end();
+          ASSERT_EQ(count[lane], rotated || !p.in_place) << "lane " << lane;
+        }
       }
     }
   }
@@ -663,17 +703,19 @@ TEST_P(HeadCoverage, TouchesEveryLaneOnce) {
 // The vectors of a thread hold whole pairs and lie in one span.
 TEST_P(HeadCoverage, KeepsPairsTogether) {
   for (const DType dtype : {DType::kBFloat16, DType::kFloat32, DType::kFloat64}) {
-    const RotateParams p = params(dtype, true);
-    const Plan plan = make_plan(p, kLargeCache);
-    EXPECT_EQ(plan.threads % kWarp, 0);
-    EXPECT_LE(plan.threads, kMaxThreads);
-    if (plan.vector == 1) continue;
-    EXPECT_EQ(p.lanes.offset % plan.vector, 0);
-    if (plan.arrangement == Arrangement::kAdjacent) {
-      EXPECT_EQ(plan.vector % 2, 0);
-      EXPECT_EQ(p.lanes.distance, 1);
-    } else {
-      EXPECT_EQ(p.lanes.distance % plan.vector, 0);
+    for (const int bytes : {4, 8, 16}) {
+      const RotateParams p = params(dtype, true);
+      const Plan plan = make_plan(p, kLargeCache, {.vector = bytes});
+      EXPECT_EQ(plan.threads % kWarp, 0);
+      EXPECT_LE(plan.threads, kMaxThreads);
+      if (plan.vector == 1) continue;
+      EXPECT_EQ(p.lanes.offset % plan.vector, 0);
+      if (plan.arrangement == Arrangement::kAdjacent) {
+        EXPECT_EQ(plan.vector % 2, 0);
+        EXPECT_EQ(p.lanes.distance, 1);
+      } else {
+        EXPECT_EQ(p.lanes.distance % plan.vector, 0);
+      }
     }
   }
 }

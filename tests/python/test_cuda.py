@@ -66,6 +66,22 @@ def test_large_enough_for_every_way_of_reading(layout, dtype):
             assert torch.equal(g, bits(x, cos, sin, **kw))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_pieces_of_large_tensors_in_place(layout, dtype):
+    """Few lanes of every head: vectors are shorter, what lies between the pieces stays."""
+    B, S = (1, 8192) if layout == "thd" else (4, 2048)
+    q, k = (tensor(layout, B, S, H, 96, dtype, "cuda") for H in (32, 8))
+    for P, offset in ((8, 0), (16, 0), (16, 64), (32, 0)):
+        cos, sin = angles(S, P, "cuda")
+        for interleaved in (False, True):
+            kw = dict(layout=layout, rotary_offset=offset, interleaved=interleaved)
+            got = q.clone(), k.clone()
+            fused_rope.rotate_qk_(*got, cos, sin, **kw)
+            for g, x in zip(got, (q, k), strict=True):
+                assert torch.equal(g, bits(x, cos, sin, **kw))
+
+
 @pytest.mark.parametrize("name", VIEWS)
 def test_views_give_the_bits_of_the_cpu(name):
     x = view(name, torch.bfloat16)

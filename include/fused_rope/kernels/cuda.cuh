@@ -213,10 +213,10 @@ struct alignas(sizeof(T) * kLanes) Vector {
   T lane[kLanes];
 };
 
-// Vectors of this size are moved with a policy of the L2 cache: 2 or 4 words, or none.
+// Vectors of this size are moved with a policy of the L2 cache: 1, 2 or 4 words, or none.
 template <typename V>
 #if __CUDA_ARCH__ >= 800
-constexpr int kWords = sizeof(V) == 8 || sizeof(V) == 16 ? sizeof(V) / 4 : 0;
+constexpr int kWords = sizeof(V) % 4 == 0 && sizeof(V) <= 16 ? sizeof(V) / 4 : 0;
 #else
 constexpr int kWords = 0;
 #endif
@@ -238,7 +238,7 @@ __device__ __forceinline__ Vector<T, kLanes> load(const T* from, uint64_t policy
           "}"
           : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
           : "l"(from), "l"(policy), "r"(flag));
-    } else {
+    } else if constexpr (kWords<V> == 2) {
       asm volatile(
           "{\n"
           ".reg .pred wanted;\n"
@@ -246,6 +246,15 @@ __device__ __forceinline__ Vector<T, kLanes> load(const T* from, uint64_t policy
           "@wanted ld.global.L2::cache_hint.v2.u32 {%0, %1}, [%2], %3;\n"
           "}"
           : "=r"(words[0]), "=r"(words[1])
+          : "l"(from), "l"(policy), "r"(flag));
+    } else {
+      asm volatile(
+          "{\n"
+          ".reg .pred wanted;\n"
+          "setp.ne.u32 wanted, %3, 0;\n"
+          "@wanted ld.global.L2::cache_hint.u32 %0, [%1], %2;\n"
+          "}"
+          : "=r"(words[0])
           : "l"(from), "l"(policy), "r"(flag));
     }
     std::memcpy(&value, words, sizeof(value));
@@ -265,9 +274,13 @@ __device__ __forceinline__ void store(T* to, const Vector<T, kLanes>& value, uin
       asm volatile("st.global.L2::cache_hint.v4.u32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(to),
                    "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3]), "l"(policy)
                    : "memory");
-    } else {
+    } else if constexpr (kWords<V> == 2) {
       asm volatile("st.global.L2::cache_hint.v2.u32 [%0], {%1, %2}, %3;" ::"l"(to), "r"(words[0]),
                    "r"(words[1]), "l"(policy)
+                   : "memory");
+    } else {
+      asm volatile("st.global.L2::cache_hint.u32 [%0], %1, %2;" ::"l"(to), "r"(words[0]),
+                   "l"(policy)
                    : "memory");
     }
   } else {
@@ -582,8 +595,11 @@ auto choose_vectors(const Plan& plan) {
       return rotate_kernel<T, Table, kPrecision, kArrangement, kLanes, kRows, false, false>;
   }
   if constexpr (kRows != Rows::kAxes) {
-    if constexpr (kRows == Rows::kLinear && kArrangement == Arrangement::kPair && sizeof(T) == 2) {
-      if (plan.vector < kLanes)
+    if constexpr (kRows == Rows::kLinear && sizeof(T) == 2) {
+      constexpr int kShortest = kFewestBytes / vectors_of_thread(kArrangement, kRows) / sizeof(T);
+      if (plan.vector == kShortest)
+        return rotate_kernel<T, Table, kPrecision, kArrangement, kShortest, kRows, true, true>;
+      if (plan.vector == kLanes / 2)
         return rotate_kernel<T, Table, kPrecision, kArrangement, kLanes / 2, kRows, true, true>;
     }
     if (plan.plain)

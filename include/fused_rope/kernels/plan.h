@@ -80,7 +80,7 @@ struct Box {
 
 // What an experiment may decide instead of the plan; -1 leaves it to the plan.
 struct PlanOverrides {
-  int vector = -1;  // bytes: 8 or 16
+  int vector = -1;  // bytes: 4, 8 or 16
   int threads = -1;
   int keep = -1;
   int stream = -1;
@@ -91,9 +91,9 @@ struct Plan {
   Arrangement arrangement;
   Rows rows;
   bool vector_tables;  // cos and sin can be read 16 bytes at a time
-  bool keeps_tables;   // their lines, where read 8 or 16 bytes at once, leave the L2 cache last
+  bool keeps_tables;   // their lines, where read 4 bytes or more at once, leave the L2 cache last
   bool streams;        // lines of lanes, where moved so, leave it first
-  int vector;          // lanes moved at once: 16 or 8 bytes of them, or 1
+  int vector;          // lanes moved at once: 16, 8 or 4 bytes of them, or 1
   int rotating_units;  // threads of one head that rotate
   int units;           // threads of one head: those that rotate, then those that copy
   bool plain;          // every thread rotates, and pairs are not in several blocks
@@ -102,6 +102,9 @@ struct Plan {
 };
 
 constexpr int kVectorBytes = 16;
+constexpr int kThreadBytes = 16;  // that a thread moves where not all threads run at once
+constexpr int kFewestBytes = 8;   // the same, of short pieces
+constexpr int kShortPiece = 64;   // bytes
 constexpr int kWarp = 32;
 constexpr int kMaxThreads = 256;        // of a block
 constexpr int kResidentThreads = 1536;  // of a multiprocessor
@@ -223,16 +226,34 @@ inline double moved_lanes(const RotateParams& p) {
          static_cast<double>(moved_lanes_of_head(p));
 }
 
-// The calls for which there are vectors of 8 bytes beside those of 16.
-inline bool has_half_vectors(const RotateParams& p, const Plan& plan) {
-  return plan.rows == Rows::kLinear && plan.arrangement == Arrangement::kPair && plan.plain &&
-         plan.vector > 1 && size_of(p.dtype) == 2 && plan.vector_tables;
+// The calls for which there are vectors of less than 16 bytes.
+inline bool has_shorter_vectors(const RotateParams& p, const Plan& plan) {
+  return plan.rows == Rows::kLinear && plan.plain && plan.vector > 1 && size_of(p.dtype) == 2 &&
+         plan.vector_tables;
+}
+
+// Whether a call moves short pieces of memory with gaps between them.
+inline bool moves_short_pieces(const RotateParams& p) {
+  const TensorParams& t = p.tensors[0].H > 0 ? p.tensors[0] : p.tensors[1];
+  const std::array<int64_t, 3> strides = {t.in_strides.b, t.in_strides.s, t.in_strides.h};
+  const int64_t lanes = moved_lanes_of_head(p);
+  return p.in_place && lanes * size_of(p.dtype) <= kShortPiece &&
+         std::abs(strides[memory_order(p, t)[0]]) > lanes;
 }
 
 // Threads for each multiprocessor, where each moves so many lanes.
 inline double threads_each(const RotateParams& p, const DeviceFacts& device,
                            int64_t lanes_of_thread) {
   return moved_lanes(p) / static_cast<double>(lanes_of_thread * device.multiprocessors);
+}
+
+// Bytes of a vector. Short ones put a warp's two requests, for first members and their partners,
+// closer together in memory: worth twice the threads where memory is what they wait for. Short
+// pieces are quicker still where fewer of them are under way.
+inline int bytes_of_vector(const RotateParams& p, const Plan& plan, const DeviceFacts& device) {
+  if (threads_each(p, device, 2 * plan.vector) <= kResidentThreads) return kVectorBytes;
+  const int of_thread = moves_short_pieces(p) ? kFewestBytes : kThreadBytes;
+  return of_thread / vectors_of_thread(plan.arrangement, plan.rows);
 }
 
 // Small blocks leave no gaps when one ends and the next begins. Where all are on the device at
@@ -291,10 +312,11 @@ inline Plan make_plan(const RotateParams& p, const DeviceFacts& device,
   const int64_t copied = moved_lanes_of_head(p) - rotated;
   const bool one_span = p.lanes.distance == 1 || p.lanes.distance == p.lanes.P;
   plan.plain = one_span && copied == 0;
-  // Half a vector a request puts a warp's two requests, for first members and their partners,
-  // closer together in memory: worth twice the threads where memory is what they wait for.
-  const bool large = threads_each(p, device, 2 * lanes) > kResidentThreads;
-  if (choose(overrides.vector, large ? 8 : 16) == 8 && has_half_vectors(p, plan)) plan.vector /= 2;
+  if (has_shorter_vectors(p, plan)) {
+    const int shortest = kFewestBytes / vectors_of_thread(plan.arrangement, plan.rows);
+    const int bytes = choose(overrides.vector, bytes_of_vector(p, plan, device));
+    plan.vector = std::clamp(bytes, shortest, kVectorBytes) / size_of(p.dtype);
+  }
 
   const int64_t lanes_of_thread = vectors_of_thread(plan.arrangement, plan.rows) * plan.vector;
   plan.rotating_units = static_cast<int>(ceil_divide(rotated, lanes_of_thread));
