@@ -386,8 +386,8 @@ TEST(Plan, GivesBlocksWholeHeads) {
 
 struct VectorBytesCase {
   const char* name;
-  void (*change)(RotateParams&);
-  int bytes;     // of 32 heads of 128 lanes, one token more than fits
+  void (*change)(RotateParams&);  // of 32 heads of 128 lanes: one token more than run at once
+  int bytes;
   int shortest;  // that an experiment may have
 };
 
@@ -395,7 +395,7 @@ void PrintTo(const VectorBytesCase& c, std::ostream* out) { *out << c.name; }
 
 class VectorBytes : public ::testing::TestWithParam<VectorBytesCase> {};
 
-TEST_P(VectorBytes, SuitWhatMemoryLikes) {
+TEST_P(VectorBytes, FollowShapeAndStrides) {
   RotateParams p = call(1, 793, 32, 128, 128);
   p.rows.M = 4096;
   GetParam().change(p);
@@ -404,17 +404,38 @@ TEST_P(VectorBytes, SuitWhatMemoryLikes) {
       return make_plan(p, device, {.vector = override}).vector * size_of(p.dtype);
     };
     EXPECT_EQ(bytes(-1), GetParam().bytes);
-    for (const int override : {0, 1, 2, 4, 8, 16, 32})
-      EXPECT_EQ(bytes(override), std::clamp(override, GetParam().shortest, 16)) << override;
+    for (const auto& [override, instance] :
+         {std::pair{0, 4}, {3, 4}, {4, 4}, {7, 4}, {8, 8}, {12, 8}, {15, 8}, {16, 16}, {99, 16}})
+      EXPECT_EQ(bytes(override), std::max(instance, GetParam().shortest)) << override;
   }
 }
 
-// 64 of every 256 bytes, of as many as are large.
+// 64 of every 256 bytes, of four times the tokens.
 void in_pieces(RotateParams& p) {
   p.S *= 4;
   p.lanes.P = p.lanes.distance = 16;
   p.in_place = true;
 }
+
+void set_strides(TensorParams& t, const Strides& strides) {
+  t.in_strides = t.out_strides = strides;
+}
+
+// Heads of 32 lanes, so that all of a head is a piece.
+void in_short_heads(RotateParams& p, const Strides& strides) {
+  in_pieces(p);
+  p.D = 32;
+  set_strides(p.tensors[0], strides);
+}
+
+// A second tensor of H heads, as far apart as the first's.
+void add_tensor(RotateParams& p, int64_t H) {
+  p.count = 2;
+  p.tensors[1] = p.tensors[0];
+  p.tensors[1].H = H;
+}
+
+constexpr int64_t kPieces = 4 * 793;  // tokens
 
 const VectorBytesCase kVectorBytesCases[] = {
     {"Large", [](RotateParams&) {}, 8, 4},
@@ -425,44 +446,52 @@ const VectorBytesCase kVectorBytesCases[] = {
     {"Blocks", [](RotateParams& p) { p.lanes.distance = 32; }, 16, 16},
     {"Copies", [](RotateParams& p) { p.lanes.P = p.lanes.distance = 32; }, 16, 16},
     {"LookUps", [](RotateParams& p) { p.rows.positions = {memory, true}; }, 16, 16},
+    {"PerHead", [](RotateParams& p) { p.per_head = true; }, 16, 16},
     {"Float64Entries", [](RotateParams& p) { p.table_dtype = DType::kFloat64; }, 8, 4},
     {"ShortEntries", [](RotateParams& p) { p.table_dtype = DType::kBFloat16; }, 8, 4},
     {"Streams", [](RotateParams& p) { p.S = 1 << 16, p.tensors[0].H = 1; }, 8, 4},
     {"SingleEntries", [](RotateParams& p) { p.cos.j = p.sin.j = 2; }, 16, 16},
     {"Pieces", in_pieces, 4, 4},
-    {"PiecesAtOnce", [](RotateParams& p) { in_pieces(p), p.S = 4 * 792; }, 16, 4},
+    {"PiecesAtOnce", [](RotateParams& p) { in_pieces(p), p.S -= 4; }, 16, 4},
     {"PiecesAtTheEnd", [](RotateParams& p) { in_pieces(p), p.lanes.offset = 96; }, 4, 4},
     {"PiecesOfFloat32", [](RotateParams& p) { in_pieces(p), p.dtype = DType::kFloat32; }, 16, 16},
+    {"LongPieces", [](RotateParams& p) { in_pieces(p), p.lanes.P = p.lanes.distance = 24; }, 8, 4},
     {"InterleavedPieces", [](RotateParams& p) { in_pieces(p), p.lanes.distance = 1; }, 8, 8},
+    {"InterleavedPiecesAtOnce",
+     [](RotateParams& p) { in_pieces(p), p.S -= 4, p.lanes.distance = 1; }, 16, 8},
+    {"LongInterleavedPieces",
+     [](RotateParams& p) { in_pieces(p), p.lanes.P = 20, p.lanes.distance = 1; }, 16, 8},
     {"PiecesOfHeadsApart",
      [](RotateParams& p) {
        in_pieces(p);
-       p.tensors[0].in_strides = p.tensors[0].out_strides = bhsd(p.S, 32, 128);
+       set_strides(p.tensors[0], bhsd(p.S, 32, 128));
      },
      4, 4},
-    {"PiecesOfTheSecond",
+    {"PiecesOfTheSecondAlone",
      [](RotateParams& p) {
        in_pieces(p);
-       p.count = 2;
-       p.tensors[1] = p.tensors[0];
+       add_tensor(p, 32);
        p.tensors[0].H = 0;
+       set_strides(p.tensors[0], bshd(p.S, 32, 32));
      },
      4, 4},
-    {"PiecesBackwards",
+    {"PiecesOfTheFirst",
      [](RotateParams& p) {
        in_pieces(p);
-       p.tensors[0].in_strides.h = p.tensors[0].out_strides.h = -128;
+       add_tensor(p, 32);
+       set_strides(p.tensors[1], bshd(p.S, 32, 32));
      },
      4, 4},
-    {"Slices", [](RotateParams& p) { in_pieces(p), p.D = 32; }, 4, 4},
-    {"HeadsSideBySide",
+    {"HeadsApart", [](RotateParams& p) { in_short_heads(p, bshd(kPieces, 32, 64)); }, 4, 4},
+    {"HeadsLessApart", [](RotateParams& p) { in_short_heads(p, bshd(kPieces, 32, 56)); }, 8, 4},
+    {"HeadsSideBySide", [](RotateParams& p) { in_short_heads(p, bshd(kPieces, 32, 32)); }, 8, 4},
+    {"TokensSideBySide", [](RotateParams& p) { in_short_heads(p, bhsd(kPieces, 32, 32)); }, 8, 4},
+    {"HeadsApartOutOfPlace",
      [](RotateParams& p) {
-       in_pieces(p);
-       p.D = 32;
-       p.tensors[0].in_strides = p.tensors[0].out_strides = bshd(p.S, 32, 32);
+       in_short_heads(p, bshd(kPieces, 32, 64));
+       p.in_place = false;
      },
      8, 4},
-    {"LongPieces", [](RotateParams& p) { in_pieces(p), p.lanes.P = p.lanes.distance = 24; }, 8, 4},
 };
 
 INSTANTIATE_TEST_SUITE_P(Of, VectorBytes, ::testing::ValuesIn(kVectorBytesCases),

@@ -68,14 +68,16 @@ def test_large_enough_for_every_way_of_reading(layout, dtype):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_pieces_of_large_tensors_in_place(layout, dtype):
+@pytest.mark.parametrize("precision", ["fp32", "model"])
+def test_pieces_of_large_tensors_in_place(layout, dtype, precision):
     """Few lanes of every head: vectors are shorter, what lies between the pieces stays."""
     B, S = (1, 8192) if layout == "thd" else (4, 2048)
     q, k = (tensor(layout, B, S, H, 96, dtype, "cuda") for H in (32, 8))
-    for P, offset in ((8, 0), (16, 0), (16, 64), (32, 0)):
-        cos, sin = angles(S, P, "cuda")
+    for P, offset, inverse in ((8, 0, False), (16, 0, True), (16, 64, False), (32, 0, True)):
+        cos, sin = angles(S, P, "cuda", torch.float32 if precision == "fp32" else dtype)
         for interleaved in (False, True):
-            kw = dict(layout=layout, rotary_offset=offset, interleaved=interleaved)
+            kw = dict(layout=layout, precision=precision)
+            kw |= dict(rotary_offset=offset, interleaved=interleaved, inverse=inverse)
             got = q.clone(), k.clone()
             fused_rope.rotate_qk_(*got, cos, sin, **kw)
             for g, x in zip(got, (q, k), strict=True):

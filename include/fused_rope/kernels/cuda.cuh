@@ -213,10 +213,10 @@ struct alignas(sizeof(T) * kLanes) Vector {
   T lane[kLanes];
 };
 
-// Vectors of this size are moved with a policy of the L2 cache: 1, 2 or 4 words, or none.
-template <typename V>
+// Words of a vector that is moved with a policy of the L2 cache: 1, 2 or 4; 0 where it has none.
+template <typename T, int kLanes>
 #if __CUDA_ARCH__ >= 800
-constexpr int kWords = sizeof(V) % 4 == 0 && sizeof(V) <= 16 ? sizeof(V) / 4 : 0;
+constexpr int kWords = kLanes > 1 || sizeof(T) == 8 ? kLanes * sizeof(T) / 4 : 0;
 #else
 constexpr int kWords = 0;
 #endif
@@ -226,10 +226,10 @@ template <int kLanes, typename T>
 __device__ __forceinline__ Vector<T, kLanes> load(const T* from, uint64_t policy, bool wanted) {
   using V = Vector<T, kLanes>;
   V value{};
-  if constexpr (kWords<V> > 0) {
+  if constexpr (kWords<T, kLanes> > 0) {
     const auto flag = static_cast<uint32_t>(wanted);
-    uint32_t words[kWords<V>];
-    if constexpr (kWords<V> == 4) {
+    uint32_t words[kWords<T, kLanes>];
+    if constexpr (kWords<T, kLanes> == 4) {
       asm volatile(
           "{\n"
           ".reg .pred wanted;\n"
@@ -238,7 +238,7 @@ __device__ __forceinline__ Vector<T, kLanes> load(const T* from, uint64_t policy
           "}"
           : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
           : "l"(from), "l"(policy), "r"(flag));
-    } else if constexpr (kWords<V> == 2) {
+    } else if constexpr (kWords<T, kLanes> == 2) {
       asm volatile(
           "{\n"
           ".reg .pred wanted;\n"
@@ -267,14 +267,14 @@ __device__ __forceinline__ Vector<T, kLanes> load(const T* from, uint64_t policy
 template <typename T, int kLanes>
 __device__ __forceinline__ void store(T* to, const Vector<T, kLanes>& value, uint64_t policy) {
   using V = Vector<T, kLanes>;
-  if constexpr (kWords<V> > 0) {
-    uint32_t words[kWords<V>];
+  if constexpr (kWords<T, kLanes> > 0) {
+    uint32_t words[kWords<T, kLanes>];
     std::memcpy(words, &value, sizeof(value));
-    if constexpr (kWords<V> == 4) {
+    if constexpr (kWords<T, kLanes> == 4) {
       asm volatile("st.global.L2::cache_hint.v4.u32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(to),
                    "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3]), "l"(policy)
                    : "memory");
-    } else if constexpr (kWords<V> == 2) {
+    } else if constexpr (kWords<T, kLanes> == 2) {
       asm volatile("st.global.L2::cache_hint.v2.u32 [%0], {%1, %2}, %3;" ::"l"(to), "r"(words[0]),
                    "r"(words[1]), "l"(policy)
                    : "memory");
@@ -586,7 +586,7 @@ __global__ void __launch_bounds__(kMaxThreads, min_blocks<T, Table>(kRows))
   unit.store_lanes(out, details.out_d, work.lane_policy, x);
 }
 
-// The instance for vectors of lanes; plain heads have one of their own where tables are aligned.
+// The instance for vectors of lanes; plain heads have some of their own where tables are aligned.
 template <typename T, typename Table, Precision kPrecision, Arrangement kArrangement, Rows kRows>
 auto choose_vectors(const Plan& plan) {
   constexpr int kLanes = kVectorBytes / sizeof(T);
@@ -596,10 +596,10 @@ auto choose_vectors(const Plan& plan) {
   }
   if constexpr (kRows != Rows::kAxes) {
     if constexpr (kRows == Rows::kLinear && sizeof(T) == 2) {
-      constexpr int kShortest = kFewestBytes / vectors_of_thread(kArrangement, kRows) / sizeof(T);
+      constexpr int kShortest = shortest_vector(kArrangement, kRows) / sizeof(T);
       if (plan.vector == kShortest)
         return rotate_kernel<T, Table, kPrecision, kArrangement, kShortest, kRows, true, true>;
-      if (plan.vector == kLanes / 2)
+      if (kShortest < kLanes / 2 && plan.vector == kLanes / 2)
         return rotate_kernel<T, Table, kPrecision, kArrangement, kLanes / 2, kRows, true, true>;
     }
     if (plan.plain)

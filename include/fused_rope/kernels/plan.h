@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cstdint>
 #include <cstdlib>
 #include <numeric>
@@ -80,7 +81,7 @@ struct Box {
 
 // What an experiment may decide instead of the plan; -1 leaves it to the plan.
 struct PlanOverrides {
-  int vector = -1;  // bytes: 4, 8 or 16
+  int vector = -1;  // bytes: 4, 8 or 16, as far as there are such instances
   int threads = -1;
   int keep = -1;
   int stream = -1;
@@ -91,8 +92,8 @@ struct Plan {
   Arrangement arrangement;
   Rows rows;
   bool vector_tables;  // cos and sin can be read 16 bytes at a time
-  bool keeps_tables;   // their lines, where read 4 bytes or more at once, leave the L2 cache last
-  bool streams;        // lines of lanes, where moved so, leave it first
+  bool keeps_tables;   // their lines, where read in vectors, leave the L2 cache last
+  bool streams;        // lines of lanes, where moved in vectors, leave it first
   int vector;          // lanes moved at once: 16, 8 or 4 bytes of them, or 1
   int rotating_units;  // threads of one head that rotate
   int units;           // threads of one head: those that rotate, then those that copy
@@ -102,9 +103,8 @@ struct Plan {
 };
 
 constexpr int kVectorBytes = 16;
-constexpr int kThreadBytes = 16;  // that a thread moves where not all threads run at once
-constexpr int kFewestBytes = 8;   // the same, of short pieces
-constexpr int kShortPiece = 64;   // bytes
+constexpr int kFewestBytes = 8;  // that a thread moves in vectors
+constexpr int kShortPiece = 64;  // bytes
 constexpr int kWarp = 32;
 constexpr int kMaxThreads = 256;        // of a block
 constexpr int kResidentThreads = 1536;  // of a multiprocessor
@@ -226,19 +226,25 @@ inline double moved_lanes(const RotateParams& p) {
          static_cast<double>(moved_lanes_of_head(p));
 }
 
-// The calls for which there are vectors of less than 16 bytes.
+// The calls for which there are instances with vectors of less than 16 bytes.
 inline bool has_shorter_vectors(const RotateParams& p, const Plan& plan) {
   return plan.rows == Rows::kLinear && plan.plain && plan.vector > 1 && size_of(p.dtype) == 2 &&
          plan.vector_tables;
 }
 
-// Whether a call moves short pieces of memory with gaps between them.
+// Bytes of the shortest vectors of those instances.
+constexpr int shortest_vector(Arrangement arrangement, Rows rows) {
+  return kFewestBytes / vectors_of_thread(arrangement, rows);
+}
+
+// Whether a call moves short pieces of memory with gaps between them that are no shorter. The first
+// tensor that has heads stands for both.
 inline bool moves_short_pieces(const RotateParams& p) {
   const TensorParams& t = p.tensors[0].H > 0 ? p.tensors[0] : p.tensors[1];
   const std::array<int64_t, 3> strides = {t.in_strides.b, t.in_strides.s, t.in_strides.h};
-  const int64_t lanes = moved_lanes_of_head(p);
-  return p.in_place && lanes * size_of(p.dtype) <= kShortPiece &&
-         std::abs(strides[memory_order(p, t)[0]]) > lanes;
+  const int64_t piece = 2 * p.lanes.P;
+  return p.in_place && piece * size_of(p.dtype) <= kShortPiece &&
+         strides[memory_order(p, t)[0]] >= 2 * piece;
 }
 
 // Threads for each multiprocessor, where each moves so many lanes.
@@ -247,13 +253,13 @@ inline double threads_each(const RotateParams& p, const DeviceFacts& device,
   return moved_lanes(p) / static_cast<double>(lanes_of_thread * device.multiprocessors);
 }
 
-// Bytes of a vector. Short ones put a warp's two requests, for first members and their partners,
-// closer together in memory: worth twice the threads where memory is what they wait for. Short
-// pieces are quicker still where fewer of them are under way.
+// Bytes of a vector. With short ones a warp's two requests, for first members and for partners, lie
+// closer together in memory: worth more threads where memory is what they wait for. Short pieces
+// are quicker still with fewer bytes under way.
 inline int bytes_of_vector(const RotateParams& p, const Plan& plan, const DeviceFacts& device) {
   if (threads_each(p, device, 2 * plan.vector) <= kResidentThreads) return kVectorBytes;
-  const int of_thread = moves_short_pieces(p) ? kFewestBytes : kThreadBytes;
-  return of_thread / vectors_of_thread(plan.arrangement, plan.rows);
+  if (moves_short_pieces(p)) return shortest_vector(plan.arrangement, plan.rows);
+  return kVectorBytes / vectors_of_thread(plan.arrangement, plan.rows);
 }
 
 // Small blocks leave no gaps when one ends and the next begins. Where all are on the device at
@@ -313,9 +319,10 @@ inline Plan make_plan(const RotateParams& p, const DeviceFacts& device,
   const bool one_span = p.lanes.distance == 1 || p.lanes.distance == p.lanes.P;
   plan.plain = one_span && copied == 0;
   if (has_shorter_vectors(p, plan)) {
-    const int shortest = kFewestBytes / vectors_of_thread(plan.arrangement, plan.rows);
+    const int shortest = shortest_vector(plan.arrangement, plan.rows);
     const int bytes = choose(overrides.vector, bytes_of_vector(p, plan, device));
-    plan.vector = std::clamp(bytes, shortest, kVectorBytes) / size_of(p.dtype);
+    const auto instance = static_cast<uint32_t>(std::clamp(bytes, shortest, kVectorBytes));
+    plan.vector = static_cast<int>(std::bit_floor(instance)) / size_of(p.dtype);
   }
 
   const int64_t lanes_of_thread = vectors_of_thread(plan.arrangement, plan.rows) * plan.vector;
