@@ -428,11 +428,12 @@ void in_short_heads(RotateParams& p, const Strides& strides) {
   set_strides(p.tensors[0], strides);
 }
 
-// A second tensor of H heads, as far apart as the first's.
-void add_tensor(RotateParams& p, int64_t H) {
+// Two tensors, the heads of one of them, `dense`, as close as if they had no gaps.
+void in_pieces_of_one(RotateParams& p, int dense) {
+  in_pieces(p);
   p.count = 2;
   p.tensors[1] = p.tensors[0];
-  p.tensors[1].H = H;
+  set_strides(p.tensors[dense], bshd(p.S, 32, 32));
 }
 
 constexpr int64_t kPieces = 4 * 793;  // tokens
@@ -467,21 +468,9 @@ const VectorBytesCase kVectorBytesCases[] = {
        set_strides(p.tensors[0], bhsd(p.S, 32, 128));
      },
      4, 4},
-    {"PiecesOfTheSecondAlone",
-     [](RotateParams& p) {
-       in_pieces(p);
-       add_tensor(p, 32);
-       p.tensors[0].H = 0;
-       set_strides(p.tensors[0], bshd(p.S, 32, 32));
-     },
+    {"PiecesOfTheSecondAlone", [](RotateParams& p) { in_pieces_of_one(p, 0), p.tensors[0].H = 0; },
      4, 4},
-    {"PiecesOfTheFirst",
-     [](RotateParams& p) {
-       in_pieces(p);
-       add_tensor(p, 32);
-       set_strides(p.tensors[1], bshd(p.S, 32, 32));
-     },
-     4, 4},
+    {"PiecesOfTheFirst", [](RotateParams& p) { in_pieces_of_one(p, 1); }, 4, 4},
     {"HeadsApart", [](RotateParams& p) { in_short_heads(p, bshd(kPieces, 32, 64)); }, 4, 4},
     {"HeadsLessApart", [](RotateParams& p) { in_short_heads(p, bshd(kPieces, 32, 56)); }, 8, 4},
     {"HeadsSideBySide", [](RotateParams& p) { in_short_heads(p, bshd(kPieces, 32, 32)); }, 8, 4},

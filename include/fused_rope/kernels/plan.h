@@ -147,11 +147,16 @@ inline bool is_vectorizable(const TableParams& table, DType dtype) {
          fits(table.m) && fits(table.b) && fits(table.s) && fits(table.h);
 }
 
+// By Axis.
+inline std::array<int64_t, 3> in_strides_of(const TensorParams& t) {
+  return {t.in_strides.b, t.in_strides.s, t.in_strides.h};
+}
+
 // The axes of a tensor from the smallest stride to the largest, so that neighbouring threads touch
 // neighbouring memory.
 inline std::array<Axis, 3> memory_order(const RotateParams& p, const TensorParams& t) {
   const std::array<int64_t, 3> sizes = {p.B, p.S, t.H};
-  const std::array<int64_t, 3> strides = {t.in_strides.b, t.in_strides.s, t.in_strides.h};
+  const std::array<int64_t, 3> strides = in_strides_of(t);
   const auto stride = [&](Axis axis) { return sizes[axis] <= 1 ? INT64_MAX : strides[axis]; };
   std::array<Axis, 3> order = {kHead, kSequence, kBatch};
   for (const int i : {0, 1, 0}) {  // a stable sort of three
@@ -241,10 +246,9 @@ constexpr int shortest_vector(Arrangement arrangement, Rows rows) {
 // tensor that has heads stands for both.
 inline bool moves_short_pieces(const RotateParams& p) {
   const TensorParams& t = p.tensors[0].H > 0 ? p.tensors[0] : p.tensors[1];
-  const std::array<int64_t, 3> strides = {t.in_strides.b, t.in_strides.s, t.in_strides.h};
   const int64_t piece = 2 * p.lanes.P;
   return p.in_place && piece * size_of(p.dtype) <= kShortPiece &&
-         strides[memory_order(p, t)[0]] >= 2 * piece;
+         in_strides_of(t)[memory_order(p, t)[0]] >= 2 * piece;
 }
 
 // Threads for each multiprocessor, where each moves so many lanes.
