@@ -8,15 +8,11 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from .frequencies import (
-    config_arguments,
-    frequencies,
-    regime,
-    rope_type,
-    varying_constants,
-    varying_frequencies,
-)
-from .functional import cos_sin_table, rotate, rotate_qk
+from .frequencies import config_arguments
+from .functional import rotate, rotate_qk
+from .scaled_frequencies import ScaledFrequencies
+from .table_cache import TableCache
+from .tracing import fake_mode_of
 
 __all__ = ["RotaryEmbedding"]
 
@@ -31,19 +27,22 @@ _USUAL = {
 
 
 class RotaryEmbedding(torch.nn.Module):
-    """Rotates queries and keys by their positions, from a table of its own.
+    """Rotates queries and keys by their positions, with a table of cosines and sines.
 
-    The table is computed in float64 and kept in float32. It is no parameter and no buffer:
-    `state_dict()` is empty, and `.to(torch.bfloat16)`, autocast, checkpoints and FSDP leave its
-    numbers alone; `.to(device)` and `to_empty` move it, and so does a call with q elsewhere. Where
-    the rows are known on the host (no positions, no cu_seqlens, an int offset) it grows by itself,
-    without waiting for the device; otherwise it has `max_seq_len` rows until `reserve(rows)`.
+    The table is computed in float64 and kept in float32. It is neither a parameter nor a buffer:
+    `state_dict()` is empty, and `.to(torch.bfloat16)`, autocast, checkpoints and FSDP do not change
+    its numbers. A table never changes once it exists, and modules with the same frequencies share
+    it; threads and devices may share a module.
 
-    The frequencies of dynamic and longrope scaling follow from the largest position of the very
-    call, and from nothing before it. Where only the device knows that position, and wherever they
-    change from row to row (dynamic, past the trained length), the call computes a row for each of
-    its tokens on the device, in float64, without waiting: then no row is too far, and positions
-    need no `reserve`.
+    Which table a call reads depends on its arguments alone, never on earlier calls. Where the host
+    knows the rows (no positions, no cu_seqlens, an int offset) the call takes max_seq_len rows, or
+    twice, four times, ... as many if it needs them, without synchronizing. Otherwise it takes
+    max_seq_len rows; `reserve(rows)` raises that number.
+
+    The frequencies of dynamic and longrope scaling depend on the largest position of the call.
+    Where only the device knows that position, and for dynamic beyond the trained length, the call
+    computes a row for each of its tokens on the device, in float64, without synchronizing. Then any
+    position is valid, and positions need no `reserve`.
 
     Letters: B batch, S sequence length, T packed tokens, N packed sequences, H heads, D head_dim,
     R rotary_dim, P = R/2 pairs, M table rows, A position axes.
@@ -52,7 +51,7 @@ class RotaryEmbedding(torch.nn.Module):
         head_dim: D.
         rotary_dim: R, even; None for all lanes from rotary_offset on.
         rotary_offset: the first rotated lane.
-        max_seq_len: M, to begin with.
+        max_seq_len: the fewest rows M of a table.
         base: base of the frequencies ("rope_theta").
         scaling: a mapping with "rope_type" and its keys, as in Hugging Face configs; see
             `fused_rope.frequencies.frequencies`.
@@ -63,10 +62,11 @@ class RotaryEmbedding(torch.nn.Module):
         axes: M-RoPE: for each of the P pairs the position axis it follows; see
             `fused_rope.mrope_axes`.
         precision: "fp32", or "model" for the roundings of eager Hugging Face.
-        device: where the table lies; None for the default device.
+        device: where `cos` and `sin` are; None for the default device. Calls elsewhere use, and
+            keep, a copy on the device of q.
 
     Attributes:
-        cos, sin: float32 [M, P].
+        cos, sin: float32 [M, P], the longest table that a call has used so far.
 
     Raises:
         ValueError: sizes that do not fit each other, an unknown layout or rope_type, a missing key.
@@ -77,9 +77,6 @@ class RotaryEmbedding(torch.nn.Module):
         >>> q_rotated, k_rotated = rope(q, k)
         >>> q_next, k_next = rope(q[:, :, :1], k[:, :, :1], offset=100)
     """
-
-    cos: Tensor
-    sin: Tensor
 
     def __init__(
         self,
@@ -111,10 +108,17 @@ class RotaryEmbedding(torch.nn.Module):
         self._check()
         self._sequence_dim = layout.index("t" if layout == "thd" else "s")
         self._batch_dim = None if layout == "thd" else layout.index("b")
-        self._varies = rope_type(self.scaling or {}) in ("dynamic", "longrope")
-        self._choose_frequencies(0)
-        self._choose_constants()
-        self._build(max_seq_len, torch.get_default_device() if device is None else device)
+        frequencies = ScaledFrequencies(self.rotary_dim, base, self.scaling, blocks)
+        self._tables = TableCache(frequencies, max_seq_len)
+        self._tables.move(torch.get_default_device() if device is None else device)
+
+    @property
+    def cos(self) -> Tensor:
+        return self._tables.longest().cos
+
+    @property
+    def sin(self) -> Tensor:
+        return self._tables.longest().sin
 
     @classmethod
     def from_config(
@@ -188,28 +192,27 @@ class RotaryEmbedding(torch.nn.Module):
         Raises:
             ValueError, TypeError, IndexError: as `fused_rope.rotate_qk`.
         """
-        if q.shape[-1] != self.head_dim:
-            raise ValueError(
-                f"RotaryEmbedding: expected q with D={self.head_dim}, got {tuple(q.shape)}"
-            )
+        if q.is_nested or q.shape[-1] != self.head_dim:
+            _refuse(q, self.head_dim)
         rows = None
         if positions is None and cu_seqlens is None and not isinstance(offset, Tensor):
             rows = q.shape[self._sequence_dim] + offset
-        where: dict[str, Any] = {
+        axes = None if self.axes is None else self._axes_of(positions, q)
+        pair = self._tables.pair(rows, q)
+        if pair is None and (q.numel() == 0 or (cu_seqlens is not None and self.layout != "thd")):
+            pair = self._tables.longest()  # nothing to rotate, or the operator refuses the call
+        if pair is None:
+            tokens = q.shape[self._sequence_dim]
+            with fake_mode_of(q):
+                positions = _positions(positions, offset, cu_seqlens, tokens, q.device)
+                pair, positions = self._tables.frequencies.own_table(positions)
+            offset, cu_seqlens = 0, None
+        cos, sin = pair
+        options: dict[str, Any] = {
             "positions": positions,
             "offset": offset,
             "cu_seqlens": cu_seqlens,
-            "axes": self._axes_of(positions, q),
-        }
-        if self._needs_rows_of_its_own(q, rows, cu_seqlens):
-            self._prepare(None, q.device)
-            cos, sin, where["positions"] = self._rows_of_this_call(q, positions, offset, cu_seqlens)
-            where.update(offset=0, cu_seqlens=None)
-        else:
-            self._prepare(rows, q.device)
-            cos, sin = self.cos, self.sin
-        options: dict[str, Any] = {
-            **where,
+            "axes": axes,
             "layout": self.layout,
             "rotary_offset": self.rotary_offset,
             "interleaved": self.interleaved,
@@ -221,15 +224,19 @@ class RotaryEmbedding(torch.nn.Module):
         return rotate_qk(q, k, cos, sin, **options)
 
     def reserve(self, rows: int) -> None:
-        """Makes sure that the table has `rows` rows.
+        """Makes tables have at least `rows` rows, and the one for `device` exist.
 
-        Wanted before what cannot grow it: positions, cu_seqlens or an offset that is a tensor,
-        export, and the capture of a CUDA graph.
+        Needed before positions, cu_seqlens or a tensor offset that lead beyond max_seq_len, before
+        export, and before a CUDA graph is captured.
         """
-        self._prepare(rows, self.cos.device)
+        self._tables.reserve(rows)
 
     def extra_repr(self) -> str:
-        parts = [f"{self.head_dim}", f"rotary_dim={self.rotary_dim}", f"rows={self.cos.shape[0]}"]
+        parts = [
+            f"{self.head_dim}",
+            f"rotary_dim={self.rotary_dim}",
+            f"max_seq_len={self._tables.min_rows}",
+        ]
         parts += [f"base={self.base:g}", f"layout={self.layout!r}"]
         for name, usual in _USUAL.items():
             if getattr(self, name) != usual:
@@ -257,77 +264,6 @@ class RotaryEmbedding(torch.nn.Module):
                 f"RotaryEmbedding: expected layout bshd, bhsd, sbhd or thd, got {self.layout!r}"
             )
 
-    def _prepare(self, rows: int | None, device: torch.device) -> None:
-        """Makes the table right for `rows` rows, None where they are unknown, on `device`."""
-        stale = device != self.cos.device
-        if self._varies and rows is not None and regime(self.scaling, rows) != self._regime:
-            self._choose_frequencies(rows)
-            stale = True
-        here = self.cos.shape[0]
-        if rows is not None and rows > here:
-            self._build(max(rows, 2 * here), device)
-        elif stale:
-            self._build(here, device)
-
-    def _needs_rows_of_its_own(
-        self, q: Tensor, rows: int | None, cu_seqlens: Tensor | None
-    ) -> bool:
-        """Whether this call's frequencies are no table's, for `rows`, None where unknown."""
-        if not self._varies or q.numel() == 0 or (cu_seqlens is not None and self.layout != "thd"):
-            return False
-        if rows is None or torch.compiler.is_compiling():
-            return True
-        return self._stretches and regime(self.scaling, rows) > 0
-
-    def _rows_of_this_call(
-        self,
-        q: Tensor,
-        positions: Tensor | None,
-        offset: int | Tensor,
-        cu_seqlens: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """A table of a row for each token (and axis), and the positions that name these rows."""
-        positions = _positions(positions, offset, cu_seqlens, q.shape[self._sequence_dim], q.device)
-        rows = positions.max() + 1
-        inv_freq = varying_frequencies(rows, self._constants, self._trained, self._factor)
-        angle = positions.reshape(-1, 1).double() * inv_freq
-        numbers = torch.arange(positions.numel(), device=q.device).view(positions.shape)
-        return (
-            (angle.cos() * self._scale).float(),
-            (angle.sin() * self._scale).float(),
-            torch.where(positions < 0, positions, numbers),
-        )
-
-    def _choose_constants(self) -> None:
-        self._stretches = False
-        if self._varies:
-            assert self.scaling is not None
-            lanes = self.rotary_dim // self.blocks
-            constants, self._trained, self._factor = varying_constants(
-                lanes, self.base, self.scaling
-            )
-            self._constants = self._host_constants = constants.repeat(1, self.blocks)
-            self._stretches = self._factor > 0
-
-    def _choose_frequencies(self, rows: int) -> None:
-        lanes = self.rotary_dim // self.blocks
-        inv_freq, self._scale = frequencies(lanes, self.base, self.scaling, rows=rows)
-        self._inv_freq = inv_freq.repeat(self.blocks)
-        self._regime = regime(self.scaling, rows)
-
-    def _build(self, rows: int, device: torch.device | str) -> None:
-        self.cos, self.sin = cos_sin_table(
-            self._inv_freq, rows, scale=self._scale, dtype=torch.float32, device=device
-        )
-        if self._varies:
-            self._constants = self._host_constants.to(device, non_blocking=True)
-        if not torch.compiler.is_compiling():
-            # What torch._dynamo.maybe_mark_dynamic does, without the second that its import takes:
-            # the table's growths then cost one compilation in all.
-            for table in (self.cos, self.sin):
-                table._dynamo_weak_dynamic_indices = {0}  # type: ignore[attr-defined]
-                table._has_dynamo_dim_marking = True  # type: ignore[attr-defined]
-
     def _axes_of(self, positions: Tensor | None, q: Tensor) -> tuple[int, ...] | None:
         """The axes to hand on: none where one position serves them all."""
         if self.axes is None or positions is None or positions.dim() < 2:
@@ -337,15 +273,30 @@ class RotaryEmbedding(torch.nn.Module):
         return None if one_for_all else self.axes
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryEmbedding:
-        """Follows moves, not casts, and builds the table anew: `to_empty` would leave it unset."""
+        """Follows moves, not casts."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         try:
-            device = fn(torch.empty(0, device=self.cos.device)).device
-        except NotImplementedError:  # out of meta there is nothing to copy: the next call builds it
+            device = fn(torch.empty(0, device=self._tables.device)).device
+        except NotImplementedError:  # there is nothing to copy out of meta
             return self
-        if device != self.cos.device:
-            self._build(self.cos.shape[0], device)
+        if device != self._tables.device:
+            self._tables.move(device)
         return self
+
+    def __prepare_scriptable__(self) -> RotaryEmbedding:
+        raise RuntimeError(
+            "RotaryEmbedding: expected no torch.jit.script, which cannot compile it: use "
+            "torch.compile or torch.export"
+        )
+
+
+def _refuse(q: Tensor, D: int) -> None:
+    if q.is_nested:
+        raise TypeError(
+            "RotaryEmbedding: expected q to be a dense tensor, got a nested one: call "
+            'RotaryEmbedding(..., layout="thd") with q.values() and cu_seqlens=q.offsets()'
+        )
+    raise ValueError(f"RotaryEmbedding: expected q with D={D}, got {tuple(q.shape)}")
 
 
 def _positions(

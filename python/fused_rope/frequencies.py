@@ -87,56 +87,6 @@ def rope_type(scaling: Scaling) -> str:
     return str(kind)
 
 
-def regime(scaling: Scaling | None, rows: int) -> int:
-    """A number that is the same for any two `rows` with the same frequencies."""
-    if scaling is None or rope_type(scaling) not in ("dynamic", "longrope"):
-        return 0
-    if rows <= scaling["original_max_position_embeddings"]:
-        return 0
-    return rows if rope_type(scaling) == "dynamic" else 1
-
-
-def varying_constants(
-    rotary_dim: int, base: float, scaling: Scaling
-) -> tuple[Tensor, float, float]:
-    """What `varying_frequencies` needs of dynamic or longrope, computed on the host.
-
-    Returns:
-        Two rows, float64 [2, P]: the frequencies up to the trained length, and for dynamic the
-        exponents of its stretch, for longrope the frequencies of longer texts; the trained length;
-        and dynamic's factor (0 for longrope).
-    """
-    trained = scaling["original_max_position_embeddings"]
-    usual, _ = frequencies(rotary_dim, base, scaling)
-    with torch.inference_mode(False):
-        if rope_type(scaling) == "longrope":
-            other, factor = frequencies(rotary_dim, base, scaling, rows=trained + 1)[0], 0.0
-        else:
-            lanes = torch.arange(0, rotary_dim, 2, dtype=torch.float64, device="cpu")
-            other, factor = -lanes / max(rotary_dim - 2, 1), float(scaling["factor"])
-        return torch.stack([usual, other]), float(trained), factor
-
-
-def varying_frequencies(rows: Tensor, constants: Tensor, trained: float, factor: float) -> Tensor:
-    """`frequencies` of dynamic (factor > 0) or longrope for `rows`, a scalar on any device.
-
-    Nothing waits for the device, and nothing is remembered.
-
-    Args:
-        rows: how many positions are in use.
-        constants, trained, factor: what `varying_constants` returned; P columns, repeated or not.
-
-    Returns:
-        The inverse frequencies, float64 [P].
-    """
-    usual, other = constants
-    if not factor:
-        return torch.where(rows > trained, other, usual)
-    stretch = factor * rows.double().clamp(min=trained) / trained - (factor - 1)
-    stretched: Tensor = usual * stretch**other
-    return stretched
-
-
 def mrope_axes(sections: Sequence[int], interleaved: bool = False) -> tuple[int, ...]:
     """Which position axis each pair reads its row from, for `axes` of `fused_rope.rotate`.
 

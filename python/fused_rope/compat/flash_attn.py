@@ -18,7 +18,10 @@ import torch
 from torch import Tensor
 
 from .. import functional
-from ..frequencies import frequencies
+from ..scaled_frequencies import ScaledFrequencies
+from ..table import DeviceCopies
+from ..table_cache import TableCache
+from ..tracing import fake_mode_of, is_traced, outside_modes
 
 __all__ = [
     "RotaryEmbedding",
@@ -144,7 +147,9 @@ class RotaryEmbedding(torch.nn.Module):
     """A module that keeps tables in the inputs' dtype and rotates queries and keys in place.
 
     With scale_base, XPos (Sun et al., arXiv:2212.10554): the tables of queries grow with the
-    position, and those of keys shrink.
+    position, and those of keys shrink. Both are 1 in the middle of the call's rows; the original
+    takes the middle of the longest sequence so far. Scores of queries and keys that are rotated
+    by one call, or with one max_seqlen, do not depend on it.
 
     Args:
         dim: R.
@@ -172,9 +177,22 @@ class RotaryEmbedding(torch.nn.Module):
         self.base = float(base)
         self.interleaved = interleaved
         self.scale_base = scale_base
-        self.inv_freq, _ = frequencies(dim, base)
-        # cos, sin, and those of the keys where they differ: [M, P] each.
-        self._tables: tuple[Tensor, ...] = ()
+        self._caches = {
+            dtype: TableCache(ScaledFrequencies(dim, base, dtype=dtype), min_rows=1)
+            for dtype in _DTYPES
+        }
+        self.inv_freq = self._caches[torch.float64].frequencies.inv_freq
+        self._numbers = self.inv_freq.tolist()
+        # XPos: cos, sin, cos_k, sin_k by number of rows and dtype.
+        self._xpos: dict[tuple[int, torch.dtype], DeviceCopies] = {}
+        # Rows, dtype and device of the last call.
+        self._last = (0, torch.float32, torch.device("cpu"))
+
+    @property
+    def _tables(self) -> tuple[Tensor, ...]:
+        """cos, sin, cos_k, sin_k of the last call, [M, P] each; none before the first."""
+        rows, dtype, device = self._last
+        return self._tables_for(None, torch.empty(0, dtype=dtype, device=device)) if rows else ()
 
     def forward(
         self,
@@ -213,32 +231,52 @@ class RotaryEmbedding(torch.nn.Module):
         return apply_rotary_emb_qkv_(qkv, cos, sin, num_heads_q=num_heads_q, **options)
 
     def _tables_for(self, rows: int | None, x: Tensor) -> tuple[Tensor, ...]:
-        """Tables of x's dtype and device with `rows` rows; None for as many as there are."""
-        here = self._tables[0].shape[0] if self._tables else 0
-        if rows is None and not self._tables:
-            raise ValueError("RotaryEmbedding: expected max_seqlen beside a tensor seqlen_offset")
-        rows = here if rows is None else rows
-        stale = not self._tables or (x.dtype, x.device) != (
-            self._tables[0].dtype,
-            self._tables[0].device,
-        )
-        if self.scale_base is not None and (stale or rows > here):
-            self._tables = self._xpos_tables(rows, self.scale_base, x)
-        elif stale or rows > here:
-            rows = max(rows, 2 * here) if rows > here else here
-            table = functional.cos_sin_table(self.inv_freq, rows, dtype=x.dtype, device=x.device)
-            self._tables = (*table, *table)
-        return self._tables
+        """Tables of x's dtype and device; as many rows as calls needed so far where None."""
+        if rows is None:
+            rows = self._last[0]
+            if rows == 0:
+                raise ValueError("RotaryEmbedding: expected max_seqlen with a tensor seqlen_offset")
+        if not is_traced(x):
+            self._last = (max(rows, self._last[0]), x.dtype, x.device)
+        if self.scale_base is not None:
+            return self._xpos_tables(rows, self.scale_base, x)
+        cache = self._caches.get(x.dtype, self._caches[torch.float32])  # the operator refuses it
+        pair = cache.pair(rows, x)
+        assert pair is not None
+        return (*pair, *pair)
 
     def _xpos_tables(self, rows: int, scale_base: float, x: Tensor) -> tuple[Tensor, ...]:
-        """The scale is 1 in the middle row, so that more rows need other tables."""
-        cos, sin = functional.cos_sin_table(self.inv_freq, rows, dtype=torch.float64)
-        lane = torch.arange(0, self.dim, 2, dtype=torch.float64, device="cpu")
+        """The scale is 1 in the middle row, so each number of rows has tables of its own."""
+        if is_traced(x):
+            with fake_mode_of(x):
+                tables = self._xpos_rows(rows, scale_base, x.dtype)
+                return tuple(table.to(x.device) for table in tables)
+        copies = self._xpos.get((rows, x.dtype))
+        if copies is None:
+            with outside_modes():
+                copies = DeviceCopies(*self._xpos_rows(rows, scale_base, x.dtype))
+            if len(self._xpos) >= _XPOS_TABLES:
+                self._xpos = {}
+            self._xpos[rows, x.dtype] = copies
+        return copies.on(x.device)
+
+    def _xpos_rows(self, rows: int, scale_base: float, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        inv_freq = torch.tensor(self._numbers, dtype=torch.float64, device="cpu")
+        cos, sin = functional.cos_sin_table(inv_freq, rows, dtype=torch.float64)
+        element = torch.arange(0, self.dim, 2, dtype=torch.float64, device="cpu")
         row = torch.arange(rows, dtype=torch.float64, device="cpu")
-        scale = (lane + 0.4 * self.dim) / (1.4 * self.dim)
+        scale = (element + 0.4 * self.dim) / (1.4 * self.dim)
         scale = scale ** ((row - rows // 2) / scale_base)[:, None]
         tables = (cos * scale, sin * scale, cos / scale, sin / scale)
-        return tuple(table.to(x.device, x.dtype) for table in tables)
+        return tuple(table.to(dtype) for table in tables)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_xpos": {}}
+
+
+# How many lengths keep their XPos tables: a decode loop asks for another one in each step.
+_XPOS_TABLES = 8
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def _queries_and_keys(qkv: Tensor, num_heads_q: int | None) -> tuple[Tensor, Tensor]:

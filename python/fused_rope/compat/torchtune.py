@@ -39,7 +39,7 @@ class _Module(torch.nn.Module):
 
     def rope_init(self) -> None:
         """Makes the table on the default device, as recipes want it after meta initialisation."""
-        self.rope._prepare(None, torch.get_default_device())
+        self.rope._tables.move(torch.get_default_device())
 
 
 class RotaryPositionalEmbeddings(_Module):

@@ -51,5 +51,6 @@ class TritonRotary(torch.nn.Module):
             raise ValueError(
                 f"TritonRotary: expected q of [B, Hq, S, D] with D={self.dim}, got {list(q.shape)}"
             )
-        self.rope.reserve(q.shape[2])
-        return functional.rotate_qk(q, k, self.rope.cos, self.rope.sin, layout="bhsd", inverse=True)
+        pair = self.rope._tables.pair(q.shape[2], q)
+        assert pair is not None
+        return functional.rotate_qk(q, k, *pair, layout="bhsd", inverse=True)

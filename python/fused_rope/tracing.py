@@ -1,0 +1,59 @@
+"""Whether a call runs, is recorded, or only computes shapes; and how to step out of that."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+__all__ = ["fake_mode_of", "in_dynamo", "is_strictly_fake", "is_traced", "outside_modes"]
+
+in_dynamo = torch.compiler.is_dynamo_compiling
+
+
+@contextlib.contextmanager
+def outside_modes() -> Iterator[None]:
+    """Suspends fake tensors, tracers, functorch transforms, autograd and inference mode.
+
+    Only tensors that are made under it may outlive the call that made them.
+    """
+    tracing = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    try:
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            _disable_current_modes(),
+            torch._C._DisableFuncTorch(),
+        ):
+            yield
+    finally:
+        torch._C._set_tracing_state(tracing)  # type: ignore[attr-defined]
+
+
+def is_traced(q: Tensor) -> bool:
+    """Whether this call is recorded, or only its shapes are computed."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+        or (type(q) is not Tensor and torch._guards.detect_fake_mode(q) is not None)
+    )
+
+
+def is_strictly_fake(q: Tensor) -> bool:
+    """Whether q is a fake tensor that refuses to meet real ones."""
+    mode = None if in_dynamo() else torch._guards.detect_fake_mode(q)
+    return mode is not None and not mode.allow_non_fake_inputs
+
+
+def fake_mode_of(q: Tensor) -> AbstractContextManager[Any]:
+    """The mode of a fake tensor, in which tensors are made that meet it; else nothing."""
+    if in_dynamo() or type(q) is Tensor:
+        return nullcontext()
+    return torch._guards.detect_fake_mode(q) or nullcontext()
