@@ -91,6 +91,40 @@ def test_two_streams_into_one_tensor(sequence_dim, device):
         apply_rotary_emb(text.requires_grad_(), parts[0], **options, out=text_out)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", [1, S])
+@pytest.mark.parametrize("unbind_dim", [-1, -2])
+@pytest.mark.parametrize("sequence_dim", [1, 2])
+def test_one_row_is_every_token_s(sequence_dim, unbind_dim, length, dtype, device):
+    """[1, D] broadcasts over the tokens, as in Hunyuan-DiT: bitwise as a table that repeats it."""
+    freqs, _ = tables(1, unbind_dim, device)
+    repeated = tuple(t.repeat(length, 1) for t in freqs)
+    x = inputs(sequence_dim, device, dtype).narrow(sequence_dim, 0, length)
+    arguments = True, unbind_dim, sequence_dim
+    want = apply_rotary_emb(x, repeated, *arguments)
+    same(apply_rotary_emb(x, freqs, *arguments), want)
+    same(apply_rotary_emb(x, (freqs[0], repeated[1]), *arguments), want)
+    out = torch.empty_like(x)
+    same(apply_rotary_emb(x, freqs, *arguments, out=out), want)
+    given, got = gradients(lambda x: apply_rotary_emb(x, freqs, *arguments), x)
+    same(got[0], apply_rotary_emb(given[0], (repeated[0], -repeated[1]), *arguments))
+    empty = x.narrow(sequence_dim, 0, 0)
+    assert apply_rotary_emb(empty, freqs, *arguments).shape == empty.shape
+
+
+@pytest.mark.parametrize("shape", [(1,), (1, 1), (B, 1)], ids=["[1, P]", "[1, 1, P]", "[B, 1, P]"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_complex_row_is_every_token_s(shape, dtype, device):
+    angle = torch.rand(*shape, D // 2, device=device) * 6.28
+    freqs = torch.polar(torch.ones_like(angle), angle)
+    repeated = freqs.expand(*shape[:-1], S, -1).contiguous()
+    x = inputs(1, device, dtype)
+    want = apply_rotary_emb(x, repeated, use_real=False)
+    same(apply_rotary_emb(x, freqs, use_real=False), want)
+    out = torch.empty_like(x)
+    same(apply_rotary_emb(x, freqs, use_real=False, out=out), want)
+
+
 def test_strided_inputs(device):
     """Heads of a projection, transposed: the usual x of a block."""
     freqs, half = tables(device=device)
@@ -112,6 +146,7 @@ def test_errors():
 
 def test_compiles():
     compiles(apply_rotary_emb, inputs(2, "cpu"), tables()[0])
+    compiles(apply_rotary_emb, inputs(2, "cpu"), tables(1)[0])
     freqs = torch.polar(torch.ones(1, S, D // 2), torch.rand(1, S, D // 2))
     compiles(apply_rotary_emb, inputs(1, "cpu"), freqs, use_real=False)
 
