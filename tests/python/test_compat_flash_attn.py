@@ -4,11 +4,17 @@ import pytest
 import torch
 from formula import close, compiles, gradients, series, turned
 from fused_rope.compat.flash_attn import (
+    ApplyRotaryEmb,
+    ApplyRotaryEmbKV_,
+    ApplyRotaryEmbQKV_,
     RotaryEmbedding,
+    apply_rotary,
     apply_rotary_emb,
     apply_rotary_emb_func,
     apply_rotary_emb_kv_,
     apply_rotary_emb_qkv_,
+    apply_rotary_emb_torch,
+    rotate_half,
 )
 from oracle import DTYPES, angles, bits, same, same_bits
 
@@ -126,6 +132,85 @@ def test_rows_outside_the_table_are_errors():
 def test_compiles():
     cos, sin = angles(M, D // 2)
     compiles(apply_rotary_emb, torch.randn(B, S, HQ, D), cos, sin, seqlen_offsets=3)
+
+
+# --- the names below and around apply_rotary_emb ------------------------------------------------
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("conjugate", [False, True])
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_kernel_entry(interleaved, inplace, conjugate, packed, device):
+    """`apply_rotary`, all arguments in the original's order; conjugate undoes the rotation."""
+    cos, sin = angles(M, R // 2, device)
+    offset = torch.tensor([3, 9, 17] if packed else [1, 20], device=device)
+    cu = torch.tensor([0, 5, 5, 14], device=device) if packed else None
+    x = torch.randn((B * S, HQ, D) if packed else (B, S, HQ, D), device=device)
+    before = x.clone()
+    y = apply_rotary(x, cos, sin, offset, cu, 9, interleaved, inplace, conjugate)
+    assert (y is x) == inplace
+    same(x, y if inplace else before)
+    s = -sin if conjugate else sin
+    same(y, apply_rotary_emb(before, cos, s, interleaved, False, offset, cu, 9))
+    back = apply_rotary(y, cos, sin, offset, cu, 9, interleaved, conjugate=not conjugate)
+    torch.testing.assert_close(back, before)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_kernel_entry_in_an_autograd_function(inplace, device):
+    """As callers use it: under a Function of their own, in place on its input and gradient."""
+    cos, sin = angles(M, R // 2, device)
+
+    class Rotate(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.mark_dirty(*[x] if inplace else [])
+            return apply_rotary(x, cos, sin, inplace=inplace)
+
+        @staticmethod
+        def backward(ctx, g):
+            return apply_rotary(g.clone(), cos, sin, inplace=inplace, conjugate=True)
+
+    x = torch.randn(B, S, HQ, D, device=device)
+    given, got = gradients(lambda x: Rotate.apply(x * 1), x)
+    close(got[0], written_out(given[0], cos, sin, 0, False, -1))
+    again = torch.autograd.grad(apply_rotary(x.requires_grad_(), cos, sin), x, given[0])[0]
+    same(got[0], again)
+
+
+@pytest.mark.parametrize("rank", ["[S, P]", "[B, S, P]", "[1, P]", "x of three dimensions"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_pytorch_reference(interleaved, dtype, rank, device):
+    """`apply_rotary_emb_torch` rounds as its formula in PyTorch does, step by step."""
+    for table_dtype in (dtype, torch.float32):
+        shape = {"[B, S, P]": (B, S), "[1, P]": (1,)}.get(rank, (S,))
+        angle = torch.rand(*shape, R // 2, device=device) * 6
+        cos, sin = angle.cos().to(table_dtype), angle.sin().to(table_dtype)
+        x = torch.randn((S, HQ, D) if "three" in rank else (B, S, HQ, D), device=device).to(dtype)
+        wide = [
+            t.repeat_interleave(2, -1) if interleaved else torch.cat([t, t], -1) for t in (cos, sin)
+        ]
+        c, s = (t[..., None, :] for t in wide)
+        want = x[..., :R] * c + rotate_half(x[..., :R], interleaved) * s
+        got = apply_rotary_emb_torch(x, cos, sin, interleaved)
+        same(got[..., :R], want)
+        same(got[..., R:], x[..., R:].to(want.dtype))
+        close(got, turned(x, cos[..., None, :], sin[..., None, :], interleaved=interleaved), ulps=9)
+
+
+def test_names_of_the_autograd_functions(device):
+    assert ApplyRotaryEmb.apply is apply_rotary_emb
+    assert ApplyRotaryEmbQKV_.apply is apply_rotary_emb_qkv_
+    assert ApplyRotaryEmbKV_.apply is apply_rotary_emb_kv_
+    cos, sin = angles(M, R // 2, device)
+    x = torch.randn(B, S, HQ, D, device=device)
+    want = apply_rotary_emb(x, cos, sin, True, seqlen_offsets=3)
+    same(ApplyRotaryEmb.apply(x, cos, sin, True, False, 3, None, None), want)
+    qkv = torch.randn(B, S, 3, HQ, D, device=device)
+    want = apply_rotary_emb_qkv_(qkv.clone(), cos, sin, None, None, True, 3)
+    same(ApplyRotaryEmbQKV_.apply(qkv, cos, sin, None, None, True, 3, None), want)
 
 
 # --- packed QKV and KV --------------------------------------------------------------------------
@@ -273,6 +358,26 @@ def test_module_compiles(scale_base):
         return rotary(qkv.clone(), seqlen_offset=3)
 
     compiles(rotated, torch.randn(B, S, 3, HQ, D))
+
+
+@pytest.mark.parametrize("scale_base", [None, 512])
+def test_cached_tables_can_be_read(scale_base, device):
+    """Callers hand `_cos_cached` to attention with a KV cache; None before the first call."""
+    rotary = RotaryEmbedding(R, scale_base=scale_base)
+    names = ["_cos_cached", "_sin_cached", "_cos_k_cached", "_sin_k_cached"]
+    assert [getattr(rotary, name) for name in names] == [None] * 4
+    assert rotary._seq_len_cached == 0
+    rotary._update_cos_sin_cache(M, device=torch.device(device), dtype=torch.bfloat16)
+    assert rotary._seq_len_cached == M
+    want = expected_tables(torch.arange(M), torch.bfloat16, scale_base, M)
+    for index, (name, table) in enumerate(zip(names, want, strict=True)):
+        if index < 2 or scale_base is not None:
+            close(getattr(rotary, name), table.to(device).double(), ulps=1)
+        else:
+            assert getattr(rotary, name) is None
+    x = torch.randn(B, S, 3, HQ, D, device=device).bfloat16()
+    want = apply_rotary_emb(x[:, :, 0], rotary._cos_cached, rotary._sin_cached, seqlen_offsets=3)
+    same(rotary(x.clone(), seqlen_offset=3)[:, :, 0], want)
 
 
 def test_module_trains(device):

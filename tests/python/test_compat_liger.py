@@ -4,11 +4,18 @@ import pytest
 import torch
 from formula import close, compiles, gradients, turned
 from fused_rope.compat.liger import (
+    LigerLlama4RopeFunction,
+    LigerQwen2VLMRopeFunction,
+    LigerRopeFunction,
     liger_llama4_text_rotary_pos_emb,
     liger_llama4_vision_rotary_pos_emb,
     liger_multimodal_rotary_pos_emb,
+    liger_qwen2vl_mrope,
+    liger_rope,
     liger_rotary_pos_emb,
     liger_rotary_pos_emb_vision,
+    rope_backward,
+    rope_forward,
 )
 from oracle import DTYPES, angles, same
 
@@ -215,6 +222,65 @@ def test_llama4_errors():
             function(xq, xk, torch.randn(S, D // 2))
     with pytest.raises(ValueError, match="freqs_ci"):
         liger_llama4_vision_rotary_pos_emb(xq, xk, unit(B, S, D // 2))
+
+
+# --- the names below the functions --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_names_of_the_autograd_functions(dtype, device):
+    """With the arguments of the original's `.apply`, all positional; gradients flow."""
+    assert liger_rope is liger_rotary_pos_emb
+    assert liger_qwen2vl_mrope is liger_multimodal_rotary_pos_emb
+    q, k = inputs(device, dtype)
+    flat = [x.transpose(1, 2) for x in (q, k)]
+    cos, sin = map(full, tables(B, S, D // 2, device=device))
+    axes = [full(t) for t in tables(3, B, S, D // 2, device=device)]
+    freqs = unit(S, D // 2, device=device)
+    calls = [
+        (LigerRopeFunction, liger_rotary_pos_emb, (q, k, cos, sin), (None, 1)),
+        (
+            LigerQwen2VLMRopeFunction,
+            liger_multimodal_rotary_pos_emb,
+            (q, k, *axes, [8, 4, 4]),
+            (1,),
+        ),
+        (LigerLlama4RopeFunction, liger_llama4_text_rotary_pos_emb, (*flat, freqs), (None,)),
+    ]
+    for named, function, arguments, more in calls:
+        want = function(*arguments)
+        for extra in ((), more):
+            for y, z in zip(named.apply(*arguments, *extra), want, strict=True):
+                same(y, z)
+        x, *rest = arguments
+        assert named.apply(x.clone().requires_grad_(), *rest)[0].requires_grad
+
+
+@pytest.mark.parametrize("rows", [S, S + 3])
+def test_llama4_function_takes_real_and_imaginary_parts(rows, device):
+    """[S or more, D/2, 2], as torch.view_as_real gives them; what a cast left is still refused."""
+    xs = [x.transpose(1, 2) for x in inputs(device)]
+    freqs = unit(rows, D // 2, device=device)
+    want = LigerLlama4RopeFunction.apply(*xs, freqs)
+    for y, z in zip(
+        LigerLlama4RopeFunction.apply(*xs, torch.view_as_real(freqs)), want, strict=True
+    ):
+        same(y, z)
+    with pytest.raises(TypeError, match="complex"):
+        LigerLlama4RopeFunction.apply(*xs, freqs.real)
+
+
+def test_forward_and_backward_by_hand(device):
+    """`rope_forward` and `rope_backward`, which callers put into Functions of their own."""
+    q, k = inputs(device)
+    cos, sin = map(full, tables(B, S, D // 2, device=device))
+    *rotated, same_cos, same_sin = rope_forward(q, k, cos, sin)
+    assert same_cos is cos and same_sin is sin
+    for y, z in zip(rotated, liger_rotary_pos_emb(q, k, cos, sin), strict=True):
+        same(y, z)
+    given, got = gradients(lambda q, k: liger_rotary_pos_emb(q, k, cos, sin), q, k)
+    for y, z in zip(rope_backward(*given, cos, sin), got, strict=True):
+        same(y, z)
 
 
 # --- the original -------------------------------------------------------------------------------

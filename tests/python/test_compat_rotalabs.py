@@ -60,6 +60,17 @@ def test_tables_of_each_sequence(use_triton, device):
                 close(y, written_out(x, rows), ulps=8)
 
 
+@pytest.mark.parametrize("use_triton", USE_TRITON)
+@pytest.mark.parametrize("shape", [(1,), (1, 1), (B, 1), (B, 1, 1)], ids=str)
+def test_one_row_is_every_token_s(shape, use_triton, device):
+    q, k = inputs(device)
+    angle = torch.rand(*shape, D // 2, device=device)
+    wide = angle.view(shape[0] if len(shape) > 1 else 1, 1, -1).expand(-1, S, -1).contiguous()
+    want = apply_rope(q, k, wide.cos(), wide.sin(), use_triton)
+    for y, z in zip(apply_rope(q, k, angle.cos(), angle.sin(), use_triton), want, strict=True):
+        same(y, z)
+
+
 def test_cache(device):
     cos, sin = build_rope_cache(seq_len=M, head_dim=D, base=500.0, device=device)
     angle = torch.arange(M, dtype=torch.float64)[:, None] * series(D, 500.0)

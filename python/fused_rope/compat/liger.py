@@ -1,4 +1,4 @@
-"""Drop-ins for Liger Kernel's rotary functions (liger_kernel/transformers).
+"""Drop-ins for Liger Kernel's rotary functions (liger_kernel/transformers, liger_kernel/ops).
 
     from fused_rope.compat.liger import (
         liger_llama4_text_rotary_pos_emb,
@@ -28,11 +28,18 @@ from ..frequencies import mrope_axes
 from ._tables import half_width, real_and_imaginary
 
 __all__ = [
+    "LigerLlama4RopeFunction",
+    "LigerQwen2VLMRopeFunction",
+    "LigerRopeFunction",
     "liger_llama4_text_rotary_pos_emb",
     "liger_llama4_vision_rotary_pos_emb",
     "liger_multimodal_rotary_pos_emb",
+    "liger_qwen2vl_mrope",
+    "liger_rope",
     "liger_rotary_pos_emb",
     "liger_rotary_pos_emb_vision",
+    "rope_backward",
+    "rope_forward",
 ]
 
 _LAYOUTS = {1: "bhsd", -3: "bhsd", 2: "bshd", -2: "bshd"}
@@ -186,6 +193,71 @@ def liger_llama4_vision_rotary_pos_emb(
         )
     cos, sin = real_and_imaginary(name, "freqs_ci", freqs_ci.reshape(S, P))
     return functional.rotate_qk(query, key, cos, sin, interleaved=True)
+
+
+liger_rope = liger_rotary_pos_emb
+liger_qwen2vl_mrope = liger_multimodal_rotary_pos_emb
+
+
+class LigerRopeFunction:
+    """`liger_rotary_pos_emb` by the name of the original's autograd.Function.
+
+    Results have the memory order of q and k; the original's are views of [B, S, H, D].
+    """
+
+    apply = staticmethod(liger_rotary_pos_emb)
+
+
+class LigerQwen2VLMRopeFunction:
+    """`liger_multimodal_rotary_pos_emb` by the name of the original's autograd.Function."""
+
+    apply = staticmethod(liger_multimodal_rotary_pos_emb)
+
+
+class LigerLlama4RopeFunction:
+    """`liger_llama4_text_rotary_pos_emb` by the name of the original's autograd.Function."""
+
+    @staticmethod
+    def apply(
+        q: Tensor, k: Tensor, freqs_cis: Tensor, BLOCK_SIZE: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """q [B, S, Hq, D] and k [B, S, Hk, D] rotated.
+
+        Args:
+            freqs_cis: as in `liger_llama4_text_rotary_pos_emb`, or its real and imaginary parts
+                [S or more, D/2, 2].
+            BLOCK_SIZE: has no effect: it tunes the original's kernel.
+        """
+        if freqs_cis.is_floating_point() and freqs_cis.shape[-2:] == (q.shape[-1] // 2, 2):
+            cos, sin = freqs_cis.unbind(-1)
+            return functional.rotate_qk(q, k, cos, sin, interleaved=True)
+        return liger_llama4_text_rotary_pos_emb(q, k, freqs_cis)
+
+
+def rope_forward(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(q', k', cos, sin) with q and k [B, H, S, D] rotated; see `liger_rotary_pos_emb`.
+
+    Example:
+        >>> q, k, angle = torch.randn(2, 4, 9, 64), torch.randn(2, 2, 9, 64), torch.rand(1, 9, 32)
+        >>> cos, sin = (torch.cat([t, t], -1) for t in (angle.cos(), angle.sin()))
+        >>> q, k, cos, sin = rope_forward(q, k, cos, sin)
+    """
+    return (*liger_rotary_pos_emb(q, k, cos, sin), cos, sin)
+
+
+def rope_backward(dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients [B, H, S, D] of `rope_forward`'s results, rotated by the inverse.
+
+    Example:
+        >>> dq, dk, angle = torch.randn(2, 4, 9, 64), torch.randn(2, 2, 9, 64), torch.rand(1, 9, 32)
+        >>> cos, sin = (torch.cat([t, t], -1) for t in (angle.cos(), angle.sin()))
+        >>> dq, dk = rope_backward(dq, dk, cos, sin)
+    """
+    D = dq.shape[-1]
+    cos, sin = _pairs("cos", cos, D, None), _pairs("sin", sin, D, None)
+    return functional.rotate_qk(dq, dk, cos, sin, layout="bhsd", inverse=True)
 
 
 def _layout(operator: str, unsqueeze_dim: int) -> str:
