@@ -118,6 +118,31 @@ def test_vision(tiles, append_cls_token, device):
     same(older.to(device)(x), y)
 
 
+@pytest.mark.parametrize("append_cls_token", [True, False])
+def test_vision_after_meta_and_to_empty(append_cls_token, device):
+    """Positions are written again where memory is new; no `rope_init` is needed."""
+    sizes = dict(patch_size=10, tile_size=30, dim=D, append_cls_token=append_cls_token)
+    x = torch.randn(B, 10, H, D, device=device)
+    want = VisionRotaryPositionalEmbeddings(**sizes).to(device)(x)
+    with torch.device("meta"):
+        made = VisionRotaryPositionalEmbeddings(**sizes)
+    same(made.to_empty(device=device)(x), want)
+    same(made.to_empty(device=device).half()(x), want)
+
+
+@pytest.mark.parametrize("module", [*TEXT, VisionRotaryPositionalEmbeddings])
+def test_made_and_called_in_inference_mode_then_trained(module, device):
+    sizes = (10, 30, D) if module is VisionRotaryPositionalEmbeddings else (D,)
+    x = torch.randn(B, 10, H, D, device=device)
+    with torch.inference_mode():
+        rope = module(*sizes).to(device)
+        rope(x)
+    assert not any(buffer.is_inference() for buffer in rope.buffers())
+    (given,), (got,) = gradients(rope, x)
+    x.requires_grad_()
+    same(got, torch.autograd.grad(module(*sizes).to(device)(x), x, given)[0])
+
+
 def test_errors():
     rope = RotaryPositionalEmbeddings(D, M)
     with pytest.raises(ValueError, match="D=32"):

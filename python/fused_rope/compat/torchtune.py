@@ -11,6 +11,7 @@ Letters: B batch, S sequence length, H heads, D head_dim.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -192,11 +193,23 @@ class VisionRotaryPositionalEmbeddings(_Module):
     def rope_init(self) -> None:
         """Makes table and positions on the default device."""
         super().rope_init()
-        count = torch.arange(1, self.patch_grid_size + 1)
+        self._make_positions(torch.get_default_device())
+
+    @torch.inference_mode(False)
+    def _make_positions(self, device: torch.device) -> None:
+        count = torch.arange(1, self.patch_grid_size + 1, device=device)
         patches = torch.stack(torch.meshgrid(count, count, indexing="xy")).flatten(1)
         cls_token = patches.new_full((2, 1), -1)
         tile = [patches, cls_token] if self.append_cls_token else [cls_token, patches]
         self.register_buffer("positions", torch.cat(tile, 1)[:, None], persistent=False)
+
+    def _apply(
+        self, fn: Callable[[Tensor], Tensor], recurse: bool = True
+    ) -> VisionRotaryPositionalEmbeddings:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        # `to_empty` leaves the memory of buffers uninitialized.
+        self._make_positions(self.positions.device)
+        return self
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
         """x rotated.
