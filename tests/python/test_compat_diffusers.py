@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from formula import close, compiles, gradients, turned
+from formula import close, compiles, gradients, rotate_reference
 from fused_rope.compat.diffusers import apply_rotary_emb
 from oracle import DTYPES, same
 
@@ -35,7 +35,7 @@ def test_real(sequence_dim, unbind_dim, dtype, device):
     x = inputs(sequence_dim, device, dtype)
     before = x.clone()
     c, s = (rows(t, sequence_dim) for t in half)
-    want = turned(x, c, s, interleaved=unbind_dim == -1)
+    want = rotate_reference(x, c, s, interleaved=unbind_dim == -1)
     options = dict(use_real_unbind_dim=unbind_dim, sequence_dim=sequence_dim)
     y = apply_rotary_emb(x, freqs, **options)
     assert y.dtype == dtype
@@ -54,7 +54,7 @@ def test_complex(batch, dtype, device):
     x = inputs(1, device, dtype)
     y = apply_rotary_emb(x, freqs, use_real=False)
     assert y.dtype == dtype
-    close(y, turned(x, freqs.real[:, :, None], freqs.imag[:, :, None], interleaved=True))
+    close(y, rotate_reference(x, freqs.real[:, :, None], freqs.imag[:, :, None], interleaved=True))
     with pytest.raises(TypeError, match="complex"):
         apply_rotary_emb(x, angle, use_real=False)
     with pytest.raises(TypeError, match="complex"):
@@ -70,7 +70,7 @@ def test_gradients(sequence_dim, unbind_dim, device):
         inputs(sequence_dim, device),
     )
     c, s = (rows(t, sequence_dim) for t in half)
-    close(got, turned(given, c, -s, interleaved=unbind_dim == -1))
+    close(got, rotate_reference(given, c, -s, interleaved=unbind_dim == -1))
 
 
 @pytest.mark.parametrize("sequence_dim", [1, 2])
@@ -130,7 +130,7 @@ def test_strided_inputs(device):
     freqs, half = tables(device=device)
     x = torch.randn(B, S, 3 * H * D, device=device)[..., : H * D].unflatten(-1, (H, D))
     x = x.transpose(1, 2)
-    close(apply_rotary_emb(x, freqs), turned(x, *half, interleaved=True))
+    close(apply_rotary_emb(x, freqs), rotate_reference(x, *half, interleaved=True))
 
 
 def test_errors():
@@ -153,7 +153,7 @@ def test_compiles():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_original(dtype, device):
-    """The same bits: it too computes in float32 and rounds once."""
+    """Bitwise identical: it too computes in float32 and rounds once."""
     embeddings = pytest.importorskip("diffusers.models.embeddings", exc_type=ImportError)
     for unbind_dim in (-1, -2):
         for sequence_dim in (1, 2):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from formula import close, compiles, gradients, series, turned
+from formula import close, compiles, gradients, rotate_reference, series
 from fused_rope.compat.flash_attn import (
     ApplyRotaryEmb,
     ApplyRotaryEmbKV_,
@@ -33,7 +33,9 @@ def rows(offset, length=S):
 
 def written_out(x, cos, sin, offset, interleaved, sign=1):
     row = rows(offset, x.shape[1]).to(cos.device)
-    return turned(x, cos[row][:, :, None], sign * sin[row][:, :, None], interleaved=interleaved)
+    return rotate_reference(
+        x, cos[row][:, :, None], sign * sin[row][:, :, None], interleaved=interleaved
+    )
 
 
 # --- one tensor ---------------------------------------------------------------------------------
@@ -68,7 +70,7 @@ def test_packed(inplace, itype, device):
     row = torch.cat([3 + torch.arange(5), 17 + torch.arange(7)]).to(device)
 
     def want(x, sign):
-        head = turned(x[:12], cos[row][:, None], sign * sin[row][:, None])
+        head = rotate_reference(x[:12], cos[row][:, None], sign * sin[row][:, None])
         return torch.cat([head, x[12:].double()])
 
     def rotated(x):
@@ -85,7 +87,7 @@ def test_packed(inplace, itype, device):
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("inplace", [False, True])
 def test_gradients(inplace, interleaved, device):
-    """Backward has the offsets, and leaves the gradient it is given (the original turns it)."""
+    """Backward has the offsets, and leaves the gradient it is given (the original rotates it)."""
     cos, sin = angles(M, R // 2, device)
     for offset in offsets(device):
         (given,), (got,) = gradients(
@@ -111,7 +113,7 @@ def test_in_place_is_seen_by_autograd(device):
 
 
 def test_large_heads(device):
-    """The original stops at 256 lanes."""
+    """The original stops at 256 elements."""
     cos, sin = angles(M, 160, device)
     x = torch.randn(B, S, 1, 320, device=device)
     close(apply_rotary_emb(x, cos, sin), written_out(x, cos, sin, 0, False))
@@ -197,7 +199,11 @@ def test_pytorch_reference(interleaved, dtype, rank, device):
         got = apply_rotary_emb_torch(x, cos, sin, interleaved)
         same(got[..., :R], want)
         same(got[..., R:], x[..., R:].to(want.dtype))
-        close(got, turned(x, cos[..., None, :], sin[..., None, :], interleaved=interleaved), ulps=9)
+        close(
+            got,
+            rotate_reference(x, cos[..., None, :], sin[..., None, :], interleaved=interleaved),
+            ulps=9,
+        )
 
 
 def test_names_of_the_autograd_functions(device):
@@ -303,8 +309,8 @@ def expected_tables(row, dtype, scale_base=None, length=0):
     angle = row[..., None] * series(R)
     scale = torch.ones(())
     if scale_base is not None:
-        lane = (torch.arange(0, R, 2).double() + 0.4 * R) / (1.4 * R)
-        scale = lane ** ((row - length // 2) / scale_base)[..., None]
+        base = (torch.arange(0, R, 2).double() + 0.4 * R) / (1.4 * R)
+        scale = base ** ((row - length // 2) / scale_base)[..., None]
     cos, sin = angle.cos(), angle.sin()
     return [t.to(dtype) for t in (cos * scale, sin * scale, cos / scale, sin / scale)]
 
@@ -324,9 +330,9 @@ def test_module(interleaved, scale_base, dtype, device):
             length = 11 + S if form != FORMS[0] else offset + S
             tables = expected_tables(rows(offset), dtype, scale_base, length)
             c, s, c_k, s_k = (t[:, :, None].to(device) for t in tables)
-            want = turned(before[:, :, :hq], c, s, interleaved=interleaved)
+            want = rotate_reference(before[:, :, :hq], c, s, interleaved=interleaved)
             close(y[:, :, :hq], want, ulps=8)
-            want = turned(before[:, :, hq : hq + hk], c_k, s_k, interleaved=interleaved)
+            want = rotate_reference(before[:, :, hq : hq + hk], c_k, s_k, interleaved=interleaved)
             close(y[:, :, hq : hq + hk], want, ulps=8)
             same_bits(y[:, :, hq + hk :], before[:, :, hq + hk :])
 
@@ -344,8 +350,8 @@ def test_module_with_kv(scale_base, device):
     assert got[0] is q and got[1] is kv
     tables = expected_tables(rows(offset), torch.float32, scale_base, M)
     c, s, c_k, s_k = (t[:, :, None].to(device) for t in tables)
-    close(q, turned(before[0], c, s), ulps=8)
-    close(kv[:, :, 0], turned(before[1][:, :, 0], c_k, s_k), ulps=8)
+    close(q, rotate_reference(before[0], c, s), ulps=8)
+    close(kv[:, :, 0], rotate_reference(before[1][:, :, 0], c_k, s_k), ulps=8)
     same_bits(kv[:, :, 1], before[1][:, :, 1])
     same(bits(before[0], *rotary._tables[:2], offset=offset), q)
 

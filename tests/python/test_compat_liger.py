@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from formula import close, compiles, gradients, turned
+from formula import close, compiles, gradients, rotate_reference
 from fused_rope.compat.liger import (
     LigerLlama4RopeFunction,
     LigerQwen2VLMRopeFunction,
@@ -56,12 +56,12 @@ def test_text(batch, dtype, device):
         got = liger_rotary_pos_emb(q, k, full(c), full(s), None, 1)
         for y, x in zip(got, (q, k), strict=True):
             assert y.dtype == dtype
-            close(y, turned(x, c[:, None], s[:, None]))
+            close(y, rotate_reference(x, c[:, None], s[:, None]))
     same(q, before[0])
     same(k, before[1])
 
 
-def test_unsqueeze_dim_is_heeded(device):
+def test_unsqueeze_dim_has_its_effect(device):
     """A [B, S, H, D] caller gets his rotation; the original takes its heads for tokens."""
     q, k = inputs(device)
     cos, sin = tables(B, S, D // 2, device=device)
@@ -83,25 +83,25 @@ def test_position_ids_have_no_effect(device):
 
 
 def test_partial_rotation(device):
-    """R < D rotates the first R lanes (Phi-4-mini); the original reads past the row."""
+    """R < D rotates the first R elements (Phi-4-mini); the original reads past the row."""
     q, k = inputs(device)
     cos, sin = tables(1, S, 12, device=device)
     for y, x in zip(liger_rotary_pos_emb(q, k, full(cos), full(sin)), (q, k), strict=True):
-        close(y, turned(x, cos[:, None], sin[:, None]))
+        close(y, rotate_reference(x, cos[:, None], sin[:, None]))
         same(y[..., 24:], x[..., 24:])
 
 
 def test_half_width_tables_are_never_guessed(device):
-    """D/2 columns may be half width (gpt-oss) or half of the lanes: the caller must say which."""
+    """D/2 columns are half width (gpt-oss) or half of the elements: the caller says which."""
     q, k = inputs(device)
     cos, sin = tables(1, S, D // 2, device=device)
     with pytest.raises(ValueError, match="rotary_dim"):
         liger_rotary_pos_emb(q, k, cos, sin)
     got = liger_rotary_pos_emb(q, k, cos, sin, rotary_dim=D)
-    close(got[0], turned(q, cos[:, None], sin[:, None]))
+    close(got[0], rotate_reference(q, cos[:, None], sin[:, None]))
     quarter = cos[..., : D // 4], sin[..., : D // 4]
     got = liger_rotary_pos_emb(q, k, *map(full, quarter), rotary_dim=D // 2)
-    close(got[1], turned(k, *(t[:, None] for t in quarter)))
+    close(got[1], rotate_reference(k, *(t[:, None] for t in quarter)))
     with pytest.raises(ValueError, match="R=24"):
         liger_rotary_pos_emb(q, k, cos, sin, rotary_dim=24)
 
@@ -113,7 +113,7 @@ def test_text_gradients(device):
         lambda q, k: liger_rotary_pos_emb(q, k, full(cos), full(sin)), *inputs(device)
     )
     for g, x_grad in zip(given, got, strict=True):
-        close(x_grad, turned(g, cos[:, None], -sin[:, None]))
+        close(x_grad, rotate_reference(g, cos[:, None], -sin[:, None]))
 
 
 def test_text_compiles():
@@ -126,7 +126,7 @@ def test_vision(dtype, device):
     cos, sin = tables(S, D // 2, device=device)
     for y, x in zip(liger_rotary_pos_emb_vision(q, k, full(cos), full(sin)), (q, k), strict=True):
         assert y.dtype == dtype
-        close(y, turned(x, cos[:, None], sin[:, None]))
+        close(y, rotate_reference(x, cos[:, None], sin[:, None]))
 
 
 # --- M-RoPE -------------------------------------------------------------------------------------
@@ -145,7 +145,7 @@ def test_multimodal(sections, dtype, device):
     c, s = (of_sections(t, sections)[:, None] for t in (cos, sin))
     got = liger_multimodal_rotary_pos_emb(q, k, full(cos), full(sin), sections)
     for y, x in zip(got, (q, k), strict=True):
-        close(y, turned(x, c, s))
+        close(y, rotate_reference(x, c, s))
     flipped = liger_multimodal_rotary_pos_emb(
         q.transpose(1, 2), k.transpose(1, 2), full(cos), full(sin), sections, 2
     )
@@ -165,7 +165,7 @@ def test_multimodal_gradients_and_compile(device):
 
     given, got = gradients(rotated, *inputs(device))
     for g, x_grad in zip(given, got, strict=True):
-        close(x_grad, turned(g, c, -s))
+        close(x_grad, rotate_reference(g, c, -s))
     if device == "cpu":
         compiles(rotated, *inputs(device))
 
@@ -191,7 +191,7 @@ def test_llama4_text(dtype, device):
         rows = freqs[..., :S, None, :]
         for y, x in zip(liger_llama4_text_rotary_pos_emb(xq, xk, freqs), (xq, xk), strict=True):
             assert y.dtype == dtype
-            close(y, turned(x, rows.real, rows.imag, interleaved=True))
+            close(y, rotate_reference(x, rows.real, rows.imag, interleaved=True))
 
 
 @pytest.mark.parametrize("shape", [(S, D // 2), (S, 1, D // 2), (1, S, 1, D // 2)])
@@ -201,7 +201,7 @@ def test_llama4_vision(shape, device):
     rows = freqs.view(S, 1, D // 2)
     got = liger_llama4_vision_rotary_pos_emb(query, key, freqs)
     for y, x in zip(got, (query, key), strict=True):
-        close(y, turned(x, rows.real, rows.imag, interleaved=True))
+        close(y, rotate_reference(x, rows.real, rows.imag, interleaved=True))
 
 
 def test_llama4_gradients_and_compile(device):
@@ -210,7 +210,7 @@ def test_llama4_gradients_and_compile(device):
     given, got = gradients(lambda q, k: liger_llama4_text_rotary_pos_emb(q, k, freqs), *xs)
     for g, x_grad in zip(given, got, strict=True):
         rows = freqs[:, :, None]
-        close(x_grad, turned(g, rows.real, -rows.imag, interleaved=True))
+        close(x_grad, rotate_reference(g, rows.real, -rows.imag, interleaved=True))
     if device == "cpu":
         compiles(liger_llama4_text_rotary_pos_emb, *xs, freqs)
 
@@ -320,7 +320,7 @@ def test_original(dtype, device):
 
 
 def test_tables_are_read_where_they_are(device):
-    """Half of a joint cos||sin cache, with strides of its own, gives the same bits."""
+    """Half of a joint cos||sin cache, with strides of its own, is bitwise identical."""
     q, k = inputs(device)
     cos, sin = (t[None] for t in angles(S, D // 2, device))
     joint = torch.cat([full(cos), full(sin)], -1)

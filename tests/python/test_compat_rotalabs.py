@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from formula import close, compiles, gradients, series, turned
+from formula import close, compiles, gradients, rotate_reference, series
 from fused_rope.compat.rotalabs import (
     RotaryEmbedding,
     apply_rope,
@@ -20,15 +20,15 @@ def inputs(device, dtype=torch.float32):
 
 
 def written_out(x, position, interleaved=True, base=10000.0):
-    """x [B, S, H, D] turned by positions that broadcast as [B, S]."""
+    """x [B, S, H, D] rotated by positions that broadcast as [B, S]."""
     angle = position.to(x.device, torch.float64)[..., None, None] * series(D, base).to(x.device)
-    return turned(x, angle.cos(), angle.sin(), interleaved=interleaved)
+    return rotate_reference(x, angle.cos(), angle.sin(), interleaved=interleaved)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("use_triton", USE_TRITON)
 def test_functions(use_triton, dtype, device):
-    """Every lane by the formula (half of the original's Triton results are not), GQA too."""
+    """Every element by the formula (half of the original's Triton results are not), GQA too."""
     q, k = inputs(device, dtype)
     before = q.clone(), k.clone()
     cos, sin = build_rope_cache(M, D, device=device)

@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from formula import close, compiles, gradients, series, turned
+from formula import close, compiles, gradients, rotate_reference, series
 from fused_rope.compat.rotary_embedding_torch import (
     RotaryEmbedding,
     apply_learned_rotations,
@@ -26,9 +26,11 @@ def twice(angle):
 
 
 def written_out(t, angle, start=0, scale=1.0):
-    """t turned by float64 angles [..., R/2] that broadcast."""
+    """t rotated by float64 angles [..., R/2] that broadcast."""
     angle = angle.detach().double().to(t.device)
-    return turned(t, scale * angle.cos(), scale * angle.sin(), interleaved=True, start=start)
+    return rotate_reference(
+        t, scale * angle.cos(), scale * angle.sin(), interleaved=True, start=start
+    )
 
 
 # --- the function -------------------------------------------------------------------------------
@@ -47,7 +49,7 @@ def test_results_are_contiguous(device):
     same(rotary.rotate_queries_or_keys(t), rotary.rotate_queries_or_keys(t.contiguous()))
 
 
-SHAPES = {  # angles, and what they turn
+SHAPES = {  # angles, and what they rotate
     "sequence": ((S,), (B, H, S, D)),
     "sequence before heads": ((S, 1), (B, S, H, D)),
     "three dimensions": ((S,), (B, S, D)),
@@ -67,7 +69,7 @@ SHAPES = {  # angles, and what they turn
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", SHAPES)
 def test_values(name, dtype, device):
-    """Whatever broadcasts; part of the lanes; the others bit for bit."""
+    """Whatever broadcasts; part of the elements; the others bitwise."""
     rows, shape = SHAPES[name]
     seq_dim = -3 if "before heads" in name or "heads last" in name else -2
     angle = torch.rand(*rows, R // 2, device=device) * 6
@@ -106,7 +108,7 @@ def test_strided_inputs(device):
 
 
 def test_the_last_rows_and_scale(device):
-    """Longer angles turn the tokens at their end; scale multiplies what turns."""
+    """Longer angles rotate the tokens at their end; scale multiplies what is rotated."""
     angle = torch.rand(S + 4, R // 2, device=device)
     t = torch.randn(B, H, S, D, device=device)
     close(apply_rotary_emb(twice(angle), t, scale=0.5), written_out(t, angle[4:], scale=0.5))
@@ -190,9 +192,9 @@ def test_xpos(seq_before_head_dim, device):
     q, k = (torch.randn(B, H, S, D, device=device) for _ in range(2))
     swap = (lambda x: x.transpose(1, 2)) if seq_before_head_dim else (lambda x: x)
     got = [swap(y) for y in rotary.rotate_queries_and_keys(swap(q), swap(k))]
-    lane = (torch.arange(0, R, 2).double() + 0.4 * R) / (1.4 * R)
+    base = (torch.arange(0, R, 2).double() + 0.4 * R) / (1.4 * R)
     row = torch.arange(S).double()[:, None]
-    scale = (lane ** ((row - S // 2) / 512)).to(device)
+    scale = (base ** ((row - S // 2) / 512)).to(device)
     angle = row * series(R)
     close(got[0], written_out(q, angle, scale=scale), ulps=16)
     close(got[1], written_out(k, angle, scale=1 / scale), ulps=16)
@@ -223,7 +225,7 @@ def test_frequencies(device):
 
 
 def test_axial(device):
-    """Angles of an image, those of its rows beside those of its columns, and with offsets."""
+    """Angles of an image, those of its rows next to those of its columns, and with offsets."""
     for freqs_for in ("pixel", "lang"):
         rotary = RotaryEmbedding(R // 2, freqs_for=freqs_for).to(device)
         freqs = rotary.freqs.detach().double().cpu()
@@ -255,10 +257,10 @@ def test_learned_frequencies(device):
     freqs = series(R).to(device).requires_grad_()
     angle = torch.arange(S, device=device)[:, None] * freqs
     a, b = t[..., :R:2].double(), t[..., 1:R:2].double()
-    turned_pairs = torch.stack(
+    rotated_pairs = torch.stack(
         [a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1
     )
-    turned_pairs.flatten(-2).backward(g[..., :R].double())
+    rotated_pairs.flatten(-2).backward(g[..., :R].double())
     torch.testing.assert_close(rotary.freqs.grad.double(), freqs.grad, rtol=1e-4, atol=1e-4)
 
 

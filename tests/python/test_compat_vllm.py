@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from formula import close, compiles, turned
+from formula import close, compiles, rotate_reference
 from fused_rope.compat.vllm import rotary_embedding
 from oracle import DTYPES, same
 
@@ -19,7 +19,7 @@ def written_out(x, cache, positions, is_neox, start=0, inverse=False):
     cos, sin = cache[positions.long().flatten()][:, None].chunk(2, -1)
     sin = -sin if inverse else sin
     heads = x.reshape(B * S, -1, D)
-    return turned(heads, cos, sin, interleaved=not is_neox, start=start).view(x.shape)
+    return rotate_reference(heads, cos, sin, interleaved=not is_neox, start=start).view(x.shape)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

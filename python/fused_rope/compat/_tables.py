@@ -6,9 +6,9 @@ from torch import Tensor
 
 
 def half_width(table: Tensor, interleaved: bool = False) -> Tensor:
-    """The view [..., P] of a table [..., 2P] that says every number twice.
+    """The view [..., P] of a table [..., 2P] that has every number twice.
 
-    The second half repeats the first, or, where pairs are interleaved, each number its neighbour.
+    The second half repeats the first, or, where pairs are interleaved, each number its neighbor.
     """
     return table[..., ::2] if interleaved else table[..., : table.shape[-1] // 2]
 

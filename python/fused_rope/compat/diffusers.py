@@ -37,8 +37,8 @@ def apply_rotary_emb(
             are paired, else half a row before it. With use_real=False complex [B or 1, S, P]. One
             row ([1, D], [B or 1, 1, P]) is every token's.
         use_real: whether freqs_cis is (cos, sin).
-        use_real_unbind_dim: -1 pairs neighbours (Flux, CogVideoX, Hunyuan-DiT), -2 pairs lane j
-            with lane j + P (Stable Audio, OmniGen, CogView4, Cosmos).
+        use_real_unbind_dim: -1 pairs neighbors (Flux, CogVideoX, Hunyuan-DiT), -2 pairs
+            element j with element j + P (Stable Audio, OmniGen, CogView4, Cosmos).
         sequence_dim: where S is, 1 or 2; has no effect on the complex form.
         out: memory for the result, of x's shape and dtype, such as one stream's part of a joint
             tensor. Takes no part in autograd.
@@ -49,7 +49,7 @@ def apply_rotary_emb(
     Raises:
         ValueError: shapes that do not fit; another use_real_unbind_dim or sequence_dim.
         TypeError: use_real=False, and freqs_cis is not complex.
-        RuntimeError: `out` beside tensors that require grad.
+        RuntimeError: `out` with tensors that require grad.
 
     Example:
         >>> text, image = torch.randn(2, 4, 7, 64), torch.randn(2, 4, 9, 64)

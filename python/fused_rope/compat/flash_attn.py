@@ -94,15 +94,15 @@ def apply_rotary_emb(
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
 ) -> Tensor:
-    """Rotates the first R lanes of x.
+    """Rotates the first R elements of each head of x.
 
     Args:
-        x: [B, S, H, D], or [T, H, D] beside cu_seqlens.
+        x: [B, S, H, D], or [T, H, D] with cu_seqlens.
         cos, sin: [M, P].
-        interleaved: pair neighbours instead of halves.
+        interleaved: pair neighbors instead of halves.
         inplace: write the result into x.
         seqlen_offsets: added to the positions of each sequence: an int, or int32 or int64 [B], [N]
-            beside cu_seqlens.
+            with cu_seqlens.
         cu_seqlens: int32 or int64 [N + 1], where the packed sequences begin.
         max_seqlen: has no effect: the operator does not need it.
 
@@ -180,7 +180,7 @@ def apply_rotary_emb_qkv_(
     """Rotates the queries and keys of a packed tensor in place.
 
     Args:
-        qkv: [B, S, 3, H, D], or [B, S, Hq + 2*Hk, D] beside num_heads_q.
+        qkv: [B, S, 3, H, D], or [B, S, Hq + 2*Hk, D] with num_heads_q.
         cos, sin: [M, P].
         cos_k, sin_k: [M, P], tables of the keys where they have their own.
         interleaved, seqlen_offsets: as in `apply_rotary_emb`.
@@ -256,7 +256,7 @@ class RotaryEmbedding(torch.nn.Module):
     Args:
         dim: R.
         base: base of the frequencies.
-        interleaved: pair neighbours instead of halves.
+        interleaved: pair neighbors instead of halves.
         scale_base: tokens after which XPos scales once more, such as 512; None for no scaling.
         device: has no effect: the tables follow the inputs.
 

@@ -9,7 +9,7 @@
     )
 
 The arguments are the same; results are rounded once, to q's dtype. What differs: q, k and gradients
-stay as they were, `unsqueeze_dim` is heeded, fewer rotated lanes than D work, and so do tables that
+stay as they were, `unsqueeze_dim` has an effect, R < D works, and so do tables that
 differ between sequences.
 
 Letters: B batch, S sequence length, Hq, Hk query and key heads, D head_dim, R rotary_dim,
@@ -60,11 +60,11 @@ def liger_rotary_pos_emb(
     Args:
         q, k: [B, Hq, S, D] and [B, Hk, S, D]; with unsqueeze_dim=2 [B, S, Hq, D] and [B, S, Hk, D].
         cos, sin: [B or 1, S, R] or [S, R], the second half a copy of the first; where R < D, the
-            first R lanes are rotated. With rotary_dim=R they may be of half that width too.
+            first R elements are rotated. With rotary_dim=R they may be of half that width too.
         position_ids: has no effect, as in the original: the tables are gathered already.
         unsqueeze_dim: where the heads are, 1 or 2.
-        rotary_dim: R. Needed only for tables of D/2 columns, which say full width for half of the
-            lanes as well as half width for all (gpt-oss).
+        rotary_dim: R. Needed only for tables of D/2 columns, which are full width for half of the
+            elements or half width for all (gpt-oss).
 
     Raises:
         ValueError: shapes that do not fit each other; another unsqueeze_dim; tables of D/2 columns
@@ -146,7 +146,7 @@ def liger_multimodal_rotary_pos_emb(
 def liger_llama4_text_rotary_pos_emb(
     xq: Tensor, xk: Tensor, freqs_cis: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Rotates neighbouring lanes of xq and xk by complex numbers.
+    """Rotates neighboring elements of xq and xk by complex numbers.
 
     Args:
         xq, xk: [B, S, Hq, D] and [B, S, Hk, D].
@@ -168,7 +168,7 @@ def liger_llama4_text_rotary_pos_emb(
 def liger_llama4_vision_rotary_pos_emb(
     query: Tensor, key: Tensor, freqs_ci: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Rotates neighbouring lanes of query and key by complex numbers shared by the batch.
+    """Rotates neighboring elements of query and key by complex numbers shared by the batch.
 
     Args:
         query, key: [B, S, H, D].
@@ -271,8 +271,8 @@ def _pairs(name: str, table: Tensor, D: int, rotary_dim: int | None) -> Tensor:
     width = table.shape[-1]
     if rotary_dim is None and 2 * width == D:
         raise ValueError(
-            f"liger_rotary_pos_emb: expected {name} of full width, or rotary_dim beside D/2={width}"
-            f" columns, which may mean {width} rotated lanes or {D}, got {list(table.shape)}"
+            f"liger_rotary_pos_emb: expected {name} of full width, or rotary_dim with D/2={width}"
+            f" columns, which may mean {width} rotated elements or {D}, got {list(table.shape)}"
         )
     if rotary_dim is not None and width not in (rotary_dim, rotary_dim // 2):
         raise ValueError(

@@ -30,14 +30,14 @@ def apply_rope(
     *,
     interleaved: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Rotates q and k, pairs of neighbouring lanes.
+    """Rotates q and k, pairs of neighboring elements.
 
     Args:
         q, k: [B, S, Hq, D] and [B, S, Hk, D].
         cos, sin: [S or more, P] in the order of the tokens, or for each sequence [B or 1, S, P] or
             [B or 1, S, 1, P]. One row is every token's.
         use_triton: False for the PyTorch reference; True, or None to choose, for the fused kernel.
-        interleaved: False to pair lane j with lane j + P instead.
+        interleaved: False to pair element j with element j + P instead.
 
     Returns:
         q and k rotated, of their shapes and dtypes.
@@ -103,7 +103,7 @@ class RotaryEmbedding(torch.nn.Module):
         dim: D.
         max_seq_len: rows to begin with.
         base: base of the frequencies.
-        interleaved: False to pair lane j with lane j + P instead of neighbours.
+        interleaved: False to pair element j with element j + P, not neighbors.
 
     Example:
         >>> rope = RotaryEmbedding(dim=32, max_seq_len=128)

@@ -7,7 +7,7 @@ counted in float32 whatever t's dtype (bfloat16 has no 257), casts of the module
 frequencies that are not learned, `RotaryEmbedding.apply_rotary_emb` is always there, and any
 `seq_dim` may be counted from the front.
 
-Letters: S sequence length, D lanes of t, R rotary_dim.
+Letters: S sequence length, D elements of t's last dimension, R rotary_dim.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ def apply_rotary_emb(
     seq_dim: int = -2,
     freqs_seq_dim: int | None = None,
 ) -> Tensor:
-    """Rotates R neighbouring lanes of t by angles that broadcast over it.
+    """Rotates R elements of t, neighbors paired, by angles that broadcast over it.
 
     Args:
-        freqs: angles [..., R], every angle beside its copy, that broadcast against t.
+        freqs: angles [..., R], every angle next to its copy, that broadcast against t.
         t: [..., D], any number of dimensions.
-        start_index: the first rotated lane.
+        start_index: the first rotated element.
         scale: factor of cosines and sines, a number or a tensor that broadcasts as freqs does.
         seq_dim: where t's S is.
         freqs_seq_dim: where that of freqs is; of its positions the last S are taken. None means the
@@ -83,7 +83,7 @@ def apply_learned_rotations(
     """`apply_rotary_emb` by one angle [..., R/2] for each pair.
 
     Args:
-        rotations: angles [..., R/2]; beside freq_ranges [..., r], each times all of these.
+        rotations: angles [..., R/2]; with freq_ranges [..., r], each times all of these.
         t, start_index: as there.
         freq_ranges: [f], with r*f = R/2.
 
@@ -117,7 +117,7 @@ def broadcat(tensors: Sequence[Tensor], dim: int = -1) -> Tensor:
 
 
 class RotaryEmbedding(torch.nn.Module):
-    """Makes angles and rotates tensors of any number of dimensions, neighbouring lanes paired.
+    """Makes angles and rotates tensors of any number of dimensions, neighbors paired.
 
     Args:
         dim: R.
@@ -206,8 +206,8 @@ class RotaryEmbedding(torch.nn.Module):
     @property
     def scale(self) -> Tensor:
         """XPos' base of the factors, float32 [R/2]."""
-        lane = torch.arange(0, self.dim, 2, device=self.device, dtype=torch.float32)
-        return (lane + 0.4 * self.dim) / (1.4 * self.dim)
+        element = torch.arange(0, self.dim, 2, device=self.device, dtype=torch.float32)
+        return (element + 0.4 * self.dim) / (1.4 * self.dim)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -224,7 +224,7 @@ class RotaryEmbedding(torch.nn.Module):
         self._write_initial(self.freqs)
 
     def forward(self, t: Tensor, seq_len: int | None = None, offset: int = 0) -> Tensor:
-        """The angles [..., R] of positions t [...], every angle beside its copy.
+        """The angles [..., R] of positions t [...], every angle next to its copy.
 
         seq_len and offset, which say where the original's cache has them, have no effect.
         """
@@ -250,7 +250,7 @@ class RotaryEmbedding(torch.nn.Module):
         ) / self.interpolate_factor
 
     def get_scale(self, t: Tensor, seq_len: int | None = None, offset: int = 0) -> Tensor:
-        """XPos' factors [S, R] of positions t [S], each beside its copy; 1 in the middle."""
+        """XPos' factors [S, R] of positions t [S], each next to its copy; 1 in the middle."""
         if not self.use_xpos:
             raise ValueError("RotaryEmbedding.get_scale: expected use_xpos=True, got False")
         scale = self.scale
@@ -308,7 +308,7 @@ class RotaryEmbedding(torch.nn.Module):
         """
         if self.use_xpos and scale is None:
             raise ValueError(
-                "rotate_queries_or_keys: expected scale beside use_xpos=True, or a call of "
+                "rotate_queries_or_keys: expected scale with use_xpos=True, or a call of "
                 "rotate_queries_and_keys"
             )
         dim = self._seq_dim(t, seq_dim)

@@ -39,12 +39,12 @@ class _Module(torch.nn.Module):
         self.rope = embedding.RotaryEmbedding(dim, max_seq_len=max_seq_len, base=base, **options)
 
     def rope_init(self) -> None:
-        """Makes the table on the default device, as recipes want it after meta initialisation."""
+        """Makes the table on the default device, as recipes want it after meta initialization."""
         self.rope._prepare(None, torch.get_default_device())
 
 
 class RotaryPositionalEmbeddings(_Module):
-    """Rotates neighbouring lanes of x [B, S, H, D].
+    """Rotates neighboring elements of x [B, S, H, D].
 
     Args:
         dim: D.
@@ -115,7 +115,7 @@ class Llama3ScaledRoPE(_Module):
 
 
 class Phi3RotaryPositionalEmbeddings(_Module):
-    """Pairs halves instead of neighbours (torchtune.models.phi3); arguments as above.
+    """Pairs halves instead of neighbors (torchtune.models.phi3); arguments as above.
 
     Example:
         >>> x = Phi3RotaryPositionalEmbeddings(64, max_seq_len=128)(torch.randn(2, 100, 4, 64))
@@ -153,7 +153,7 @@ class VisionRotaryPositionalEmbeddings(_Module):
 
     Args:
         patch_size, tile_size: a tile has (tile_size // patch_size)**2 patches.
-        dim: D, a multiple of 4; beside max_num_tiles D/2.
+        dim: D, a multiple of 4; with max_num_tiles D/2.
         base: base of the frequencies.
         append_cls_token: whether the class token is the last of its tile, not the first.
         max_num_tiles: has no other effect; torchtune 0.6 has it, and means D/2 by dim.
