@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 
-def turned(
+def rotate_reference(
     x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, start: int = 0
 ) -> Tensor:
-    """x [..., D] with lanes from `start` on turned by tables [..., P] that broadcast over it."""
+    """x [..., D], elements from `start` on rotated by tables [..., P] that broadcast over it."""
     x, cos, sin = x.detach().double(), cos.detach().double(), sin.detach().double()
     R = 2 * cos.shape[-1]
     left, middle, right = x[..., :start], x[..., start : start + R], x[..., start + R :]
@@ -26,7 +26,7 @@ def turned(
 
 
 def series(R: int, base: float = 10000.0) -> Tensor:
-    """The frequencies of R lanes, float64 [R/2]."""
+    """The frequencies of R elements, float64 [R/2]."""
     return base ** (-torch.arange(0, R, 2, dtype=torch.float64) / R)
 
 

@@ -2,13 +2,19 @@
 
 import pytest
 import torch
-from formula import close, compiles, gradients, series, turned
+from formula import close, compiles, gradients, rotate_reference, series
 from fused_rope.compat.flash_attn import (
+    ApplyRotaryEmb,
+    ApplyRotaryEmbKV_,
+    ApplyRotaryEmbQKV_,
     RotaryEmbedding,
+    apply_rotary,
     apply_rotary_emb,
     apply_rotary_emb_func,
     apply_rotary_emb_kv_,
     apply_rotary_emb_qkv_,
+    apply_rotary_emb_torch,
+    rotate_half,
 )
 from oracle import DTYPES, angles, bits, same, same_bits
 
@@ -27,7 +33,9 @@ def rows(offset, length=S):
 
 def written_out(x, cos, sin, offset, interleaved, sign=1):
     row = rows(offset, x.shape[1]).to(cos.device)
-    return turned(x, cos[row][:, :, None], sign * sin[row][:, :, None], interleaved=interleaved)
+    return rotate_reference(
+        x, cos[row][:, :, None], sign * sin[row][:, :, None], interleaved=interleaved
+    )
 
 
 # --- one tensor ---------------------------------------------------------------------------------
@@ -62,7 +70,7 @@ def test_packed(inplace, itype, device):
     row = torch.cat([3 + torch.arange(5), 17 + torch.arange(7)]).to(device)
 
     def want(x, sign):
-        head = turned(x[:12], cos[row][:, None], sign * sin[row][:, None])
+        head = rotate_reference(x[:12], cos[row][:, None], sign * sin[row][:, None])
         return torch.cat([head, x[12:].double()])
 
     def rotated(x):
@@ -79,7 +87,7 @@ def test_packed(inplace, itype, device):
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("inplace", [False, True])
 def test_gradients(inplace, interleaved, device):
-    """Backward has the offsets, and leaves the gradient it is given (the original turns it)."""
+    """Backward has the offsets, and leaves the gradient it is given (the original rotates it)."""
     cos, sin = angles(M, R // 2, device)
     for offset in offsets(device):
         (given,), (got,) = gradients(
@@ -105,7 +113,7 @@ def test_in_place_is_seen_by_autograd(device):
 
 
 def test_large_heads(device):
-    """The original stops at 256 lanes."""
+    """The original stops at 256 elements."""
     cos, sin = angles(M, 160, device)
     x = torch.randn(B, S, 1, 320, device=device)
     close(apply_rotary_emb(x, cos, sin), written_out(x, cos, sin, 0, False))
@@ -126,6 +134,89 @@ def test_rows_outside_the_table_are_errors():
 def test_compiles():
     cos, sin = angles(M, D // 2)
     compiles(apply_rotary_emb, torch.randn(B, S, HQ, D), cos, sin, seqlen_offsets=3)
+
+
+# --- the names below and around apply_rotary_emb ------------------------------------------------
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("conjugate", [False, True])
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_kernel_entry(interleaved, inplace, conjugate, packed, device):
+    """`apply_rotary`, all arguments in the original's order; conjugate undoes the rotation."""
+    cos, sin = angles(M, R // 2, device)
+    offset = torch.tensor([3, 9, 17] if packed else [1, 20], device=device)
+    cu = torch.tensor([0, 5, 5, 14], device=device) if packed else None
+    x = torch.randn((B * S, HQ, D) if packed else (B, S, HQ, D), device=device)
+    before = x.clone()
+    y = apply_rotary(x, cos, sin, offset, cu, 9, interleaved, inplace, conjugate)
+    assert (y is x) == inplace
+    same(x, y if inplace else before)
+    s = -sin if conjugate else sin
+    same(y, apply_rotary_emb(before, cos, s, interleaved, False, offset, cu, 9))
+    back = apply_rotary(y, cos, sin, offset, cu, 9, interleaved, conjugate=not conjugate)
+    torch.testing.assert_close(back, before)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_kernel_entry_in_an_autograd_function(inplace, device):
+    """As callers use it: under a Function of their own, in place on its input and gradient."""
+    cos, sin = angles(M, R // 2, device)
+
+    class Rotate(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.mark_dirty(*[x] if inplace else [])
+            return apply_rotary(x, cos, sin, inplace=inplace)
+
+        @staticmethod
+        def backward(ctx, g):
+            return apply_rotary(g.clone(), cos, sin, inplace=inplace, conjugate=True)
+
+    x = torch.randn(B, S, HQ, D, device=device)
+    given, got = gradients(lambda x: Rotate.apply(x * 1), x)
+    close(got[0], written_out(given[0], cos, sin, 0, False, -1))
+    again = torch.autograd.grad(apply_rotary(x.requires_grad_(), cos, sin), x, given[0])[0]
+    same(got[0], again)
+
+
+@pytest.mark.parametrize("rank", ["[S, P]", "[B, S, P]", "[1, P]", "x of three dimensions"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_pytorch_reference(interleaved, dtype, rank, device):
+    """`apply_rotary_emb_torch` rounds as its formula in PyTorch does, step by step."""
+    for table_dtype in (dtype, torch.float32):
+        shape = {"[B, S, P]": (B, S), "[1, P]": (1,)}.get(rank, (S,))
+        angle = torch.rand(*shape, R // 2, device=device) * 6
+        cos, sin = angle.cos().to(table_dtype), angle.sin().to(table_dtype)
+        x = torch.randn((S, HQ, D) if "three" in rank else (B, S, HQ, D), device=device).to(dtype)
+        wide = [
+            t.repeat_interleave(2, -1) if interleaved else torch.cat([t, t], -1) for t in (cos, sin)
+        ]
+        c, s = (t[..., None, :] for t in wide)
+        want = x[..., :R] * c + rotate_half(x[..., :R], interleaved) * s
+        got = apply_rotary_emb_torch(x, cos, sin, interleaved)
+        same(got[..., :R], want)
+        same(got[..., R:], x[..., R:].to(want.dtype))
+        close(
+            got,
+            rotate_reference(x, cos[..., None, :], sin[..., None, :], interleaved=interleaved),
+            ulps=9,
+        )
+
+
+def test_names_of_the_autograd_functions(device):
+    assert ApplyRotaryEmb.apply is apply_rotary_emb
+    assert ApplyRotaryEmbQKV_.apply is apply_rotary_emb_qkv_
+    assert ApplyRotaryEmbKV_.apply is apply_rotary_emb_kv_
+    cos, sin = angles(M, R // 2, device)
+    x = torch.randn(B, S, HQ, D, device=device)
+    want = apply_rotary_emb(x, cos, sin, True, seqlen_offsets=3)
+    same(ApplyRotaryEmb.apply(x, cos, sin, True, False, 3, None, None), want)
+    qkv = torch.randn(B, S, 3, HQ, D, device=device)
+    want = apply_rotary_emb_qkv_(qkv.clone(), cos, sin, None, None, True, 3)
+    same(ApplyRotaryEmbQKV_.apply(qkv, cos, sin, None, None, True, 3, None), want)
 
 
 # --- packed QKV and KV --------------------------------------------------------------------------
@@ -218,8 +309,8 @@ def expected_tables(row, dtype, scale_base=None, length=0):
     angle = row[..., None] * series(R)
     scale = torch.ones(())
     if scale_base is not None:
-        lane = (torch.arange(0, R, 2).double() + 0.4 * R) / (1.4 * R)
-        scale = lane ** ((row - length // 2) / scale_base)[..., None]
+        base = (torch.arange(0, R, 2).double() + 0.4 * R) / (1.4 * R)
+        scale = base ** ((row - length // 2) / scale_base)[..., None]
     cos, sin = angle.cos(), angle.sin()
     return [t.to(dtype) for t in (cos * scale, sin * scale, cos / scale, sin / scale)]
 
@@ -237,9 +328,9 @@ def test_module(interleaved, scale_base, dtype, device):
             y = rotary(qkv, seqlen_offset=offset, num_heads_q=num_heads_q).reshape(B, S, -1, D)
             tables = expected_tables(rows(offset), dtype, scale_base, offset + S)
             c, s, c_k, s_k = (t[:, :, None].to(device) for t in tables)
-            want = turned(before[:, :, :hq], c, s, interleaved=interleaved)
+            want = rotate_reference(before[:, :, :hq], c, s, interleaved=interleaved)
             close(y[:, :, :hq], want, ulps=8)
-            want = turned(before[:, :, hq : hq + hk], c_k, s_k, interleaved=interleaved)
+            want = rotate_reference(before[:, :, hq : hq + hk], c_k, s_k, interleaved=interleaved)
             close(y[:, :, hq : hq + hk], want, ulps=8)
             same_bits(y[:, :, hq + hk :], before[:, :, hq + hk :])
 
@@ -257,8 +348,8 @@ def test_module_with_kv(scale_base, device):
     assert got[0] is q and got[1] is kv
     tables = expected_tables(rows(offset), torch.float32, scale_base, M)
     c, s, c_k, s_k = (t[:, :, None].to(device) for t in tables)
-    close(q, turned(before[0], c, s), ulps=8)
-    close(kv[:, :, 0], turned(before[1][:, :, 0], c_k, s_k), ulps=8)
+    close(q, rotate_reference(before[0], c, s), ulps=8)
+    close(kv[:, :, 0], rotate_reference(before[1][:, :, 0], c_k, s_k), ulps=8)
     same_bits(kv[:, :, 1], before[1][:, :, 1])
     same(bits(before[0], *rotary._tables[:2], offset=offset), q)
 
@@ -271,6 +362,26 @@ def test_module_compiles(scale_base):
         return rotary(qkv.clone(), seqlen_offset=3)
 
     compiles(rotated, torch.randn(B, S, 3, HQ, D))
+
+
+@pytest.mark.parametrize("scale_base", [None, 512])
+def test_cached_tables_can_be_read(scale_base, device):
+    """Callers hand `_cos_cached` to attention with a KV cache; None before the first call."""
+    rotary = RotaryEmbedding(R, scale_base=scale_base)
+    names = ["_cos_cached", "_sin_cached", "_cos_k_cached", "_sin_k_cached"]
+    assert [getattr(rotary, name) for name in names] == [None] * 4
+    assert rotary._seq_len_cached == 0
+    rotary._update_cos_sin_cache(M, device=torch.device(device), dtype=torch.bfloat16)
+    assert rotary._seq_len_cached >= M
+    want = expected_tables(torch.arange(M), torch.bfloat16, scale_base, M)
+    for index, (name, table) in enumerate(zip(names, want, strict=True)):
+        if index < 2 or scale_base is not None:
+            close(getattr(rotary, name)[:M], table.to(device).double(), ulps=1)
+        else:
+            assert getattr(rotary, name) is None
+    x = torch.randn(B, S, 3, HQ, D, device=device).bfloat16()
+    want = apply_rotary_emb(x[:, :, 0], rotary._cos_cached, rotary._sin_cached, seqlen_offsets=3)
+    same(rotary(x.clone(), seqlen_offset=3, max_seqlen=M)[:, :, 0], want)
 
 
 def test_module_trains(device):

@@ -2,13 +2,20 @@
 
 import pytest
 import torch
-from formula import close, compiles, gradients, turned
+from formula import close, compiles, gradients, rotate_reference
 from fused_rope.compat.liger import (
+    LigerLlama4RopeFunction,
+    LigerQwen2VLMRopeFunction,
+    LigerRopeFunction,
     liger_llama4_text_rotary_pos_emb,
     liger_llama4_vision_rotary_pos_emb,
     liger_multimodal_rotary_pos_emb,
+    liger_qwen2vl_mrope,
+    liger_rope,
     liger_rotary_pos_emb,
     liger_rotary_pos_emb_vision,
+    rope_backward,
+    rope_forward,
 )
 from oracle import DTYPES, angles, same
 
@@ -49,12 +56,12 @@ def test_text(batch, dtype, device):
         got = liger_rotary_pos_emb(q, k, full(c), full(s), None, 1)
         for y, x in zip(got, (q, k), strict=True):
             assert y.dtype == dtype
-            close(y, turned(x, c[:, None], s[:, None]))
+            close(y, rotate_reference(x, c[:, None], s[:, None]))
     same(q, before[0])
     same(k, before[1])
 
 
-def test_unsqueeze_dim_is_heeded(device):
+def test_unsqueeze_dim_has_its_effect(device):
     """A [B, S, H, D] caller gets his rotation; the original takes its heads for tokens."""
     q, k = inputs(device)
     cos, sin = tables(B, S, D // 2, device=device)
@@ -76,25 +83,25 @@ def test_position_ids_have_no_effect(device):
 
 
 def test_partial_rotation(device):
-    """R < D rotates the first R lanes (Phi-4-mini); the original reads past the row."""
+    """R < D rotates the first R elements (Phi-4-mini); the original reads past the row."""
     q, k = inputs(device)
     cos, sin = tables(1, S, 12, device=device)
     for y, x in zip(liger_rotary_pos_emb(q, k, full(cos), full(sin)), (q, k), strict=True):
-        close(y, turned(x, cos[:, None], sin[:, None]))
+        close(y, rotate_reference(x, cos[:, None], sin[:, None]))
         same(y[..., 24:], x[..., 24:])
 
 
 def test_half_width_tables_are_never_guessed(device):
-    """D/2 columns may be half width (gpt-oss) or half of the lanes: the caller must say which."""
+    """D/2 columns are half width (gpt-oss) or half of the elements: the caller says which."""
     q, k = inputs(device)
     cos, sin = tables(1, S, D // 2, device=device)
     with pytest.raises(ValueError, match="rotary_dim"):
         liger_rotary_pos_emb(q, k, cos, sin)
     got = liger_rotary_pos_emb(q, k, cos, sin, rotary_dim=D)
-    close(got[0], turned(q, cos[:, None], sin[:, None]))
+    close(got[0], rotate_reference(q, cos[:, None], sin[:, None]))
     quarter = cos[..., : D // 4], sin[..., : D // 4]
     got = liger_rotary_pos_emb(q, k, *map(full, quarter), rotary_dim=D // 2)
-    close(got[1], turned(k, *(t[:, None] for t in quarter)))
+    close(got[1], rotate_reference(k, *(t[:, None] for t in quarter)))
     with pytest.raises(ValueError, match="R=24"):
         liger_rotary_pos_emb(q, k, cos, sin, rotary_dim=24)
 
@@ -106,7 +113,7 @@ def test_text_gradients(device):
         lambda q, k: liger_rotary_pos_emb(q, k, full(cos), full(sin)), *inputs(device)
     )
     for g, x_grad in zip(given, got, strict=True):
-        close(x_grad, turned(g, cos[:, None], -sin[:, None]))
+        close(x_grad, rotate_reference(g, cos[:, None], -sin[:, None]))
 
 
 def test_text_compiles():
@@ -119,7 +126,7 @@ def test_vision(dtype, device):
     cos, sin = tables(S, D // 2, device=device)
     for y, x in zip(liger_rotary_pos_emb_vision(q, k, full(cos), full(sin)), (q, k), strict=True):
         assert y.dtype == dtype
-        close(y, turned(x, cos[:, None], sin[:, None]))
+        close(y, rotate_reference(x, cos[:, None], sin[:, None]))
 
 
 # --- M-RoPE -------------------------------------------------------------------------------------
@@ -138,7 +145,7 @@ def test_multimodal(sections, dtype, device):
     c, s = (of_sections(t, sections)[:, None] for t in (cos, sin))
     got = liger_multimodal_rotary_pos_emb(q, k, full(cos), full(sin), sections)
     for y, x in zip(got, (q, k), strict=True):
-        close(y, turned(x, c, s))
+        close(y, rotate_reference(x, c, s))
     flipped = liger_multimodal_rotary_pos_emb(
         q.transpose(1, 2), k.transpose(1, 2), full(cos), full(sin), sections, 2
     )
@@ -158,7 +165,7 @@ def test_multimodal_gradients_and_compile(device):
 
     given, got = gradients(rotated, *inputs(device))
     for g, x_grad in zip(given, got, strict=True):
-        close(x_grad, turned(g, c, -s))
+        close(x_grad, rotate_reference(g, c, -s))
     if device == "cpu":
         compiles(rotated, *inputs(device))
 
@@ -184,7 +191,7 @@ def test_llama4_text(dtype, device):
         rows = freqs[..., :S, None, :]
         for y, x in zip(liger_llama4_text_rotary_pos_emb(xq, xk, freqs), (xq, xk), strict=True):
             assert y.dtype == dtype
-            close(y, turned(x, rows.real, rows.imag, interleaved=True))
+            close(y, rotate_reference(x, rows.real, rows.imag, interleaved=True))
 
 
 @pytest.mark.parametrize("shape", [(S, D // 2), (S, 1, D // 2), (1, S, 1, D // 2)])
@@ -194,7 +201,7 @@ def test_llama4_vision(shape, device):
     rows = freqs.view(S, 1, D // 2)
     got = liger_llama4_vision_rotary_pos_emb(query, key, freqs)
     for y, x in zip(got, (query, key), strict=True):
-        close(y, turned(x, rows.real, rows.imag, interleaved=True))
+        close(y, rotate_reference(x, rows.real, rows.imag, interleaved=True))
 
 
 def test_llama4_gradients_and_compile(device):
@@ -203,7 +210,7 @@ def test_llama4_gradients_and_compile(device):
     given, got = gradients(lambda q, k: liger_llama4_text_rotary_pos_emb(q, k, freqs), *xs)
     for g, x_grad in zip(given, got, strict=True):
         rows = freqs[:, :, None]
-        close(x_grad, turned(g, rows.real, -rows.imag, interleaved=True))
+        close(x_grad, rotate_reference(g, rows.real, -rows.imag, interleaved=True))
     if device == "cpu":
         compiles(liger_llama4_text_rotary_pos_emb, *xs, freqs)
 
@@ -215,6 +222,65 @@ def test_llama4_errors():
             function(xq, xk, torch.randn(S, D // 2))
     with pytest.raises(ValueError, match="freqs_ci"):
         liger_llama4_vision_rotary_pos_emb(xq, xk, unit(B, S, D // 2))
+
+
+# --- the names below the functions --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_names_of_the_autograd_functions(dtype, device):
+    """With the arguments of the original's `.apply`, all positional; gradients flow."""
+    assert liger_rope is liger_rotary_pos_emb
+    assert liger_qwen2vl_mrope is liger_multimodal_rotary_pos_emb
+    q, k = inputs(device, dtype)
+    flat = [x.transpose(1, 2) for x in (q, k)]
+    cos, sin = map(full, tables(B, S, D // 2, device=device))
+    axes = [full(t) for t in tables(3, B, S, D // 2, device=device)]
+    freqs = unit(S, D // 2, device=device)
+    calls = [
+        (LigerRopeFunction, liger_rotary_pos_emb, (q, k, cos, sin), (None, 1)),
+        (
+            LigerQwen2VLMRopeFunction,
+            liger_multimodal_rotary_pos_emb,
+            (q, k, *axes, [8, 4, 4]),
+            (1,),
+        ),
+        (LigerLlama4RopeFunction, liger_llama4_text_rotary_pos_emb, (*flat, freqs), (None,)),
+    ]
+    for named, function, arguments, more in calls:
+        want = function(*arguments)
+        for extra in ((), more):
+            for y, z in zip(named.apply(*arguments, *extra), want, strict=True):
+                same(y, z)
+        x, *rest = arguments
+        assert named.apply(x.clone().requires_grad_(), *rest)[0].requires_grad
+
+
+@pytest.mark.parametrize("rows", [S, S + 3])
+def test_llama4_function_takes_real_and_imaginary_parts(rows, device):
+    """[S or more, D/2, 2], as torch.view_as_real gives them; what a cast left is still refused."""
+    xs = [x.transpose(1, 2) for x in inputs(device)]
+    freqs = unit(rows, D // 2, device=device)
+    want = LigerLlama4RopeFunction.apply(*xs, freqs)
+    for y, z in zip(
+        LigerLlama4RopeFunction.apply(*xs, torch.view_as_real(freqs)), want, strict=True
+    ):
+        same(y, z)
+    with pytest.raises(TypeError, match="complex"):
+        LigerLlama4RopeFunction.apply(*xs, freqs.real)
+
+
+def test_forward_and_backward_by_hand(device):
+    """`rope_forward` and `rope_backward`, which callers put into Functions of their own."""
+    q, k = inputs(device)
+    cos, sin = map(full, tables(B, S, D // 2, device=device))
+    *rotated, same_cos, same_sin = rope_forward(q, k, cos, sin)
+    assert same_cos is cos and same_sin is sin
+    for y, z in zip(rotated, liger_rotary_pos_emb(q, k, cos, sin), strict=True):
+        same(y, z)
+    given, got = gradients(lambda q, k: liger_rotary_pos_emb(q, k, cos, sin), q, k)
+    for y, z in zip(rope_backward(*given, cos, sin), got, strict=True):
+        same(y, z)
 
 
 # --- the original -------------------------------------------------------------------------------
@@ -254,7 +320,7 @@ def test_original(dtype, device):
 
 
 def test_tables_are_read_where_they_are(device):
-    """Half of a joint cos||sin cache, with strides of its own, gives the same bits."""
+    """Half of a joint cos||sin cache, with strides of its own, is bitwise identical."""
     q, k = inputs(device)
     cos, sin = (t[None] for t in angles(S, D // 2, device))
     joint = torch.cat([full(cos), full(sin)], -1)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from formula import close, compiles, gradients, series, turned
+from formula import close, compiles, gradients, rotate_reference, series
 from fused_rope.compat.rotalabs import (
     RotaryEmbedding,
     apply_rope,
@@ -20,15 +20,15 @@ def inputs(device, dtype=torch.float32):
 
 
 def written_out(x, position, interleaved=True, base=10000.0):
-    """x [B, S, H, D] turned by positions that broadcast as [B, S]."""
+    """x [B, S, H, D] rotated by positions that broadcast as [B, S]."""
     angle = position.to(x.device, torch.float64)[..., None, None] * series(D, base).to(x.device)
-    return turned(x, angle.cos(), angle.sin(), interleaved=interleaved)
+    return rotate_reference(x, angle.cos(), angle.sin(), interleaved=interleaved)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("use_triton", USE_TRITON)
 def test_functions(use_triton, dtype, device):
-    """Every lane by the formula (half of the original's Triton results are not), GQA too."""
+    """Every element by the formula (half of the original's Triton results are not), GQA too."""
     q, k = inputs(device, dtype)
     before = q.clone(), k.clone()
     cos, sin = build_rope_cache(M, D, device=device)
@@ -58,6 +58,17 @@ def test_tables_of_each_sequence(use_triton, device):
             tables = [t[rows] if dims == 3 else t[rows][:, :, None] for t in (cos, sin)]
             for y, x in zip(apply_rope(q, k, *tables, use_triton), (q, k), strict=True):
                 close(y, written_out(x, rows), ulps=8)
+
+
+@pytest.mark.parametrize("use_triton", USE_TRITON)
+@pytest.mark.parametrize("shape", [(1,), (1, 1), (B, 1), (B, 1, 1)], ids=str)
+def test_one_row_is_every_token_s(shape, use_triton, device):
+    q, k = inputs(device)
+    angle = torch.rand(*shape, D // 2, device=device)
+    wide = angle.view(shape[0] if len(shape) > 1 else 1, 1, -1).expand(-1, S, -1).contiguous()
+    want = apply_rope(q, k, wide.cos(), wide.sin(), use_triton)
+    for y, z in zip(apply_rope(q, k, angle.cos(), angle.sin(), use_triton), want, strict=True):
+        same(y, z)
 
 
 def test_cache(device):

@@ -1,16 +1,22 @@
 """rotary-embedding-torch's functions and module: shapes, axial angles, learned ones, and XPos."""
 
+import copy
+import io
 import math
+import pickle
 
 import pytest
 import torch
-from formula import close, compiles, gradients, series, turned
+from formula import close, compiles, gradients, rotate_reference, series
 from fused_rope.compat.rotary_embedding_torch import (
     RotaryEmbedding,
     apply_learned_rotations,
     apply_rotary_emb,
+    broadcat,
+    rotate_half,
 )
 from oracle import DTYPES, same, same_bits
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 B, H, S, D, R = 2, 3, 9, 32, 16
 
@@ -20,9 +26,11 @@ def twice(angle):
 
 
 def written_out(t, angle, start=0, scale=1.0):
-    """t turned by float64 angles [..., R/2] that broadcast."""
+    """t rotated by float64 angles [..., R/2] that broadcast."""
     angle = angle.detach().double().to(t.device)
-    return turned(t, scale * angle.cos(), scale * angle.sin(), interleaved=True, start=start)
+    return rotate_reference(
+        t, scale * angle.cos(), scale * angle.sin(), interleaved=True, start=start
+    )
 
 
 # --- the function -------------------------------------------------------------------------------
@@ -41,7 +49,7 @@ def test_results_are_contiguous(device):
     same(rotary.rotate_queries_or_keys(t), rotary.rotate_queries_or_keys(t.contiguous()))
 
 
-SHAPES = {  # angles, and what they turn
+SHAPES = {  # angles, and what they rotate
     "sequence": ((S,), (B, H, S, D)),
     "sequence before heads": ((S, 1), (B, S, H, D)),
     "three dimensions": ((S,), (B, S, D)),
@@ -61,7 +69,7 @@ SHAPES = {  # angles, and what they turn
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", SHAPES)
 def test_values(name, dtype, device):
-    """Whatever broadcasts; part of the lanes; the others bit for bit."""
+    """Whatever broadcasts; part of the elements; the others bitwise."""
     rows, shape = SHAPES[name]
     seq_dim = -3 if "before heads" in name or "heads last" in name else -2
     angle = torch.rand(*rows, R // 2, device=device) * 6
@@ -100,7 +108,7 @@ def test_strided_inputs(device):
 
 
 def test_the_last_rows_and_scale(device):
-    """Longer angles turn the tokens at their end; scale multiplies what turns."""
+    """Longer angles rotate the tokens at their end; scale multiplies what is rotated."""
     angle = torch.rand(S + 4, R // 2, device=device)
     t = torch.randn(B, H, S, D, device=device)
     close(apply_rotary_emb(twice(angle), t, scale=0.5), written_out(t, angle[4:], scale=0.5))
@@ -184,9 +192,9 @@ def test_xpos(seq_before_head_dim, device):
     q, k = (torch.randn(B, H, S, D, device=device) for _ in range(2))
     swap = (lambda x: x.transpose(1, 2)) if seq_before_head_dim else (lambda x: x)
     got = [swap(y) for y in rotary.rotate_queries_and_keys(swap(q), swap(k))]
-    lane = (torch.arange(0, R, 2).double() + 0.4 * R) / (1.4 * R)
+    base = (torch.arange(0, R, 2).double() + 0.4 * R) / (1.4 * R)
     row = torch.arange(S).double()[:, None]
-    scale = (lane ** ((row - S // 2) / 512)).to(device)
+    scale = (base ** ((row - S // 2) / 512)).to(device)
     angle = row * series(R)
     close(got[0], written_out(q, angle, scale=scale), ulps=16)
     close(got[1], written_out(k, angle, scale=1 / scale), ulps=16)
@@ -217,7 +225,7 @@ def test_frequencies(device):
 
 
 def test_axial(device):
-    """Angles of an image, those of its rows beside those of its columns, and with offsets."""
+    """Angles of an image, those of its rows next to those of its columns, and with offsets."""
     for freqs_for in ("pixel", "lang"):
         rotary = RotaryEmbedding(R // 2, freqs_for=freqs_for).to(device)
         freqs = rotary.freqs.detach().double().cpu()
@@ -249,14 +257,236 @@ def test_learned_frequencies(device):
     freqs = series(R).to(device).requires_grad_()
     angle = torch.arange(S, device=device)[:, None] * freqs
     a, b = t[..., :R:2].double(), t[..., 1:R:2].double()
-    turned_pairs = torch.stack(
+    rotated_pairs = torch.stack(
         [a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1
     )
-    turned_pairs.flatten(-2).backward(g[..., :R].double())
+    rotated_pairs.flatten(-2).backward(g[..., :R].double())
     torch.testing.assert_close(rotary.freqs.grad.double(), freqs.grad, rtol=1e-4, atol=1e-4)
 
 
+# --- casts, moves and copies of the module ------------------------------------------------------
+
+
+def cast_data(rotary, dtype):
+    """As older mixed-precision tools cast a model, past the module."""
+    for parameter in rotary.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return rotary
+
+
+def on_meta(**options):
+    with torch.device("meta"):
+        return RotaryEmbedding(R, **options)
+
+
+def round_trip(rotary):
+    file = io.BytesIO()
+    torch.save(rotary, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+CASTS = {
+    "half": lambda m: m.half(),
+    "bfloat16": lambda m: m.bfloat16(),
+    "to dtype": lambda m: m.to(torch.float16),
+    "to device and dtype": lambda m: m.to("cpu", torch.bfloat16),
+    "type": lambda m: m.type(torch.float16),
+    "whole model": lambda m: torch.nn.Sequential(torch.nn.Linear(2, 2), m).half()[1],
+    "half and back": lambda m: m.half().float(),
+    "one after the other": lambda m: m.bfloat16().half().float(),
+    "double": lambda m: m.double(),
+    "double and back": lambda m: m.double().float(),
+    "data": lambda m: cast_data(m, torch.bfloat16),
+    "data, then float": lambda m: cast_data(m, torch.float16).float(),
+    "deepcopy": lambda m: copy.deepcopy(m).half(),
+    "pickle": lambda m: pickle.loads(pickle.dumps(m.half())),
+    "torch.save": lambda m: round_trip(m.bfloat16()),
+    "to_empty": lambda m: m.to_empty(device="cpu"),
+    "meta and to_empty": lambda m: m.to("meta").half().to_empty(device="cpu"),
+    "overwritten parameters": lambda m: overwriting(m),
+}
+
+
+def overwriting(rotary):
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        return rotary.half()
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+
+
+KINDS = {
+    "lang": {"theta": 500000.0},
+    "pixel": {"freqs_for": "pixel"},
+    "constant": {"freqs_for": "constant", "num_freqs": R // 2},
+    "custom": {"custom_freqs": torch.linspace(0.1, 0.7, R // 2)},
+}
+
+
+@pytest.mark.parametrize("cast", CASTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_casts_do_not_round_frequencies(kind, cast):
+    """Whole-model casts leave far positions right, bitwise as before; no cast narrows `freqs`."""
+    t = torch.randn(1, 1, 3, R)
+    rotary = RotaryEmbedding(R, **KINDS[kind])
+    before = rotary.freqs.detach().clone()
+    want = rotary.rotate_queries_or_keys(t, offset=5000)
+    rotary = CASTS[cast](rotary)
+    assert isinstance(rotary.freqs, torch.nn.Parameter) and not rotary.freqs.requires_grad
+    if cast == "double":
+        assert rotary.freqs.dtype == torch.float64
+        same(rotary.freqs.float(), before)
+        return
+    same(rotary.rotate_queries_or_keys(t, offset=5000), want)
+    if cast != "data":
+        same(rotary.freqs, before)
+    assert set(rotary.state_dict()) == {"freqs"} and not list(rotary.buffers())
+
+
+def test_far_positions_after_a_cast(device):
+    """Against float64 frequencies, in half precision (32 ulp of the angle's float32)."""
+    rotary = RotaryEmbedding(R).half().to(device)
+    t = torch.randn(1, 2, 2000, D, device=device).half()
+    want = written_out(t, torch.arange(2000)[:, None] * series(R))
+    close(rotary.rotate_queries_or_keys(t), want, ulps=2)
+    close(rotary.double().freqs, series(R).to(device))
+
+
+def test_frequencies_that_were_changed_stay_changed():
+    """Casts, copies and checkpoints follow the parameter, not the arguments of the module."""
+    t = torch.randn(1, 1, 3, R)
+    freqs = torch.rand(R // 2)
+    rotary = RotaryEmbedding(R)
+    rotary.freqs.data.copy_(freqs)
+    want = RotaryEmbedding(R, custom_freqs=freqs).rotate_queries_or_keys(t, offset=99)
+    for changed in (rotary, rotary.half(), copy.deepcopy(rotary)):
+        same(changed.rotate_queries_or_keys(t, offset=99), want)
+    loaded = RotaryEmbedding(R)
+    loaded.load_state_dict(rotary.state_dict())
+    same(loaded.half().rotate_queries_or_keys(t, offset=99), want)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("back", [False, True])
+def test_half_checkpoints_do_not_round_frequencies(back, dtype, assign):
+    """A checkpoint in half precision, or saved after one, gives the float32 numbers again."""
+    state = {"0.freqs": RotaryEmbedding(R).freqs.detach().to(dtype)}
+    state["0.freqs"] = state["0.freqs"].float() if back else state["0.freqs"]
+    given = state["0.freqs"].clone()
+    model = torch.nn.Sequential(on_meta() if assign else RotaryEmbedding(R))
+    model.load_state_dict(state, assign=assign)
+    same(model[0].freqs, RotaryEmbedding(R).freqs)
+    same(state["0.freqs"], given)
+    other = {"0.freqs": torch.rand(R // 2).to(dtype)}  # somebody else's frequencies
+    model.load_state_dict(other)
+    same(model[0].freqs, other["0.freqs"].float())
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        model.load_state_dict({"0.freqs": torch.rand(R)})
+
+
+def test_learned_frequencies_are_a_weight_like_any_other():
+    """Casts round them, no checkpoint or call restores what training moved them away from."""
+    t = torch.randn(1, 1, 3, R)
+    rotary = RotaryEmbedding(R, learned_freq=True).half()
+    assert rotary.freqs.dtype == torch.float16 and rotary.freqs.requires_grad
+    rounded = RotaryEmbedding(R).freqs.half()
+    same(rotary.freqs, rounded)
+    want = RotaryEmbedding(R, custom_freqs=rounded.float()).rotate_queries_or_keys(t, offset=99)
+    same(rotary.rotate_queries_or_keys(t, offset=99), want)
+    rotary = RotaryEmbedding(R, learned_freq=True)
+    rotary.load_state_dict({"freqs": rounded})
+    same(rotary.freqs, rounded.float())
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_meta_device(learned):
+    """`to_empty` gives the initial frequencies; so does `reset_parameters`, as FSDP calls it."""
+    rotary = torch.nn.Sequential(on_meta(learned_freq=learned)).to_empty(device="cpu")[0]
+    same(rotary.freqs, RotaryEmbedding(R).freqs)
+    assert rotary.freqs.requires_grad == learned
+    rotary.freqs.data.zero_()
+    rotary.reset_parameters()
+    same(rotary.freqs, RotaryEmbedding(R).freqs)
+    unknown = RotaryEmbedding(R, custom_freqs=torch.empty(R // 2, device="meta"))
+    with pytest.raises(RuntimeError, match="custom_freqs"):
+        unknown.to_empty(device="cpu").reset_parameters()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"use_xpos": True}, {"learned_freq": True}, {"custom_freqs": None}], ids=str
+)
+def test_made_called_and_moved_in_inference_mode_then_trained(options, device):
+    """No state is an inference tensor, which autograd could not save."""
+    with torch.inference_mode():
+        if "custom_freqs" in options:
+            options = {"custom_freqs": torch.rand(R // 2)}
+        rotary = RotaryEmbedding(R, **options).half().float().to(device)
+        rotary.load_state_dict(rotary.state_dict())
+        q = torch.randn(B, H, S, D, device=device)
+        rotary.rotate_queries_with_cached_keys(q, q)
+    assert not rotary.freqs.is_inference()
+    weight = torch.randn(B, H, S, D, device=device, requires_grad=True)
+    got = rotary.rotate_queries_with_cached_keys(weight, weight * 1)
+    sum(y.sum() for y in got).backward()
+    assert weight.grad.isfinite().all()
+    if rotary.learned_freq:
+        assert rotary.freqs.grad.isfinite().all()
+
+
+def test_made_or_called_with_fake_tensors():
+    """A module that a fake mode saw computes with real ones, once its parameter is real."""
+    t = torch.randn(B, H, S, D)
+    real = RotaryEmbedding(R)
+    want = real.rotate_queries_or_keys(t)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        made = RotaryEmbedding(R)
+        made.rotate_queries_or_keys(mode.from_tensor(t))
+        real.rotate_queries_or_keys(mode.from_tensor(t))
+    same(real.rotate_queries_or_keys(t), want)
+    made.load_state_dict(real.state_dict(), assign=True)
+    same(made.rotate_queries_or_keys(t), want)
+
+
+def test_frequencies_and_scales_do_not_follow_the_default_dtype():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        rotary = [RotaryEmbedding(R, freqs_for=f, use_xpos=True) for f in ("lang", "pixel")]
+        got = [(m.freqs.detach(), m.get_scale(torch.arange(S))) for m in rotary]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for (freqs, scale), f in zip(got, ("lang", "pixel"), strict=True):
+        want = RotaryEmbedding(R, freqs_for=f, use_xpos=True)
+        same(freqs, want.freqs)
+        same(scale, want.get_scale(torch.arange(S)))
+
+
+def test_helpers():
+    """The original's helpers, by their definitions."""
+    x = torch.randn(2, S, R)
+    same(rotate_half(x)[..., 0::2], -x[..., 1::2])
+    same(rotate_half(x)[..., 1::2], x[..., 0::2])
+    a, b = torch.randn(4, 1, 3), torch.randn(1, 5, 2)
+    with pytest.raises(RuntimeError):
+        broadcat((a, b))
+    same(broadcat((a, b[..., :1]), dim=1)[:, :1], a)
+    same(broadcat((a, a[:1]))[..., 3:], a[:1].expand(4, 1, 3))
+
+
+def test_errors_of_the_module():
+    with pytest.raises(ValueError, match="even dim, got 7"):
+        RotaryEmbedding(7)
+    with pytest.raises(ValueError, match="freqs_for"):
+        RotaryEmbedding(R, freqs_for="text")
+    with pytest.raises(ValueError, match="interpolate_factor"):
+        RotaryEmbedding(R, interpolate_factor=0.5)
+
+
 def test_compiles():
+    compiles(RotaryEmbedding(R).half().rotate_queries_or_keys, torch.randn(B, H, S, D).half())
+    cast = cast_data(RotaryEmbedding(R), torch.bfloat16)
+    compiles(cast.rotate_queries_or_keys, torch.randn(B, H, S, D).bfloat16())
     t = torch.randn(B, H, S, D)
     compiles(RotaryEmbedding(R).rotate_queries_or_keys, t, offset=3)
     compiles(apply_rotary_emb, torch.rand(2, 4, 5, R), torch.randn(B, H, 2, 4, 5, D))

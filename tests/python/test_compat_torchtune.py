@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 import torch
-from formula import close, compiles, gradients, series, turned
+from formula import close, compiles, gradients, rotate_reference, series
 from fused_rope.compat.torchtune import (
     Llama3ScaledRoPE,
     Phi3RotaryPositionalEmbeddings,
@@ -26,7 +26,7 @@ def llama3(base):
     return torch.tensor(scaled, dtype=torch.float64)
 
 
-# Each class with its frequencies, and whether it pairs neighbours.
+# Each class with its frequencies, and whether it pairs neighbors.
 TEXT = {
     RotaryPositionalEmbeddings: (series(D), True),
     Llama3ScaledRoPE: (llama3(10000.0), True),
@@ -37,7 +37,7 @@ TEXT = {
 
 def written_out(x, position, freq, interleaved, sign=1):
     angle = (position.double().cpu()[..., None, None] * freq).to(x.device)
-    return turned(x, angle.cos(), sign * angle.sin(), interleaved=interleaved)
+    return rotate_reference(x, angle.cos(), sign * angle.sin(), interleaved=interleaved)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -94,7 +94,7 @@ def test_casts_leave_the_table_alone():
 @pytest.mark.parametrize("append_cls_token", [True, False])
 @pytest.mark.parametrize("tiles", [1, 4])
 def test_vision(tiles, append_cls_token, device):
-    """Columns turn the first half of the pairs, rows the second; the class token stays."""
+    """Columns rotate the first half of the pairs, rows the second; the class token stays."""
     grid = 3
     rope = VisionRotaryPositionalEmbeddings(10, 39, D, append_cls_token=append_cls_token)
     rope = rope.to(device)
@@ -107,15 +107,40 @@ def test_vision(tiles, append_cls_token, device):
     angle = angle.repeat(tiles, 1)[:, None].to(device)
     x = torch.randn(B, tiles * (grid**2 + 1), H, D, device=device)
     y = rope(x, input_pos=None)
-    close(y, turned(x, angle.cos(), angle.sin(), interleaved=True), ulps=8)
+    close(y, rotate_reference(x, angle.cos(), angle.sin(), interleaved=True), ulps=8)
     cls_token = slice(grid**2 if append_cls_token else 0, None, grid**2 + 1)
     same(y[:, cls_token], x[:, cls_token])
     (given,), (got,) = gradients(rope, x)
-    close(got, turned(given, angle.cos(), -angle.sin(), interleaved=True), ulps=8)
+    close(got, rotate_reference(given, angle.cos(), -angle.sin(), interleaved=True), ulps=8)
     older = VisionRotaryPositionalEmbeddings(
         10, 39, D // 2, append_cls_token=append_cls_token, max_num_tiles=tiles
     )
     same(older.to(device)(x), y)
+
+
+@pytest.mark.parametrize("append_cls_token", [True, False])
+def test_vision_after_meta_and_to_empty(append_cls_token, device):
+    """Positions are written again where memory is new; no `rope_init` is needed."""
+    sizes = dict(patch_size=10, tile_size=30, dim=D, append_cls_token=append_cls_token)
+    x = torch.randn(B, 10, H, D, device=device)
+    want = VisionRotaryPositionalEmbeddings(**sizes).to(device)(x)
+    with torch.device("meta"):
+        made = VisionRotaryPositionalEmbeddings(**sizes)
+    same(made.to_empty(device=device)(x), want)
+    same(made.to_empty(device=device).half()(x), want)
+
+
+@pytest.mark.parametrize("module", [*TEXT, VisionRotaryPositionalEmbeddings])
+def test_made_and_called_in_inference_mode_then_trained(module, device):
+    sizes = (10, 30, D) if module is VisionRotaryPositionalEmbeddings else (D,)
+    x = torch.randn(B, 10, H, D, device=device)
+    with torch.inference_mode():
+        rope = module(*sizes).to(device)
+        rope(x)
+    assert not any(buffer.is_inference() for buffer in rope.buffers())
+    (given,), (got,) = gradients(rope, x)
+    x.requires_grad_()
+    same(got, torch.autograd.grad(module(*sizes).to(device)(x), x, given)[0])
 
 
 def test_errors():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from formula import close, compiles, gradients, series, turned
+from formula import close, compiles, gradients, rotate_reference, series
 from fused_rope.compat.transformer_engine import apply_rotary_pos_emb
 from oracle import DTYPES, bits, same, same_bits
 
@@ -27,7 +27,7 @@ def written_out(t, angle, row, layout, interleaved, sign=1):
     a = angle[row.to(angle.device)].double()
     a = {"sbhd": lambda: a.transpose(0, 1), "bshd": lambda: a, "thd": lambda: a}[layout]()
     a = a.unsqueeze(-2)
-    return turned(t, a.cos(), sign * a.sin(), interleaved=interleaved)
+    return rotate_reference(t, a.cos(), sign * a.sin(), interleaved=interleaved)
 
 
 def mirrored(length, cp_size, cp_rank):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from formula import close, compiles, gradients, turned
+from formula import close, compiles, gradients, rotate_reference
 from fused_rope.compat.triton_rotary import TritonRotary
 from oracle import DTYPES, same
 
@@ -19,7 +19,7 @@ def written_out(x, direction=-1.0):
     quarter = (1 / 10000) ** torch.linspace(0, 1, D // 4, dtype=torch.float64)
     freq = torch.cat([quarter, torch.zeros(D // 4, dtype=torch.float64)])
     angle = (torch.arange(S, dtype=torch.float64)[:, None] * freq).to(x.device)
-    return turned(x, angle.cos(), direction * angle.sin())
+    return rotate_reference(x, angle.cos(), direction * angle.sin())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

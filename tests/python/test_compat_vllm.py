@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from formula import close, compiles, turned
+from formula import close, compiles, rotate_reference
 from fused_rope.compat.vllm import rotary_embedding
 from oracle import DTYPES, same
 
@@ -19,7 +19,7 @@ def written_out(x, cache, positions, is_neox, start=0, inverse=False):
     cos, sin = cache[positions.long().flatten()][:, None].chunk(2, -1)
     sin = -sin if inverse else sin
     heads = x.reshape(B * S, -1, D)
-    return turned(heads, cos, sin, interleaved=not is_neox, start=start).view(x.shape)
+    return rotate_reference(heads, cos, sin, interleaved=not is_neox, start=start).view(x.shape)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -48,6 +48,33 @@ def test_offset_inverse_and_no_key(is_neox, inverse, device):
     want = written_out(q, cache, positions, is_neox, 16, inverse)
     rotary_embedding(positions, q, None, D, cache, is_neox, 16, inverse)
     close(q, want)
+
+
+@pytest.mark.parametrize("is_neox", [True, False])
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_model_precision(dtype, inverse, is_neox, device):
+    """Bitwise the formula in query's dtype, as `forward_native` rounds; "fp32" rounds once."""
+    cache = torch.randn(M, 32, device=device)
+    positions = torch.randint(0, M, (B * S,), device=device)
+    q, k = (torch.randn(B * S, H, D, device=device).to(dtype) for H in (HQ, HK))
+    cos, sin = cache.to(dtype)[positions][:, None].chunk(2, -1)
+    sin = -sin if inverse else sin
+    want = []
+    for x in (q, k):
+        a, b = (x[..., :32:2], x[..., 1:32:2]) if not is_neox else (x[..., :16], x[..., 16:32])
+        pair = a * cos - b * sin, b * cos + a * sin
+        rotated = torch.cat(pair, -1) if is_neox else torch.stack(pair, -1).flatten(-2)
+        want.append(torch.cat([rotated, x[..., 32:]], -1))
+    once = q.clone()
+    rotary_embedding(positions, once, None, D, cache.to(dtype), is_neox, 0, inverse)
+    rotary_embedding(positions, q, k, D, cache, is_neox, inverse=inverse, precision="model")
+    same(q, want[0])
+    same(k, want[1])
+    if dtype == torch.bfloat16:
+        assert not torch.equal(once, q)
+    with pytest.raises(ValueError, match="precision"):
+        rotary_embedding(positions, q, k, D, cache, is_neox, precision="exact")
 
 
 def test_slices_of_packed_qkv(device):

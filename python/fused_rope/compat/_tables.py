@@ -6,11 +6,18 @@ from torch import Tensor
 
 
 def half_width(table: Tensor, interleaved: bool = False) -> Tensor:
-    """The view [..., P] of a table [..., 2P] that says every number twice.
+    """The view [..., P] of a table [..., 2P] that has every number twice.
 
-    The second half repeats the first, or, where pairs are interleaved, each number its neighbour.
+    The second half repeats the first, or, where pairs are interleaved, each number its neighbor.
     """
     return table[..., ::2] if interleaved else table[..., : table.shape[-1] // 2]
+
+
+def for_all_tokens(table: Tensor, S: int) -> Tensor:
+    """The view of a table [1, P] or [B, 1, P], whose one row is every token's, with S rows."""
+    if table.dim() in (2, 3) and table.shape[-2] == 1:
+        return table.expand(*table.shape[:-2], S, -1)
+    return table
 
 
 def real_and_imaginary(operator: str, name: str, table: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import functional
-from ._tables import half_width, real_and_imaginary
+from ._tables import for_all_tokens, half_width, real_and_imaginary
 
 __all__ = ["apply_rotary_emb"]
 
@@ -33,11 +33,12 @@ def apply_rotary_emb(
 
     Args:
         x: [B, H, S, D], or [B, S, H, D] with sequence_dim=1 and where freqs_cis is complex.
-        freqs_cis: (cos, sin), each [S, D] and every number twice: beside its copy where neighbours
-            are paired, else half a row before it. With use_real=False complex [B or 1, S, P].
+        freqs_cis: (cos, sin), each [S, D] and every number twice: next to its copy where neighbors
+            are paired, else half a row before it. With use_real=False complex [B or 1, S, P]. One
+            row ([1, D], [B or 1, 1, P]) is every token's.
         use_real: whether freqs_cis is (cos, sin).
-        use_real_unbind_dim: -1 pairs neighbours (Flux, CogVideoX, Hunyuan-DiT), -2 pairs lane j
-            with lane j + P (Stable Audio, OmniGen, CogView4, Cosmos).
+        use_real_unbind_dim: -1 pairs neighbors (Flux, CogVideoX, Hunyuan-DiT), -2 pairs
+            element j with element j + P (Stable Audio, OmniGen, CogView4, Cosmos).
         sequence_dim: where S is, 1 or 2; has no effect on the complex form.
         out: memory for the result, of x's shape and dtype, such as one stream's part of a joint
             tensor. Takes no part in autograd.
@@ -48,7 +49,7 @@ def apply_rotary_emb(
     Raises:
         ValueError: shapes that do not fit; another use_real_unbind_dim or sequence_dim.
         TypeError: use_real=False, and freqs_cis is not complex.
-        RuntimeError: `out` beside tensors that require grad.
+        RuntimeError: `out` with tensors that require grad.
 
     Example:
         >>> text, image = torch.randn(2, 4, 7, 64), torch.randn(2, 4, 9, 64)
@@ -62,6 +63,7 @@ def apply_rotary_emb(
         if not isinstance(freqs_cis, Tensor):
             raise TypeError("apply_rotary_emb: expected a complex tensor freqs_cis, got a tuple")
         cos, sin = real_and_imaginary("apply_rotary_emb", "freqs_cis", freqs_cis)
+        cos, sin = _rows(cos, x, 1), _rows(sin, x, 1)
         return functional.rotate(x, cos, sin, interleaved=True, out=out)
     if use_real_unbind_dim not in (-1, -2) or sequence_dim not in _LAYOUTS:
         raise ValueError(
@@ -69,7 +71,13 @@ def apply_rotary_emb(
             f"{use_real_unbind_dim} and {sequence_dim}"
         )
     interleaved = use_real_unbind_dim == -1
-    cos, sin = (half_width(table.to(x.device), interleaved) for table in freqs_cis)
+    cos, sin = (
+        _rows(half_width(table.to(x.device), interleaved), x, sequence_dim) for table in freqs_cis
+    )
     return functional.rotate(
         x, cos, sin, layout=_LAYOUTS[sequence_dim], interleaved=interleaved, out=out
     )
+
+
+def _rows(table: Tensor, x: Tensor, sequence_dim: int) -> Tensor:
+    return for_all_tokens(table, x.shape[sequence_dim]) if x.dim() == 4 else table

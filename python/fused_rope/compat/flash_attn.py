@@ -2,6 +2,8 @@
 
     from fused_rope.compat.flash_attn import RotaryEmbedding, apply_rotary_emb
 
+`apply_rotary` is that of flash_attn/ops/triton/rotary.py.
+
 The arguments and numbers are the same. What differs: operations in place are seen by autograd (so a
 leaf that requires grad is refused, not overwritten), gradients stay as they were, a row outside the
 table is an error, tokens past cu_seqlens[-1] are copied, and headdim may exceed 256.
@@ -22,14 +24,67 @@ from ..scaled_frequencies import ScaledFrequencies
 from ..table import DeviceCopies
 from ..table_cache import TableCache
 from ..tracing import fake_mode_of, is_traced, outside_modes
+from ._tables import for_all_tokens
 
 __all__ = [
+    "ApplyRotaryEmb",
+    "ApplyRotaryEmbKV_",
+    "ApplyRotaryEmbQKV_",
     "RotaryEmbedding",
+    "apply_rotary",
     "apply_rotary_emb",
     "apply_rotary_emb_func",
     "apply_rotary_emb_kv_",
     "apply_rotary_emb_qkv_",
+    "apply_rotary_emb_torch",
+    "rotate_half",
 ]
+
+
+def apply_rotary(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    seqlen_offsets: int | Tensor = 0,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    interleaved: bool = False,
+    inplace: bool = False,
+    conjugate: bool = False,
+) -> Tensor:
+    """Rotates the first R elements of each head of x: the call below `apply_rotary_emb`.
+
+    The original's kernel is unknown to autograd. This call is differentiable, and in place it
+    refuses what autograd forbids; under no_grad, or inside an autograd.Function, it is the same.
+
+    Args:
+        conjugate: rotate by the inverse, as a backward pass does.
+        x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen, interleaved, inplace: as in
+            `apply_rotary_emb`.
+
+    Returns:
+        A tensor of x's shape and dtype, or x.
+
+    Raises:
+        ValueError, IndexError, RuntimeError: as `apply_rotary_emb`.
+
+    Example:
+        >>> angle = torch.arange(20.0)[:, None] / 10000 ** (torch.arange(0, 64, 2) / 64)
+        >>> x = torch.randn(2, 16, 4, 64)
+        >>> y = apply_rotary(x, angle.cos(), angle.sin(), 3)
+        >>> x_again = apply_rotary(y, angle.cos(), angle.sin(), 3, conjugate=True)
+    """
+    rotate = functional.rotate_ if inplace else functional.rotate
+    return rotate(
+        x,
+        cos,
+        sin,
+        layout="bshd" if cu_seqlens is None else "thd",
+        offset=seqlen_offsets,
+        cu_seqlens=cu_seqlens,
+        interleaved=interleaved,
+        inverse=conjugate,
+    )
 
 
 def apply_rotary_emb(
@@ -42,15 +97,15 @@ def apply_rotary_emb(
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
 ) -> Tensor:
-    """Rotates the first R lanes of x.
+    """Rotates the first R elements of each head of x.
 
     Args:
-        x: [B, S, H, D], or [T, H, D] beside cu_seqlens.
+        x: [B, S, H, D], or [T, H, D] with cu_seqlens.
         cos, sin: [M, P].
-        interleaved: pair neighbours instead of halves.
+        interleaved: pair neighbors instead of halves.
         inplace: write the result into x.
         seqlen_offsets: added to the positions of each sequence: an int, or int32 or int64 [B], [N]
-            beside cu_seqlens.
+            with cu_seqlens.
         cu_seqlens: int32 or int64 [N + 1], where the packed sequences begin.
         max_seqlen: has no effect: the operator does not need it.
 
@@ -66,19 +121,53 @@ def apply_rotary_emb(
         >>> angle = torch.arange(20.0)[:, None] / 10000 ** (torch.arange(0, 64, 2) / 64)
         >>> x = apply_rotary_emb(torch.randn(2, 16, 4, 64), angle.cos(), angle.sin())
     """
-    rotate = functional.rotate_ if inplace else functional.rotate
-    return rotate(
-        x,
-        cos,
-        sin,
-        layout="bshd" if cu_seqlens is None else "thd",
-        offset=seqlen_offsets,
-        cu_seqlens=cu_seqlens,
-        interleaved=interleaved,
+    return apply_rotary(
+        x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen, interleaved, inplace=inplace
     )
 
 
 apply_rotary_emb_func = apply_rotary_emb
+
+
+def apply_rotary_emb_torch(
+    x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False
+) -> Tensor:
+    """Rotates the first R elements of each head of x with the roundings of the original's PyTorch.
+
+    Args:
+        x: [B, S, H, D] or [S, H, D].
+        cos, sin: [S, P] or [B or 1, S, P]; one row is every token's.
+        interleaved: pair neighbors instead of halves.
+
+    Returns:
+        A tensor of x's shape. As in the original its dtype is what x's and the tables' promote to:
+        float32 tables make a float32 result of a bfloat16 x.
+
+    Raises:
+        ValueError: shapes that do not fit.
+
+    Example:
+        >>> angle = torch.arange(16.0)[:, None] / 10000 ** (torch.arange(0, 64, 2) / 64)
+        >>> y = apply_rotary_emb_torch(torch.randn(2, 16, 4, 64), angle.cos(), angle.sin())
+    """
+    x = x.to(torch.promote_types(x.dtype, cos.dtype))
+    if x.dim() in (3, 4):
+        cos, sin = (for_all_tokens(table, x.shape[-3]) for table in (cos, sin))
+    layout = "thd" if x.dim() == 3 else "bshd"
+    return functional.rotate(x, cos, sin, layout=layout, interleaved=interleaved, precision="model")
+
+
+def rotate_half(x: Tensor, interleaved: bool = False) -> Tensor:
+    """x [..., D] with each pair (a, b) as (-b, a); pairs are halves, or neighbors if interleaved.
+
+    Example:
+        >>> rotate_half(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+        tensor([-3., -4.,  1.,  2.])
+    """
+    if interleaved:
+        return torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
+    a, b = x.chunk(2, -1)
+    return torch.cat([-b, a], -1)
 
 
 def apply_rotary_emb_qkv_(
@@ -94,7 +183,7 @@ def apply_rotary_emb_qkv_(
     """Rotates the queries and keys of a packed tensor in place.
 
     Args:
-        qkv: [B, S, 3, H, D], or [B, S, Hq + 2*Hk, D] beside num_heads_q.
+        qkv: [B, S, 3, H, D], or [B, S, Hq + 2*Hk, D] with num_heads_q.
         cos, sin: [M, P].
         cos_k, sin_k: [M, P], tables of the keys where they have their own.
         interleaved, seqlen_offsets: as in `apply_rotary_emb`.
@@ -143,6 +232,24 @@ def apply_rotary_emb_kv_(
     return kv
 
 
+class ApplyRotaryEmb:
+    """`apply_rotary_emb` by the name of the original's autograd.Function."""
+
+    apply = staticmethod(apply_rotary_emb)
+
+
+class ApplyRotaryEmbQKV_:
+    """`apply_rotary_emb_qkv_` by the name of the original's autograd.Function."""
+
+    apply = staticmethod(apply_rotary_emb_qkv_)
+
+
+class ApplyRotaryEmbKV_:
+    """`apply_rotary_emb_kv_` by the name of the original's autograd.Function."""
+
+    apply = staticmethod(apply_rotary_emb_kv_)
+
+
 class RotaryEmbedding(torch.nn.Module):
     """A module that keeps tables in the inputs' dtype and rotates queries and keys in place.
 
@@ -154,7 +261,7 @@ class RotaryEmbedding(torch.nn.Module):
     Args:
         dim: R.
         base: base of the frequencies.
-        interleaved: pair neighbours instead of halves.
+        interleaved: pair neighbors instead of halves.
         scale_base: tokens after which XPos scales once more, such as 512; None for no scaling.
         device: has no effect: the tables follow the inputs.
 
@@ -229,6 +336,40 @@ class RotaryEmbedding(torch.nn.Module):
         if self.scale_base is not None:
             options.update(cos_k=cos_k, sin_k=sin_k)
         return apply_rotary_emb_qkv_(qkv, cos, sin, num_heads_q=num_heads_q, **options)
+
+    @property
+    def _cos_cached(self) -> Tensor | None:
+        """The table of cosines [M, P]; None before the first call. Read by callers of their own."""
+        return self._cached(0)
+
+    @property
+    def _sin_cached(self) -> Tensor | None:
+        return self._cached(1)
+
+    @property
+    def _cos_k_cached(self) -> Tensor | None:
+        """Those of the keys with XPos; None without, as in the original."""
+        return None if self.scale_base is None else self._cached(2)
+
+    @property
+    def _sin_k_cached(self) -> Tensor | None:
+        return None if self.scale_base is None else self._cached(3)
+
+    @property
+    def _seq_len_cached(self) -> int:
+        return self._tables[0].shape[0] if self._tables else 0
+
+    def _update_cos_sin_cache(
+        self,
+        seqlen: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Makes tables of at least seqlen rows, for callers who then read `_cos_cached`."""
+        self._tables_for(seqlen, torch.empty(0, device=device, dtype=dtype))
+
+    def _cached(self, index: int) -> Tensor | None:
+        return self._tables[index] if self._tables else None
 
     def _tables_for(self, rows: int | None, x: Tensor) -> tuple[Tensor, ...]:
         """Tables of x's dtype and device; as many rows as calls needed so far where None."""

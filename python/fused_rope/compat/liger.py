@@ -1,4 +1,4 @@
-"""Drop-ins for Liger Kernel's rotary functions (liger_kernel/transformers).
+"""Drop-ins for Liger Kernel's rotary functions (liger_kernel/transformers, liger_kernel/ops).
 
     from fused_rope.compat.liger import (
         liger_llama4_text_rotary_pos_emb,
@@ -9,7 +9,7 @@
     )
 
 The arguments are the same; results are rounded once, to q's dtype. What differs: q, k and gradients
-stay as they were, `unsqueeze_dim` is heeded, fewer rotated lanes than D work, and so do tables that
+stay as they were, `unsqueeze_dim` has an effect, R < D works, and so do tables that
 differ between sequences.
 
 Letters: B batch, S sequence length, Hq, Hk query and key heads, D head_dim, R rotary_dim,
@@ -28,11 +28,18 @@ from ..frequencies import mrope_axes
 from ._tables import half_width, real_and_imaginary
 
 __all__ = [
+    "LigerLlama4RopeFunction",
+    "LigerQwen2VLMRopeFunction",
+    "LigerRopeFunction",
     "liger_llama4_text_rotary_pos_emb",
     "liger_llama4_vision_rotary_pos_emb",
     "liger_multimodal_rotary_pos_emb",
+    "liger_qwen2vl_mrope",
+    "liger_rope",
     "liger_rotary_pos_emb",
     "liger_rotary_pos_emb_vision",
+    "rope_backward",
+    "rope_forward",
 ]
 
 _LAYOUTS = {1: "bhsd", -3: "bhsd", 2: "bshd", -2: "bshd"}
@@ -53,11 +60,11 @@ def liger_rotary_pos_emb(
     Args:
         q, k: [B, Hq, S, D] and [B, Hk, S, D]; with unsqueeze_dim=2 [B, S, Hq, D] and [B, S, Hk, D].
         cos, sin: [B or 1, S, R] or [S, R], the second half a copy of the first; where R < D, the
-            first R lanes are rotated. With rotary_dim=R they may be of half that width too.
+            first R elements are rotated. With rotary_dim=R they may be of half that width too.
         position_ids: has no effect, as in the original: the tables are gathered already.
         unsqueeze_dim: where the heads are, 1 or 2.
-        rotary_dim: R. Needed only for tables of D/2 columns, which say full width for half of the
-            lanes as well as half width for all (gpt-oss).
+        rotary_dim: R. Needed only for tables of D/2 columns, which are full width for half of the
+            elements or half width for all (gpt-oss).
 
     Raises:
         ValueError: shapes that do not fit each other; another unsqueeze_dim; tables of D/2 columns
@@ -139,7 +146,7 @@ def liger_multimodal_rotary_pos_emb(
 def liger_llama4_text_rotary_pos_emb(
     xq: Tensor, xk: Tensor, freqs_cis: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Rotates neighbouring lanes of xq and xk by complex numbers.
+    """Rotates neighboring elements of xq and xk by complex numbers.
 
     Args:
         xq, xk: [B, S, Hq, D] and [B, S, Hk, D].
@@ -161,7 +168,7 @@ def liger_llama4_text_rotary_pos_emb(
 def liger_llama4_vision_rotary_pos_emb(
     query: Tensor, key: Tensor, freqs_ci: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Rotates neighbouring lanes of query and key by complex numbers shared by the batch.
+    """Rotates neighboring elements of query and key by complex numbers shared by the batch.
 
     Args:
         query, key: [B, S, H, D].
@@ -188,6 +195,71 @@ def liger_llama4_vision_rotary_pos_emb(
     return functional.rotate_qk(query, key, cos, sin, interleaved=True)
 
 
+liger_rope = liger_rotary_pos_emb
+liger_qwen2vl_mrope = liger_multimodal_rotary_pos_emb
+
+
+class LigerRopeFunction:
+    """`liger_rotary_pos_emb` by the name of the original's autograd.Function.
+
+    Results have the memory order of q and k; the original's are views of [B, S, H, D].
+    """
+
+    apply = staticmethod(liger_rotary_pos_emb)
+
+
+class LigerQwen2VLMRopeFunction:
+    """`liger_multimodal_rotary_pos_emb` by the name of the original's autograd.Function."""
+
+    apply = staticmethod(liger_multimodal_rotary_pos_emb)
+
+
+class LigerLlama4RopeFunction:
+    """`liger_llama4_text_rotary_pos_emb` by the name of the original's autograd.Function."""
+
+    @staticmethod
+    def apply(
+        q: Tensor, k: Tensor, freqs_cis: Tensor, BLOCK_SIZE: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """q [B, S, Hq, D] and k [B, S, Hk, D] rotated.
+
+        Args:
+            freqs_cis: as in `liger_llama4_text_rotary_pos_emb`, or its real and imaginary parts
+                [S or more, D/2, 2].
+            BLOCK_SIZE: has no effect: it tunes the original's kernel.
+        """
+        if freqs_cis.is_floating_point() and freqs_cis.shape[-2:] == (q.shape[-1] // 2, 2):
+            cos, sin = freqs_cis.unbind(-1)
+            return functional.rotate_qk(q, k, cos, sin, interleaved=True)
+        return liger_llama4_text_rotary_pos_emb(q, k, freqs_cis)
+
+
+def rope_forward(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(q', k', cos, sin) with q and k [B, H, S, D] rotated; see `liger_rotary_pos_emb`.
+
+    Example:
+        >>> q, k, angle = torch.randn(2, 4, 9, 64), torch.randn(2, 2, 9, 64), torch.rand(1, 9, 32)
+        >>> cos, sin = (torch.cat([t, t], -1) for t in (angle.cos(), angle.sin()))
+        >>> q, k, cos, sin = rope_forward(q, k, cos, sin)
+    """
+    return (*liger_rotary_pos_emb(q, k, cos, sin), cos, sin)
+
+
+def rope_backward(dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients [B, H, S, D] of `rope_forward`'s results, rotated by the inverse.
+
+    Example:
+        >>> dq, dk, angle = torch.randn(2, 4, 9, 64), torch.randn(2, 2, 9, 64), torch.rand(1, 9, 32)
+        >>> cos, sin = (torch.cat([t, t], -1) for t in (angle.cos(), angle.sin()))
+        >>> dq, dk = rope_backward(dq, dk, cos, sin)
+    """
+    D = dq.shape[-1]
+    cos, sin = _pairs("cos", cos, D, None), _pairs("sin", sin, D, None)
+    return functional.rotate_qk(dq, dk, cos, sin, layout="bhsd", inverse=True)
+
+
 def _layout(operator: str, unsqueeze_dim: int) -> str:
     if unsqueeze_dim not in _LAYOUTS:
         raise ValueError(f"{operator}: expected unsqueeze_dim 1 or 2, got {unsqueeze_dim}")
@@ -199,8 +271,8 @@ def _pairs(name: str, table: Tensor, D: int, rotary_dim: int | None) -> Tensor:
     width = table.shape[-1]
     if rotary_dim is None and 2 * width == D:
         raise ValueError(
-            f"liger_rotary_pos_emb: expected {name} of full width, or rotary_dim beside D/2={width}"
-            f" columns, which may mean {width} rotated lanes or {D}, got {list(table.shape)}"
+            f"liger_rotary_pos_emb: expected {name} of full width, or rotary_dim with D/2={width}"
+            f" columns, which may mean {width} rotated elements or {D}, got {list(table.shape)}"
         )
     if rotary_dim is not None and width not in (rotary_dim, rotary_dim // 2):
         raise ValueError(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import embedding, functional, reference
 from ..frequencies import frequencies
+from ._tables import for_all_tokens
 
 __all__ = ["RotaryEmbedding", "apply_rope", "build_rope_cache", "rope_torch"]
 
@@ -29,14 +30,14 @@ def apply_rope(
     *,
     interleaved: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Rotates q and k, pairs of neighbouring lanes.
+    """Rotates q and k, pairs of neighboring elements.
 
     Args:
         q, k: [B, S, Hq, D] and [B, S, Hk, D].
         cos, sin: [S or more, P] in the order of the tokens, or for each sequence [B or 1, S, P] or
-            [B or 1, S, 1, P].
+            [B or 1, S, 1, P]. One row is every token's.
         use_triton: False for the PyTorch reference; True, or None to choose, for the fused kernel.
-        interleaved: False to pair lane j with lane j + P instead.
+        interleaved: False to pair element j with element j + P instead.
 
     Returns:
         q and k rotated, of their shapes and dtypes.
@@ -49,7 +50,9 @@ def apply_rope(
         >>> q, k = apply_rope(q, k, *build_rope_cache(16, 32))
     """
     rotate_qk = reference.rotate_qk if use_triton is False else functional.rotate_qk
-    return rotate_qk(q, k, _table("cos", cos), _table("sin", sin), interleaved=interleaved)
+    S = q.shape[1] if q.dim() == 4 else 1
+    cos, sin = _table("cos", cos, S), _table("sin", sin, S)
+    return rotate_qk(q, k, cos, sin, interleaved=interleaved)
 
 
 def rope_torch(
@@ -100,7 +103,7 @@ class RotaryEmbedding(torch.nn.Module):
         dim: D.
         max_seq_len: rows to begin with.
         base: base of the frequencies.
-        interleaved: False to pair lane j with lane j + P instead of neighbours.
+        interleaved: False to pair element j with element j + P, not neighbors.
 
     Example:
         >>> rope = RotaryEmbedding(dim=32, max_seq_len=128)
@@ -169,13 +172,13 @@ class RotaryEmbedding(torch.nn.Module):
         return f"dim={self.dim}, max_seq_len={self.max_seq_len}, base={self.base}"
 
 
-def _table(name: str, table: Tensor) -> Tensor:
-    """A table without the dimension of size 1 that broadcasts over heads."""
-    if table.dim() != 4:
-        return table
-    if table.shape[2] != 1:
-        raise ValueError(
-            f"apply_rope: expected {name} of [S, P], [B or 1, S, P] or [B or 1, S, 1, P], got "
-            f"{list(table.shape)}"
-        )
-    return table.squeeze(2)
+def _table(name: str, table: Tensor, S: int) -> Tensor:
+    """A table without the dimension of size 1 that broadcasts over heads, one row for S tokens."""
+    if table.dim() == 4:
+        if table.shape[2] != 1:
+            raise ValueError(
+                f"apply_rope: expected {name} of [S, P], [B or 1, S, P] or [B or 1, S, 1, P], got "
+                f"{list(table.shape)}"
+            )
+        table = table.squeeze(2)
+    return for_all_tokens(table, S)

@@ -3,25 +3,35 @@
     from fused_rope.compat.rotary_embedding_torch import RotaryEmbedding, apply_rotary_emb
 
 The arguments and numbers are the same, and so is the state dict. What differs: positions are
-counted in float32 whatever t's dtype (bfloat16 has no 257), `RotaryEmbedding.apply_rotary_emb` is
-always there, and any `seq_dim` may be counted from the front.
+counted in float32 whatever t's dtype (bfloat16 has no 257), casts of the module do not round
+frequencies that are not learned, `RotaryEmbedding.apply_rotary_emb` is always there, and any
+`seq_dim` may be counted from the front.
 
-Letters: S sequence length, D lanes of t, R rotary_dim.
+Letters: S sequence length, D elements of t's last dimension, R rotary_dim.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from .. import functional
-from ..frequencies import frequencies
+from ..frequencies import _series
 from ._tables import half_width
 
-__all__ = ["RotaryEmbedding", "apply_learned_rotations", "apply_rotary_emb"]
+__all__ = [
+    "RotaryEmbedding",
+    "apply_learned_rotations",
+    "apply_rotary_emb",
+    "broadcat",
+    "rotate_half",
+]
+
+_HALF = (torch.float16, torch.bfloat16)
 
 
 def apply_rotary_emb(
@@ -32,12 +42,12 @@ def apply_rotary_emb(
     seq_dim: int = -2,
     freqs_seq_dim: int | None = None,
 ) -> Tensor:
-    """Rotates R neighbouring lanes of t by angles that broadcast over it.
+    """Rotates R elements of t, neighbors paired, by angles that broadcast over it.
 
     Args:
-        freqs: angles [..., R], every angle beside its copy, that broadcast against t.
+        freqs: angles [..., R], every angle next to its copy, that broadcast against t.
         t: [..., D], any number of dimensions.
-        start_index: the first rotated lane.
+        start_index: the first rotated element.
         scale: factor of cosines and sines, a number or a tensor that broadcasts as freqs does.
         seq_dim: where t's S is.
         freqs_seq_dim: where that of freqs is; of its positions the last S are taken. None means the
@@ -73,7 +83,7 @@ def apply_learned_rotations(
     """`apply_rotary_emb` by one angle [..., R/2] for each pair.
 
     Args:
-        rotations: angles [..., R/2]; beside freq_ranges [..., r], each times all of these.
+        rotations: angles [..., R/2]; with freq_ranges [..., r], each times all of these.
         t, start_index: as there.
         freq_ranges: [f], with r*f = R/2.
 
@@ -86,8 +96,28 @@ def apply_learned_rotations(
     return apply_rotary_emb(rotations.repeat_interleave(2, -1), t, start_index=start_index)
 
 
+def rotate_half(x: Tensor) -> Tensor:
+    """Each pair (x[2j], x[2j + 1]) of x [..., D] as (-x[2j + 1], x[2j]).
+
+    Example:
+        >>> rotate_half(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+        tensor([-2.,  1., -4.,  3.])
+    """
+    return torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
+
+
+def broadcat(tensors: Sequence[Tensor], dim: int = -1) -> Tensor:
+    """The tensors broadcast against each other, then concatenated along `dim`.
+
+    Example:
+        >>> broadcat((torch.rand(4, 1, 8), torch.rand(1, 5, 8))).shape
+        torch.Size([4, 5, 16])
+    """
+    return torch.cat(torch.broadcast_tensors(*tensors), dim)
+
+
 class RotaryEmbedding(torch.nn.Module):
-    """Makes angles and rotates tensors of any number of dimensions, neighbouring lanes paired.
+    """Makes angles and rotates tensors of any number of dimensions, neighbors paired.
 
     Args:
         dim: R.
@@ -104,7 +134,10 @@ class RotaryEmbedding(torch.nn.Module):
         cache_if_possible, cache_max_seq_len: have no effect: nothing is cached.
 
     Attributes:
-        freqs: the frequencies, a parameter.
+        freqs: the frequencies, a parameter. Learned ones are a weight like any other: casts round
+            them. Other frequencies are never rounded below float32: a cast of the module to
+            float16 or bfloat16 leaves their dtype alone, and a half-precision checkpoint of them
+            loads as the float32 numbers it was rounded from.
 
     Raises:
         ValueError: an interpolate_factor below 1, an unknown freqs_for.
@@ -115,7 +148,6 @@ class RotaryEmbedding(torch.nn.Module):
     """
 
     apply_rotary_emb = staticmethod(apply_rotary_emb)
-    scale: Tensor
 
     def __init__(
         self,
@@ -139,44 +171,68 @@ class RotaryEmbedding(torch.nn.Module):
             raise ValueError(
                 f"RotaryEmbedding: expected interpolate_factor >= 1, got {interpolate_factor}"
             )
-        if custom_freqs is not None:
-            freqs = custom_freqs
-        elif freqs_for == "lang":
-            if theta_rescale_factor != 1.0:
-                theta = theta * theta_rescale_factor ** (dim / (dim - 2))
-            freqs = frequencies(dim, theta)[0].to(torch.get_default_device(), torch.float32)
-        elif freqs_for == "pixel":
-            freqs = torch.linspace(1.0, max_freq / 2, dim // 2) * math.pi
-        elif freqs_for == "constant":
-            freqs = torch.ones(num_freqs)
-        else:
-            raise ValueError(
-                f"RotaryEmbedding: expected freqs_for lang, pixel or constant, got {freqs_for!r}"
-            )
-        self.freqs = torch.nn.Parameter(freqs, requires_grad=learned_freq)
+        # The initial frequencies as Python numbers, out of reach of casts, devices and tracers;
+        # None where custom_freqs has no values that can be read (a meta or fake tensor).
+        self._initial: tuple[float, ...] | None
+        # A parameter made under inference mode could not be trained later.
+        with torch.inference_mode(False):
+            if custom_freqs is not None:
+                freqs = custom_freqs.clone() if custom_freqs.is_inference() else custom_freqs
+                readable = _is_plain(freqs) and not freqs.is_meta
+                self._initial = tuple(freqs.tolist()) if readable else None
+            else:
+                if theta_rescale_factor != 1.0:
+                    theta = theta * theta_rescale_factor ** (dim / (dim - 2))
+                self._initial = _frequencies(freqs_for, dim, theta, max_freq, num_freqs)
+                freqs = torch.tensor(self._initial, dtype=torch.float32)
+            self.freqs = torch.nn.Parameter(freqs, requires_grad=learned_freq)
+        self.dim = dim
         self.freqs_for = freqs_for
         self.learned_freq = learned_freq
         self.interpolate_factor = interpolate_factor
         self.seq_before_head_dim = seq_before_head_dim
         self.default_seq_dim = -3 if seq_before_head_dim else -2
+        self.cache_if_possible = cache_if_possible
+        self.cache_max_seq_len = cache_max_seq_len
         self.use_xpos = use_xpos
         if use_xpos:
             self.scale_base = xpos_scale_base
-            scale = (torch.arange(0, dim, 2) + 0.4 * dim) / (1.4 * dim)
-            self.register_buffer("scale", scale, persistent=False)
 
     @property
     def device(self) -> torch.device:
         """Where the frequencies are."""
         return self.freqs.device
 
+    @property
+    def scale(self) -> Tensor:
+        """XPos' base of the factors, float32 [R/2]."""
+        element = torch.arange(0, self.dim, 2, device=self.device, dtype=torch.float32)
+        return (element + 0.4 * self.dim) / (1.4 * self.dim)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Writes the initial frequencies, such as after `to_empty`.
+
+        Raises:
+            RuntimeError: custom_freqs had no values when the module was made.
+        """
+        if self._initial is None:
+            raise RuntimeError(
+                "RotaryEmbedding.reset_parameters: expected custom_freqs with values, but they "
+                "were on the meta device or fake when the module was made; copy into freqs instead"
+            )
+        self._write_initial(self.freqs)
+
     def forward(self, t: Tensor, seq_len: int | None = None, offset: int = 0) -> Tensor:
-        """The angles [..., R] of positions t [...], every angle beside its copy.
+        """The angles [..., R] of positions t [...], every angle next to its copy.
 
         seq_len and offset, which say where the original's cache has them, have no effect.
         """
-        # Angles of far positions need float32, also where the model was cast to less.
-        freqs = self.freqs.to(torch.promote_types(self.freqs.dtype, torch.float32))
+        # Angles of far positions need float32. A parameter narrower than that was cast around the
+        # module (FSDP's mixed precision, functional_call).
+        freqs: Tensor = self.freqs
+        if freqs.dtype in _HALF:
+            freqs = freqs.float() if self.learned_freq else self._unrounded(freqs)
         return (t.to(freqs.dtype)[..., None] * freqs).repeat_interleave(2, -1)
 
     def get_seq_pos(
@@ -194,11 +250,12 @@ class RotaryEmbedding(torch.nn.Module):
         ) / self.interpolate_factor
 
     def get_scale(self, t: Tensor, seq_len: int | None = None, offset: int = 0) -> Tensor:
-        """XPos' factors [S, R] of positions t [S], each beside its copy; 1 in the middle."""
+        """XPos' factors [S, R] of positions t [S], each next to its copy; 1 in the middle."""
         if not self.use_xpos:
             raise ValueError("RotaryEmbedding.get_scale: expected use_xpos=True, got False")
-        power = (t - len(t) // 2) / self.scale_base
-        return (self.scale ** power[:, None]).repeat_interleave(2, -1)
+        scale = self.scale
+        power = (t.to(scale.dtype) - len(t) // 2) / self.scale_base
+        return (scale ** power[:, None]).repeat_interleave(2, -1)
 
     def get_axial_freqs(
         self, *dims: int, offsets: tuple[float, ...] | Tensor | None = None
@@ -251,7 +308,7 @@ class RotaryEmbedding(torch.nn.Module):
         """
         if self.use_xpos and scale is None:
             raise ValueError(
-                "rotate_queries_or_keys: expected scale beside use_xpos=True, or a call of "
+                "rotate_queries_or_keys: expected scale with use_xpos=True, or a call of "
                 "rotate_queries_and_keys"
             )
         dim = self._seq_dim(t, seq_dim)
@@ -306,10 +363,81 @@ class RotaryEmbedding(torch.nn.Module):
             self.rotate_queries_or_keys(k, seq_dim, scale=k_scale),
         )
 
+    def _write_initial(self, freqs: Tensor) -> Tensor:
+        """freqs with the initial frequencies written into it, where they are known."""
+        if self._initial is None:
+            return freqs
+        return freqs.copy_(torch.tensor(self._initial, dtype=torch.float64, device="cpu"))
+
+    def _unrounded(self, freqs: Tensor) -> Tensor:
+        """freqs in at least float32, the initial frequency wherever it is a rounding of that."""
+        wide = torch.promote_types(freqs.dtype, torch.float32)
+        if self._initial is None or freqs.shape != (len(self._initial),):
+            return freqs.to(wide)
+        host = torch.tensor(self._initial, dtype=torch.float64, device="cpu")
+        initial = host.to(wide).to(freqs.device, non_blocking=True)
+        single = initial.float()
+        dtypes = (freqs.dtype,) if freqs.dtype in _HALF else (torch.float32, *_HALF)
+        ours = torch.stack([freqs == single.to(dtype).to(freqs.dtype) for dtype in dtypes]).any(0)
+        return torch.where(ours, initial, freqs.to(wide))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryEmbedding:
+        """Casts and moves the module; see `freqs` for what casts leave alone."""
+
+        def apply(t: Tensor) -> Tensor:
+            applied = fn(t)
+            if t is not self.freqs or applied is t or not (_is_plain(t) and _is_plain(applied)):
+                return applied
+            if self.learned_freq and not t.is_meta:
+                return applied
+            if not self.learned_freq:
+                applied = applied.to(torch.promote_types(applied.dtype, torch.float32))
+            if t.is_meta and not applied.is_meta:
+                return self._write_initial(applied)
+            # Written even where the dtype stays: `to_empty` leaves memory uninitialized.
+            return applied if applied.is_meta else applied.copy_(self._unrounded(t.to(applied)))
+
+        # Under inference mode the parameter would become an inference tensor.
+        with torch.inference_mode(False), torch.no_grad():
+            super()._apply(apply, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        key = prefix + "freqs"
+        freqs = state_dict.get(key)
+        if not self.learned_freq and freqs is not None and _is_plain(freqs) and not freqs.is_meta:
+            state_dict = {**state_dict, key: self._unrounded(freqs)}
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     def _seq_dim(self, t: Tensor, seq_dim: int | None) -> int:
         """The sequence dimension, counted from the back."""
         dim = self.default_seq_dim if seq_dim is None else seq_dim
         return dim - t.dim() if dim >= 0 else dim
+
+
+def _frequencies(
+    freqs_for: str, dim: int, theta: float, max_freq: float, num_freqs: int
+) -> tuple[float, ...]:
+    """The frequencies as Python numbers, which no mode, default device or default dtype changes."""
+    if freqs_for == "constant":
+        return (1.0,) * num_freqs
+    if dim % 2:
+        raise ValueError(f"RotaryEmbedding: expected an even dim, got {dim}")
+    if freqs_for == "lang":
+        return tuple(_series(dim, theta))
+    if freqs_for == "pixel":
+        step = (max_freq / 2 - 1) / max(dim // 2 - 1, 1)
+        return tuple((1 + j * step) * math.pi for j in range(dim // 2))
+    raise ValueError(
+        f"RotaryEmbedding: expected freqs_for lang, pixel or constant, got {freqs_for!r}"
+    )
+
+
+def _is_plain(t: Tensor) -> bool:
+    """Whether t is no fake tensor, DTensor or other subclass, whose values are not at hand."""
+    return type(t) in (torch.Tensor, torch.nn.Parameter)
 
 
 def _align(rows: Tensor, seq_dim: int) -> Tensor:

@@ -11,6 +11,7 @@ Letters: B batch, S sequence length, H heads, D head_dim.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,12 +39,12 @@ class _Module(torch.nn.Module):
         self.rope = embedding.RotaryEmbedding(dim, max_seq_len=max_seq_len, base=base, **options)
 
     def rope_init(self) -> None:
-        """Makes the table on the default device, as recipes want it after meta initialisation."""
+        """Makes the table on the default device, as recipes want it after meta initialization."""
         self.rope._tables.move(torch.get_default_device())
 
 
 class RotaryPositionalEmbeddings(_Module):
-    """Rotates neighbouring lanes of x [B, S, H, D].
+    """Rotates neighboring elements of x [B, S, H, D].
 
     Args:
         dim: D.
@@ -114,7 +115,7 @@ class Llama3ScaledRoPE(_Module):
 
 
 class Phi3RotaryPositionalEmbeddings(_Module):
-    """Pairs halves instead of neighbours (torchtune.models.phi3); arguments as above.
+    """Pairs halves instead of neighbors (torchtune.models.phi3); arguments as above.
 
     Example:
         >>> x = Phi3RotaryPositionalEmbeddings(64, max_seq_len=128)(torch.randn(2, 100, 4, 64))
@@ -152,7 +153,7 @@ class VisionRotaryPositionalEmbeddings(_Module):
 
     Args:
         patch_size, tile_size: a tile has (tile_size // patch_size)**2 patches.
-        dim: D, a multiple of 4; beside max_num_tiles D/2.
+        dim: D, a multiple of 4; with max_num_tiles D/2.
         base: base of the frequencies.
         append_cls_token: whether the class token is the last of its tile, not the first.
         max_num_tiles: has no other effect; torchtune 0.6 has it, and means D/2 by dim.
@@ -192,11 +193,23 @@ class VisionRotaryPositionalEmbeddings(_Module):
     def rope_init(self) -> None:
         """Makes table and positions on the default device."""
         super().rope_init()
-        count = torch.arange(1, self.patch_grid_size + 1)
+        self._make_positions(torch.get_default_device())
+
+    @torch.inference_mode(False)
+    def _make_positions(self, device: torch.device) -> None:
+        count = torch.arange(1, self.patch_grid_size + 1, device=device)
         patches = torch.stack(torch.meshgrid(count, count, indexing="xy")).flatten(1)
         cls_token = patches.new_full((2, 1), -1)
         tile = [patches, cls_token] if self.append_cls_token else [cls_token, patches]
         self.register_buffer("positions", torch.cat(tile, 1)[:, None], persistent=False)
+
+    def _apply(
+        self, fn: Callable[[Tensor], Tensor], recurse: bool = True
+    ) -> VisionRotaryPositionalEmbeddings:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        # `to_empty` leaves the memory of buffers uninitialized.
+        self._make_positions(self.positions.device)
+        return self
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
         """x rotated.

@@ -2,7 +2,7 @@
 
     from fused_rope.compat.transformer_engine import apply_rotary_pos_emb
 
-The arguments are the same, and so are the numbers: those of its unfused path, bit for bit where the
+The arguments are the same, and so are the numbers: those of its unfused path, bitwise where the
 angles are, or those of its kernel with `fused=True`. What differs: one launch in either case, start
 positions always reach backward, tokens past cu_seqlens[-1] are copied, int64 indices are read as
 such, and a position without angles is an error.
@@ -33,16 +33,16 @@ def apply_rotary_pos_emb(
     cp_size: int = 1,
     cp_rank: int = 0,
 ) -> Tensor:
-    """Rotates the first R lanes of t by the angles of its tokens.
+    """Rotates the first R elements of t by the angles of its tokens.
 
     Args:
         t: [S, B, H, D], [B, S, H, D] or [T, H, D], as tensor_format says.
-        freqs: angles [M, 1, 1, R], every angle twice: half a row further on, or, where neighbours
-            are paired, beside it; for sequences of their own angles [M, B, 1, R], without
+        freqs: angles [M, 1, 1, R], every angle twice: half a row further on, or, where neighbors
+            are paired, next to it; for sequences of their own angles [M, B, 1, R], without
             start_positions and not "thd".
         tensor_format: "sbhd", "bshd" or "thd".
         start_positions: int32 or int64, [B] or [N]: added to the positions of each sequence.
-        interleaved: pair neighbours instead of halves.
+        interleaved: pair neighbors instead of halves.
         fused: compute in float32 and round once; otherwise cosine, sine, products and sum are
             rounded to t's dtype, as the original's unfused path does.
         cu_seqlens: int32 or int64 [N + 1], "thd" only: where the packed sequences begin, before
@@ -55,7 +55,7 @@ def apply_rotary_pos_emb(
 
     Raises:
         ValueError: shapes that do not fit; fewer rows than the host knows to be needed; "thd"
-            without cu_seqlens; an odd S beside cp_size > 1.
+            without cu_seqlens; an odd S with cp_size > 1.
         TypeError: indices that are not int32 or int64.
         IndexError: a position without angles, or a packed sequence whose share is odd (on CUDA a
             device-side assertion).
@@ -73,14 +73,14 @@ def apply_rotary_pos_emb(
     own = not shared and tensor_format != "thd" and start_positions is None
     if freqs.dim() != 4 or freqs.shape[2] != 1 or not (shared or own):
         raise ValueError(
-            "apply_rotary_pos_emb: expected freqs of [M, 1, 1, R], or [M, B, 1, R] beside neither "
+            "apply_rotary_pos_emb: expected freqs of [M, 1, 1, R], or [M, B, 1, R] with neither "
             f"start_positions nor 'thd', got {list(freqs.shape)}"
         )
     angle = half_width(freqs[:, :, 0], interleaved)
     positions = None
     if tensor_format == "thd":
         if cu_seqlens is None:
-            raise ValueError("apply_rotary_pos_emb: expected cu_seqlens beside tensor_format 'thd'")
+            raise ValueError("apply_rotary_pos_emb: expected cu_seqlens with tensor_format 'thd'")
         if cp_size > 1:
             cu_seqlens = cu_seqlens // cp_size
             positions = _packed_positions(t.shape[0], cu_seqlens, cp_size, cp_rank)

@@ -2,9 +2,9 @@
 
     from fused_rope.compat.triton_rotary import TritonRotary
 
-The numbers are the same: a quarter of the head's lanes has frequencies, from 1 down to 1/10000, as
-many pairs do not turn, and all turn backward. What differs: q and k stay as they were, have any
-strides and any two head counts, gradients flow, and the table grows.
+The numbers are the same: half of the pairs have frequencies, from 1 down to 1/10000, the other
+half have none, and the rotation is the inverse one. What differs: q and k stay as they were, have
+any strides and any two head counts, gradients flow, and the table grows.
 
 Letters: B batch, S sequence length, Hq, Hk query and key heads, D head_dim.
 """

@@ -3,7 +3,7 @@
     from fused_rope.compat.unsloth import fast_rope_embedding, inplace_rope_embedding
 
 The arguments and results are the same; what differs: inputs stay as they were unless `inplace=True`
-says otherwise, nothing waits for the device, any head counts work, a row outside the table is an
+says otherwise, nothing synchronizes, any head counts work, a row outside the table is an
 error, torch.compile needs no graph break, and a result is rounded once, to the dtype of Q and K.
 
 Letters: B batch, S sequence length, Hq, Hk query and key heads, D head_dim, M table rows.

@@ -29,22 +29,27 @@ def rotary_embedding(
     is_neox: bool,
     rope_dim_offset: int = 0,
     inverse: bool = False,
+    *,
+    precision: str = "fp32",
 ) -> None:
     """Rotates query and key in place.
 
     Args:
         positions: int32 or int64, [T] or [B, S].
-        query: [T, Hq*head_size] or [T, Hq, head_size]; beside positions [B, S]
+        query: [T, Hq*head_size] or [T, Hq, head_size]; with positions [B, S]
             [B, S, Hq*head_size] or [B, S, Hq, head_size].
         key: likewise with Hk heads, or None.
-        head_size: lanes of a head.
+        head_size: elements of a head.
         cos_sin_cache: [M, R], the cosines of R/2 pairs and then their sines, in any float dtype.
-        is_neox: pair lane j with lane j + R/2; neighbours if False.
-        rope_dim_offset: the first rotated lane.
+        is_neox: pair element j with element j + R/2; neighbors if False.
+        rope_dim_offset: the first rotated element.
         inverse: rotate backward.
+        precision: "fp32" rounds once, as vLLM's kernel does. "model" rounds the cache, each product
+            and their sum to query's dtype: bitwise vLLM's PyTorch path (`forward_native`), and its
+            kernels of before, which computed in query's dtype.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not fit; another precision.
         IndexError: a position that is no row (on CUDA a device-side assertion).
 
     Example:
@@ -64,6 +69,7 @@ def rotary_embedding(
         "rotary_offset": rope_dim_offset,
         "interleaved": not is_neox,
         "inverse": inverse,
+        "precision": precision,
     }
     q = _heads("query", query, positions, head_size)
     if key is None:
