@@ -145,13 +145,13 @@ class Runner:
         Once the run has waited long enough for its card, figures are only marked.
         """
         for left in reversed(range(TRIES)):
-            figure = self._replayed(trial) if self.on_gpu else self._passed(trial)
+            figure, extra = self._replayed(trial) if self.on_gpu else self._passed(trial)
             after = yardstick.time(self.effort).median
             slowed = self._slowed()
             if not (slowed and left and self.rest):
                 break
             before = self._settled(yardstick)
-        row = row_of(trial, "gpu_us" if self.on_gpu else "cpu_us", figure, (before, after))
+        row = row_of(trial, "gpu_us" if self.on_gpu else "cpu_us", figure, (before, after)) | extra
         if slowed:
             row["slowed"] = True
             work = trial.bench.work
@@ -173,15 +173,16 @@ class Runner:
             return measure.CloneGraph(moved, self.cache, self.device, self.effort)
         return measure.Memcpy(moved, self.cache, self.effort)
 
-    def _passed(self, trial: Trial) -> measure.Figure:
+    def _passed(self, trial: Trial) -> tuple[measure.Figure, Row]:
         with trial.grad_mode():
-            return measure.cpu_time(trial.calls, self.effort)
+            return measure.cpu_time(trial.calls, self.effort), {}
 
-    def _replayed(self, trial: Trial) -> measure.Figure:
+    def _replayed(self, trial: Trial) -> tuple[measure.Figure, Row]:
+        """GPU time of a call, and how many kernels the timed graph holds for it."""
         graph = trial.capture()
         try:
             trial.verify_graph(graph)
-            return graph.time(self.effort)
+            return graph.time(self.effort), {"kernels": graph.kernels}
         finally:
             del graph
             torch.cuda.empty_cache()

@@ -33,6 +33,7 @@ from cases import (
     yardstick_bytes,
 )
 from inputs import make_sets
+from torch.utils._python_dispatch import TorchDispatchMode
 from trial import Bench, Trial
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -206,6 +207,167 @@ def test_what_is_wrong_is_not_timed(tiny, monkeypatch, liar):
     status, content, _ = tiny("--cases", "tiny", "--providers", "quack")
     assert status == 1 and content["rows"] == []
     assert content["meta"]["refused"]
+
+
+CPU = torch.device("cpu")
+
+
+class Recorder(TorchDispatchMode):
+    """Records the names of the operators below autograd that make or change tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if not function.is_view and isinstance(result, (torch.Tensor, tuple)):
+            self.names.append(str(function))
+        return result
+
+
+def operators_of(trial):
+    """What the timed calls run."""
+    with Recorder() as recorder, trial.grad_mode():
+        for call in trial.calls:
+            call()
+    return recorder.names
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward", "both", "forward_grad"])
+@pytest.mark.parametrize(
+    "name,variant",
+    [
+        *((name, variant) for name in ("eager_hf", "fused_rope_hf") for variant in ("", "packed")),
+        *(("fused_rope_unsloth", variant) for variant in ("", "bhsd")),
+    ],
+)
+def test_verification_changes_nothing_about_what_is_timed(name, direction, variant):
+    """A write to the base of a view makes the view's backward as_strided's: a fill and a copy."""
+    pytest.importorskip("fused_rope")
+    pytest.importorskip("transformers")
+    work, provider = Work(CASES["tiny"], variant), providers.PROVIDERS[name]()
+    assert provider.supports(work, direction)
+    untouched, verified = (Trial(Bench(work, 2, CPU), provider, direction) for _ in range(2))
+    verified.verify()
+    assert operators_of(verified) == operators_of(untouched)
+
+
+@pytest.mark.parametrize("name", ["fused_rope", "fused_rope_hf", "fused_rope_unsloth"])
+def test_forward_and_backward_are_two_operators_after_other_trials(name):
+    """Trials share input sets: none of them may write to the sets of the next."""
+    pytest.importorskip("fused_rope")
+    pytest.importorskip("transformers")
+    bench = Bench(Work(CASES["tiny"]), 2, CPU)
+    ours = providers.PROVIDERS["fused_rope"]()
+    trial = Trial(bench, providers.PROVIDERS[name](), "both")
+    for direction in ("forward", "backward", "in_place", "both"):
+        other = Trial(bench, ours, direction)
+        other.verify()
+        operators_of(other)
+    trial.verify()
+    assert operators_of(trial) == ["fused_rope.rotate_qk.default"] * 4  # two for each set
+    assert bench.sets[0].q._version == 0
+
+
+class Eager:
+    """Stands in for measure.Graph: a replay makes the calls again."""
+
+    kernels = 2
+
+    def __init__(self, calls):
+        self.calls, self._inputs = len(calls), calls
+        self.outputs = [call() for call in calls]
+
+    def replay(self):
+        for held, call in zip(self.outputs, self._inputs, strict=True):
+            for x, y in zip(held, call(), strict=True):
+                x.detach().copy_(y)
+
+    def time(self, effort):
+        self.replay()
+        return measure.Figure(2.0, 1.0, 3.0)
+
+
+class EagerClone(Eager):
+    def __init__(self, bytes_of_a_call, cache, device, effort):
+        super().__init__([])
+
+
+def test_a_figure_from_a_graph_says_how_many_kernels_a_call_launches(monkeypatch):
+    pytest.importorskip("fused_rope")
+    monkeypatch.setattr(measure, "Graph", Eager)
+    monkeypatch.setattr(measure, "CloneGraph", EagerClone)
+    runner = run.Runner(CPU, measure.QUICK)
+    runner.on_gpu = True
+    ours = providers.PROVIDERS["fused_rope"]()
+    (step,) = run.plan([Work(CASES["tiny"])], ["both", "in_place"], [ours])
+    with run.tqdm(disable=True) as progress:
+        runner.run(step, progress)
+    assert runner.refused == []
+    assert [(row["metric"], row["kernels"]) for row in runner.rows] == [("gpu_us", 2)] * 2
+
+
+KERNEL, MEMCPY, MEMSET, EMPTY, EVENT_RECORD = 0, 1, 2, 5, 7
+
+
+class Driver:
+    """Stands in for libcuda: a graph of nodes of these types."""
+
+    def __init__(self, types, status=0):
+        self.types, self.status = types, status
+
+    def cuGraphGetNodes(self, graph, nodes, count):
+        count._obj.value = len(self.types)
+        for i in range(len(self.types) if nodes is not None else 0):
+            nodes[i] = i + 1
+        return self.status
+
+    def cuGraphNodeGetType(self, node, kind):
+        kind._obj.value = self.types[node.value - 1]
+        return self.status
+
+
+@pytest.mark.parametrize(
+    "types,expected",
+    [
+        ([], 0),
+        ([KERNEL, KERNEL], 2),
+        ([KERNEL, MEMSET, MEMCPY, EMPTY, EVENT_RECORD], 3),
+    ],
+    ids=["empty", "kernels", "copies and fills"],
+)
+def test_nodes_that_work_on_the_device_are_counted(monkeypatch, types, expected):
+    monkeypatch.setattr(measure.ctypes, "CDLL", lambda name: Driver(types))
+    assert measure.device_nodes(1) == expected
+
+
+def test_a_driver_that_fails_is_named(monkeypatch):
+    monkeypatch.setattr(measure.ctypes, "CDLL", lambda name: Driver([KERNEL], status=1))
+    with pytest.raises(RuntimeError, match="cuGraphGetNodes returned 1"):
+        measure.device_nodes(1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["fused_rope", "fused_rope_hf", "fused_rope_unsloth"])
+def test_the_timed_graph_of_forward_and_backward_holds_our_two_kernels(name):
+    pytest.importorskip("fused_rope")
+    pytest.importorskip("transformers")
+    device = torch.device("cuda")
+    with torch.cuda.stream(torch.cuda.Stream(device)):
+        bench = Bench(Work(CASES["mid512"]), 4, device)
+        trial = Trial(bench, providers.PROVIDERS[name](), "both")
+        trial.verify()
+        graph = trial.capture()
+        trial.verify_graph(graph)
+        assert graph.kernels == 2
+        activities = [torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as profile:
+            graph.replay()
+            torch.cuda.synchronize()
+    on_device = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    assert len(on_device) == 2 * graph.calls
+    assert all("fused_rope" in event.name for event in on_device)
 
 
 class Tired:
