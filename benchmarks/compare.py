@@ -20,6 +20,8 @@ def load(path: Path) -> dict[Key, dict[str, Any]]:
 
 
 def change(before: float, after: float) -> str:
+    if before == 0:  # peak memory of a call that allocates nothing
+        return "from 0" if after else "0.0 %"
     return f"{100 * (after / before - 1):+.1f} %"
 
 

@@ -19,6 +19,7 @@ import measure
 import oracle
 import providers
 import run
+import sweep
 import table
 from cases import (
     CASES,
@@ -490,6 +491,25 @@ def test_sweep_puts_plans_side_by_side(tmp_path, capsys):
     assert "| tiny bhsd forward |" in printed
 
 
+def figure(direction, metric, median, **more):
+    row = {"case": "train", "variant": "", "direction": direction, "provider": "fused_rope"}
+    return row | {"metric": metric, "median": median, "yardstick": 80.0, "bytes": 1} | more
+
+
+def test_tables_are_of_times_where_a_call_in_place_allocates_nothing():
+    rows = [
+        figure(direction, metric, median, plan=plan)
+        for plan in ("", "keep=0")
+        for direction, times in (("forward", (100.0, 335.0)), ("in_place", (160.0, 0.0)))
+        for metric, median in zip(("gpu_us", "peak_bytes"), times, strict=True)
+    ]
+    assert sweep.table(rows, ["", "keep=0"]).split("\n")[2:] == [
+        "| train forward | 100 (0.800) | 100 (0.800) |",
+        "| train in_place | 160 (0.500) | 160 (0.500) |",
+    ]
+    assert "| train |  | in_place |  | 0.0 | 0.0 (0.000) |" in table.markdown(rows)
+
+
 def test_readme_shows_the_figures():
     """`python benchmarks/table.py benchmarks/results/h100.json --readme README.md` writes them."""
     path = "benchmarks/results/h100.json"
@@ -519,6 +539,15 @@ def test_compare_reads_two_files(tmp_path):
     command = [sys.executable, str(ROOT / "benchmarks" / "compare.py"), *map(str, files)]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "| 4 | 3 | -25.0 % | -25.0 % |" in printed
+
+
+@pytest.mark.parametrize(
+    "before,after,shown", [(0.0, 0.0, "0.0 %"), (0.0, 4.0, "from 0"), (4.0, 0.0, "-100.0 %")]
+)
+def test_compare_shows_the_change_of_calls_that_allocated_nothing(before, after, shown):
+    key = ("train", "", "in_place", "fused_rope", "peak_bytes")
+    a, b = ({key: {"median": peak, "yardstick": 8.0}} for peak in (before, after))
+    assert f"| {shown} | {shown} |" in compare.compare(a, b)
 
 
 def test_compare_shows_the_change():
