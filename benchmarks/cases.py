@@ -194,6 +194,10 @@ FORWARD_ONLY = (
     ("wide96", "interleaved"),
     ("wide256", "interleaved"),
 )
+POSITIONS = (
+    *(("call", words) for words in ("positions32", "positions64")),
+    *((name, words) for name in DECODE[:2] for words in ("positions32", "positions64")),
+)
 CPU_VARIANTS = ("", "bhsd", "interleaved", "partial2", "float16", "float32")
 ALL_WAYS = ("forward", "backward", "in_place")
 
@@ -202,6 +206,7 @@ TARGET_PEERS = ("liger", "flash_attn", "inductor", "unsloth", "flashinfer")
 PEER_WORKS = (
     *(("train", ""), ("train", "bhsd"), ("prefill", ""), ("mha1", ""), ("d64", "")),
     *((name, "") for name in (*MID, *DECODE)),
+    *((name, "positions32") for name in DECODE[:2]),
 )
 
 
@@ -226,7 +231,7 @@ def default_plan(device: str) -> Iterator[Work]:
         return
     yield from (Work(CASES[name]) for name in ("call", *LARGE, *MID, *DECODE, "mla", "dsv4"))
     yield from (Work(CASES["train"], variant) for variant in TRAIN_VARIANTS)
-    yield from (Work(CASES[name], variant) for name, variant in FORWARD_ONLY)
+    yield from (Work(CASES[name], variant) for name, variant in (*POSITIONS, *FORWARD_ONLY))
 
 
 def is_target(work: Work, direction: str, provider: str) -> bool:
@@ -237,6 +242,8 @@ def is_target(work: Work, direction: str, provider: str) -> bool:
     if provider == "fused_rope" or work.case.name in ("call", "cpu"):
         return True
     if (place, direction, provider) == (("train", ""), "forward", "eager_hf"):
+        return True
+    if place == ("train", "") and direction == "both" and provider.startswith("fused_rope_"):
         return True
     ways = (
         ("forward", "in_place", "backward") if place == ("train", "") else ("forward", "in_place")

@@ -78,7 +78,7 @@ def _curves(axis: Axes, rows: list[Row], colors: dict[str, str]) -> None:
 
 def _calls(path: Path, device: str, rows: list[Row]) -> Path:
     rows = sorted(rows, key=lambda row: row["median"])
-    names = [f"{row['provider']} ({row['direction']})" for row in rows]
+    names = [f"{row['provider']} {row['variant']} ({row['direction']})" for row in rows]
     figure, axis = plt.subplots(figsize=(8, 1 + 0.3 * len(rows)))
     colors = ["tab:blue" if row["provider"].startswith(OURS) else "tab:gray" for row in rows]
     bars = axis.barh(names, [row["median"] for row in rows], color=colors)

@@ -5,6 +5,7 @@
     python benchmarks/run.py --cases train --variants "" bhsd "thd cu_seqlens" --directions forward
     python benchmarks/run.py --device cpu              the CPU kernel against memcpy
     python benchmarks/run.py --targets                 only what a target is about
+    python benchmarks/run.py --peers FOLDER            peers that are not installed, from FOLDER
     python benchmarks/run.py --sweep "keep=0" "threads=64"                 kernel plans side by side
 
 NOTES.md says how each figure is taken.
@@ -17,6 +18,7 @@ import datetime
 import json
 import re
 import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -289,6 +291,12 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--variants", nargs="+", metavar="WORDS", help='"" is the plain one')
     parser.add_argument("--directions", nargs="+", choices=DIRECTIONS, metavar="DIRECTION")
     parser.add_argument("--providers", nargs="+", choices=list(PROVIDERS), metavar="PROVIDER")
+    parser.add_argument(
+        "--peers",
+        type=Path,
+        metavar="FOLDER",
+        help="its packages are imported before installed ones",
+    )
     parser.add_argument("--targets", action="store_true", help="what a target is about, no more")
     parser.add_argument(
         "--sweep", nargs="+", metavar="PLAN", help="values of FUSED_ROPE_PLAN; first comes none"
@@ -310,6 +318,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.cuda.set_stream(
             torch.cuda.Stream(device)
         )  # graphs cannot be captured on the default one
+    if args.peers:
+        if not args.peers.is_dir():
+            raise SystemExit(f"--peers: expected a folder of packages, got {args.peers}")
+        sys.path.insert(0, str(args.peers.resolve()))
     providers, skipped = load_providers(args.providers, device)
     for name, reason in skipped.items():
         print(f"skipped: {name} ({reason})")

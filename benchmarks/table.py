@@ -156,13 +156,13 @@ def _calls(rows: Sequence[Row]) -> str:
     found = _found(rows)
     ways = ("forward", "forward_grad", "in_place")
     lines = [_line(["", *_titles(ways)]), _line(["---"] + ["---:"] * len(ways))]
-    for provider in dict.fromkeys(row["provider"] for row in rows):
-        figures = (found.get(("call", "", way, provider)) for way in ways)
+    for provider, variant in dict.fromkeys((row["provider"], row["variant"]) for row in rows):
+        figures = (found.get(("call", variant, way, provider)) for way in ways)
         cells = (
             f"{_short(r['median'])} ({r['median'] / r['yardstick']:.2f})" if r else "-"
             for r in figures
         )
-        lines.append(_line([provider, *cells]))
+        lines.append(_line([f"{provider} {variant}".strip(), *cells]))
     return "\n".join(lines)
 
 

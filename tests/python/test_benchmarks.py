@@ -94,12 +94,26 @@ def target_figures():
         )
     for name in ("decode256", "decode64", "decode1"):
         yield from ((name, "", way, "fused_rope") for way in ("forward", "in_place"))
+    for name in ("decode256", "decode64"):
+        for words in ("positions32", "positions64"):
+            yield from ((name, words, way, "fused_rope") for way in ("forward", "in_place"))
+        yield (name, "positions32", "in_place", "unsloth")
+    yield ("train", "", "in_place", "unsloth")
+    yield ("call", "positions32", "forward", "fused_rope_unsloth")
     yield from ((name, "", "in_place", "fused_rope") for name in ("mla", "dsv4"))
     yield from (("call", "", way, "fused_rope") for way in ("forward", "forward_grad"))
+    yield from (("call", "", "in_place", name) for name in ("fused_rope", "fused_rope_vllm"))
+    for name in ("module", "liger", "flash_attn"):
+        yield from (("call", "", way, f"fused_rope_{name}") for way in ("forward", "forward_grad"))
+    for words in ("positions32", "positions64"):
+        yield from (
+            ("call", words, "forward", name) for name in ("fused_rope", "fused_rope_module")
+        )
     yield from (("call", "", "forward", f"fused_rope_{way}") for way in ("hf", "unsloth"))
     yield from ((name, "", "in_place", "liger") for name in ("call", "train", "mid512"))
     yield from (("train", "", "forward", p) for p in ("flash_attn", "inductor", "eager_hf"))
-    yield ("train", "", "both", "fused_rope")
+    for name in ("fused_rope", "fused_rope_hf", "fused_rope_unsloth"):
+        yield ("train", "", "both", name)
 
 
 def test_a_run_for_the_targets_holds_all_that_they_need():
@@ -110,7 +124,7 @@ def test_a_run_for_the_targets_holds_all_that_they_need():
         for direction, able in step.pairs
         for provider in able
     ]
-    assert len(set(planned)) == len(planned) < 250
+    assert len(set(planned)) == len(planned) < 320
     assert set(target_figures()) <= set(planned)
 
 
@@ -165,6 +179,38 @@ def test_quick_run_writes_figures_and_pictures(tiny):
     assert ours == set(variants)
     for picture in ("figures_bandwidth.png", "figures_call.png"):
         assert out.with_name(picture).stat().st_size > 0
+
+
+OURS = {
+    "fused_rope": ("forward", "forward_grad", "in_place"),
+    "fused_rope_module": ("forward", "forward_grad"),
+    "fused_rope_hf": ("forward", "forward_grad"),
+    "fused_rope_unsloth": ("forward", "forward_grad"),
+    "fused_rope_liger": ("forward", "forward_grad"),
+    "fused_rope_flash_attn": ("forward", "forward_grad", "in_place"),
+    "fused_rope_vllm": ("in_place",),
+}
+
+
+@pytest.mark.parametrize(
+    "variant,without",
+    [
+        ("", ()),
+        ("positions32", ("fused_rope_liger", "fused_rope_flash_attn")),
+        ("positions64", ("fused_rope_liger", "fused_rope_flash_attn", "fused_rope_unsloth")),
+    ],
+)
+@pytest.mark.parametrize("case,metric", [("call", "host_us"), ("tiny", "cpu_us")])
+def test_calls_of_the_module_and_of_drop_ins_have_rows(tiny, case, metric, variant, without):
+    pytest.importorskip("fused_rope")
+    pytest.importorskip("transformers")
+    arguments = ["--cases", case, "--variants", variant, "--providers", *OURS]
+    _, content, _ = tiny(*arguments, "--directions", "forward", "forward_grad", "in_place")
+    assert content["meta"]["refused"] == []
+    found = {(row["provider"], row["direction"], row["metric"]) for row in content["rows"]}
+    assert found == {
+        (name, way, metric) for name, ways in OURS.items() if name not in without for way in ways
+    }
 
 
 def test_every_word_is_verified(tiny):
@@ -415,6 +461,30 @@ def test_what_is_not_installed_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers.models.llama.modeling_llama", None)
     loaded, skipped = providers.load_providers(["eager_hf", "liger"], torch.device("cpu"))
     assert loaded == [] and skipped.keys() == {"eager_hf", "liger"}
+
+
+def test_peers_are_imported_from_a_folder(tiny, monkeypatch, tmp_path):
+    pytest.importorskip("fused_rope")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(providers.Unsloth, "needs_cuda", False)
+    monkeypatch.setattr(providers.Unsloth, "module_name", "a_peer.kernels")
+    package = tmp_path / "peers" / "a_peer"
+    package.mkdir(parents=True)
+    (package / "kernels.py").write_text(
+        "from fused_rope.compat.unsloth import fast_rope_embedding\n"
+    )
+    arguments = ["--cases", "tiny", "--variants", "bhsd", "--directions", "forward"]
+    arguments += ["--providers", "fused_rope", "unsloth"]
+    _, content, _ = tiny(*arguments)
+    assert content["meta"]["skipped"].keys() == {"unsloth"}
+    _, content, _ = tiny(*arguments, "--peers", str(package.parent))
+    assert content["meta"]["skipped"] == {} and content["meta"]["refused"] == []
+    assert [row["provider"] for row in content["rows"]] == ["fused_rope", "unsloth"]
+
+
+def test_a_folder_of_peers_that_is_not_there_is_an_error(tiny):
+    with pytest.raises(SystemExit, match="--peers: expected a folder"):
+        tiny("--cases", "tiny", "--peers", "no such folder")
 
 
 def sglang_apply_rope_inplace(q, k, cos_sin_cache, positions, *, is_neox):
