@@ -148,17 +148,17 @@ def bytes_moved(work: Work, direction: str) -> int:
     """Bytes that a call must read and write.
 
     q and k count once each way, per-token and per-head tables once, shared tables not. In place
-    with R < D only the rotated lanes are touched.
+    with R < D only the rotated elements are touched.
     """
-    lanes = work.R if direction == "in_place" else work.case.D
-    moved = 2 * work.tokens * sum(work.heads) * lanes * work.dtype.itemsize
+    width = work.R if direction == "in_place" else work.case.D
+    moved = 2 * work.tokens * sum(work.heads) * width * work.dtype.itemsize
     table_heads = work.heads[0] if work.has("per_head") else 1 if work.has("per_token") else 0
     tables = 2 * work.tokens * table_heads * work.P * torch.float32.itemsize
     return (moved + tables) * (2 if direction == "both" else 1)
 
 
-def yardstick_bytes(work: Work, direction: str) -> int:
-    """Bytes that the yardstick reads and writes: as many; for `both` those of forward alone."""
+def baseline_bytes(work: Work, direction: str) -> int:
+    """Bytes that the baseline reads and writes: as many; for `both` those of forward alone."""
     return bytes_moved(work, "forward" if direction == "both" else direction)
 
 
@@ -235,7 +235,7 @@ def default_plan(device: str) -> Iterator[Work]:
 
 
 def is_target(work: Work, direction: str, provider: str) -> bool:
-    """Whether a target is about this figure: ours, or of a peer that ours is held against."""
+    """Whether a target is about this figure: ours, or of a peer that ours is compared with."""
     place = work.case.name, work.variant
     if place in FORWARD_ONLY:
         return False

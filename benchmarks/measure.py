@@ -1,4 +1,4 @@
-"""Clocks: GPU time of graphs, host time of a call, CPU time, peak memory, and their yardsticks."""
+"""Clocks: GPU time of graphs, host time of a call, CPU time, peak memory, and their baselines."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ class Graph:
 
 
 class CloneGraph(Graph):
-    """The GPU's yardstick: a flat clone that reads and writes `bytes_of_a_call` in all."""
+    """The GPU's baseline: a flat clone that reads and writes `bytes_of_a_call` in all."""
 
     def __init__(
         self, bytes_of_a_call: int, cache: int, device: torch.device, effort: Effort
@@ -216,7 +216,7 @@ def host_time(call: AnyCall, device: torch.device, effort: Effort) -> Figure:
 
 
 def add_time(device: torch.device, effort: Effort) -> float:
-    """The yardstick of host times: torch.add on one element."""
+    """The baseline of host times: torch.add on one element."""
     x, add = torch.ones(1, device=device), torch.add
     with torch.no_grad():
         return host_time(lambda: add(x, x), device, effort).median
@@ -238,7 +238,7 @@ def cpu_time(calls: Sequence[AnyCall], effort: Effort) -> Figure:
 
 
 class Memcpy:
-    """The CPU's yardstick: copying into memory that is there already, on the same threads."""
+    """The CPU's baseline: copying into memory that is there already, on the same threads."""
 
     def __init__(self, bytes_of_a_call: int, cache: int, effort: Effort) -> None:
         elements = max(bytes_of_a_call // 4, 1)

@@ -1,6 +1,6 @@
 """Pictures of a file of figures: python benchmarks/plots.py results/h100.json
 
-<name>_bandwidth.png   GB/s against the bytes that a call moves, with the yardstick's line
+<name>_bandwidth.png   GB/s against the bytes that a call moves, with the baseline's line
 <name>_call.png        host time of a call, a bar for each provider
 """
 
@@ -25,7 +25,7 @@ OF_OTHER_SHAPE = ("mha2", "d64", "wide256", "wide80", "wide96", "wide512", "mla"
 
 
 def draw(path: Path) -> list[Path]:
-    """Draws what the file has figures for, beside it."""
+    """Draws what the file has figures for, in the same folder."""
     content = json.loads(path.read_text())
     device, rows = content["meta"]["device"], content["rows"]
     pictures = []

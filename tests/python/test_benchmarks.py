@@ -27,11 +27,11 @@ from cases import (
     TRAIN_VARIANTS,
     WORDS,
     Work,
+    baseline_bytes,
     bytes_moved,
     default_plan,
     is_target,
     select,
-    yardstick_bytes,
 )
 from inputs import make_sets
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -63,9 +63,9 @@ def test_bytes_moved(case, variant, direction, expected):
     assert bytes_moved(Work(CASES[case], variant), direction) == expected
 
 
-def test_yardstick_of_forward_and_backward_is_forward_alone():
+def test_baseline_of_forward_and_backward_is_forward_alone():
     work = Work(CASES["train"])
-    assert yardstick_bytes(work, "both") == bytes_moved(work, "forward")
+    assert baseline_bytes(work, "both") == bytes_moved(work, "forward")
 
 
 @pytest.mark.parametrize("variant", ["interleaved bhsd", "bhsd  packed sideways", "half"])
@@ -645,17 +645,17 @@ def model_suite(tmp_path):
     return call
 
 
-def test_models_are_timed_stock_and_patched(model_suite):
+def test_models_are_timed_original_and_patched(model_suite):
     status, content = model_suite("--modes", "eager")
     assert status == 0 and content["meta"]["left_out"] == []
     assert {"device", "torch", "cuda", "commit", "date"} <= content["meta"].keys()
     found = set()
     for row in content["rows"]:
         assert row.keys() >= KEYS - {"bytes"} and row["median"] > 0 and row["yardstick"] > 0
-        assert row["distance"] == 0  # the same bits
+        assert row["distance"] == 0  # bitwise identical
         found.add((row["case"], row["direction"], row["provider"], row["metric"]))
     for name in ("llama3_8b", "qwen3_8b"):
-        for variant in ("stock", "patched", "patched_rows"):
+        for variant in ("original", "patched", "patched_rows"):
             assert (name, "decode", variant, "host_us") in found
             assert all((name, p, variant, "wall_us") in found for p in ("prefill", "train"))
 
@@ -666,7 +666,7 @@ def test_compiled_models_are_timed_with_both_choices(model_suite):
     )
     assert status == 0 and content["meta"]["left_out"] == []
     variants = {row["provider"] for row in content["rows"]}
-    assert variants == {"stock", "patched", "patched_fused"}
+    assert variants == {"original", "patched", "patched_fused"}
 
 
 def test_a_failing_contest_stops_nothing(model_suite, monkeypatch):
@@ -698,7 +698,7 @@ def test_nothing_begins_after_the_last_second(model_suite):
     assert [line.split(": ")[1] for line in content["meta"]["left_out"]] == ["out of time"] * 3
 
 
-def test_models_stay_stock_after_a_contest(model_suite):
+def test_models_are_the_original_ones_after_a_contest(model_suite):
     llama = pytest.importorskip("transformers.models.llama.modeling_llama")
     before = llama.apply_rotary_pos_emb, llama.LlamaRotaryEmbedding.forward
     model_suite("--models", "llama3_8b", "--modes", "eager", "--phases", "prefill")
