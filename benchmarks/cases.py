@@ -148,17 +148,17 @@ def bytes_moved(work: Work, direction: str) -> int:
     """Bytes that a call must read and write.
 
     q and k count once each way, per-token and per-head tables once, shared tables not. In place
-    with R < D only the rotated lanes are touched.
+    with R < D only the rotated elements are touched.
     """
-    lanes = work.R if direction == "in_place" else work.case.D
-    moved = 2 * work.tokens * sum(work.heads) * lanes * work.dtype.itemsize
+    width = work.R if direction == "in_place" else work.case.D
+    moved = 2 * work.tokens * sum(work.heads) * width * work.dtype.itemsize
     table_heads = work.heads[0] if work.has("per_head") else 1 if work.has("per_token") else 0
     tables = 2 * work.tokens * table_heads * work.P * torch.float32.itemsize
     return (moved + tables) * (2 if direction == "both" else 1)
 
 
-def yardstick_bytes(work: Work, direction: str) -> int:
-    """Bytes that the yardstick reads and writes: as many; for `both` those of forward alone."""
+def baseline_bytes(work: Work, direction: str) -> int:
+    """Bytes that the baseline reads and writes: as many; for `both` those of forward alone."""
     return bytes_moved(work, "forward" if direction == "both" else direction)
 
 
@@ -194,6 +194,10 @@ FORWARD_ONLY = (
     ("wide96", "interleaved"),
     ("wide256", "interleaved"),
 )
+POSITIONS = (
+    *(("call", words) for words in ("positions32", "positions64")),
+    *((name, words) for name in DECODE[:2] for words in ("positions32", "positions64")),
+)
 CPU_VARIANTS = ("", "bhsd", "interleaved", "partial2", "float16", "float32")
 ALL_WAYS = ("forward", "backward", "in_place")
 
@@ -202,6 +206,7 @@ TARGET_PEERS = ("liger", "flash_attn", "inductor", "unsloth", "flashinfer")
 PEER_WORKS = (
     *(("train", ""), ("train", "bhsd"), ("prefill", ""), ("mha1", ""), ("d64", "")),
     *((name, "") for name in (*MID, *DECODE)),
+    *((name, "positions32") for name in DECODE[:2]),
 )
 
 
@@ -226,17 +231,19 @@ def default_plan(device: str) -> Iterator[Work]:
         return
     yield from (Work(CASES[name]) for name in ("call", *LARGE, *MID, *DECODE, "mla", "dsv4"))
     yield from (Work(CASES["train"], variant) for variant in TRAIN_VARIANTS)
-    yield from (Work(CASES[name], variant) for name, variant in FORWARD_ONLY)
+    yield from (Work(CASES[name], variant) for name, variant in (*POSITIONS, *FORWARD_ONLY))
 
 
 def is_target(work: Work, direction: str, provider: str) -> bool:
-    """Whether a target is about this figure: ours, or of a peer that ours is held against."""
+    """Whether a target is about this figure: ours, or of a peer that ours is compared with."""
     place = work.case.name, work.variant
     if place in FORWARD_ONLY:
         return False
     if provider == "fused_rope" or work.case.name in ("call", "cpu"):
         return True
     if (place, direction, provider) == (("train", ""), "forward", "eager_hf"):
+        return True
+    if place == ("train", "") and direction == "both" and provider.startswith("fused_rope_"):
         return True
     ways = (
         ("forward", "in_place", "backward") if place == ("train", "") else ("forward", "in_place")

@@ -198,7 +198,7 @@ class Chain:
 
 
 def contest(shape: Shape, args: argparse.Namespace, left_out: list[str]) -> list[Row]:
-    """The ways in turn, several rounds; a way that fails is named and left out."""
+    """Several rounds, one way after another; a way that fails is named and left out."""
     device = torch.device(args.device)
     effort = measure.QUICK if args.quick else measure.FULL
     torch.manual_seed(0)
@@ -217,7 +217,7 @@ def contest(shape: Shape, args: argparse.Namespace, left_out: list[str]) -> list
         for name, chain in chains.items():
             samples[name].append(chain.time(effort).median)
     figures = {name: measure.figure_of(values) for name, values in samples.items()}
-    yardstick = figures.get("eager_hf") or next(iter(figures.values()), None)
+    baseline = figures.get("eager_hf") or next(iter(figures.values()), None)
     return [
         {
             "case": f"chain{shape.batch}",
@@ -226,7 +226,7 @@ def contest(shape: Shape, args: argparse.Namespace, left_out: list[str]) -> list
             "provider": name,
             "metric": "gpu_us" if device.type == "cuda" else "cpu_us",
             "median": figure.median,
-            "yardstick": yardstick.median if yardstick else figure.median,
+            "yardstick": baseline.median if baseline else figure.median,
             "quartiles": [figure.low, figure.high],
         }
         for name, figure in figures.items()
@@ -234,7 +234,7 @@ def contest(shape: Shape, args: argparse.Namespace, left_out: list[str]) -> list
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """Microseconds of a layer; in brackets what Hugging Face's way takes beside it."""
+    """Microseconds of a layer; in brackets the multiple that Hugging Face's way takes."""
     lines = ["| chain | label | way | us a layer | of eager |", "| --- | --- | --- | ---: | ---: |"]
     for row in rows:
         ratio = row["median"] / row["yardstick"]
@@ -254,7 +254,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="default: results/<device>_chain.json")
     parser.add_argument("--quick", action="store_true", help="few repetitions: a trial run")
-    parser.add_argument("--tiny", action="store_true", help="a few lanes and tokens: does it run")
+    parser.add_argument("--tiny", action="store_true", help="small sizes: does it run")
     parser.add_argument("--commit", help="what the figures are of, where git cannot tell")
     return parser.parse_args(argv)
 

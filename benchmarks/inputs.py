@@ -73,7 +73,7 @@ def _tables(work: Work, count: int, angles: Tensor) -> tuple[list[Tensor], list[
     """float32 cos and sin of every set: one shared pair; gathered ones are memory of their own."""
     if not work.has("per_token", "per_head"):
         return [angles.cos().float()] * count, [angles.sin().float()] * count
-    if work.has("per_head"):  # every head turns a little faster than the one before it
+    if work.has("per_head"):  # frequencies grow a little from head to head
         speed = 1 + torch.arange(work.heads[0], device=angles.device) / work.heads[0]
         angles = angles[:, None, :] * speed[:, None]
     shape = (count, 1 if work.layout == "thd" else work.case.B, *angles.shape)

@@ -1,7 +1,8 @@
-"""Clocks: GPU time of graphs, host time of a call, CPU time, peak memory, and their yardsticks."""
+"""Clocks: GPU time of graphs, host time of a call, CPU time, peak memory, and their baselines."""
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import gc
 import itertools
@@ -76,6 +77,29 @@ def rounds(sets: int, bytes_of_a_call: int) -> int:
     return max(1, round(calls / sets))
 
 
+DEVICE_NODES = (0, 1, 2)  # of CUgraphNodeType: kernel, copy, fill
+
+
+def device_nodes(graph: int) -> int:
+    """How many nodes of a captured cudaGraph_t work on the device: kernels, copies and fills."""
+    driver = ctypes.CDLL("libcuda.so.1")
+
+    def ask(name: str, *arguments: Any) -> None:
+        status = getattr(driver, name)(*arguments)
+        if status:
+            raise RuntimeError(f"{name} returned {status}")
+
+    handle, count, kind = ctypes.c_void_p(graph), ctypes.c_size_t(), ctypes.c_int()
+    ask("cuGraphGetNodes", handle, None, ctypes.byref(count))
+    nodes = (ctypes.c_void_p * count.value)()
+    ask("cuGraphGetNodes", handle, nodes, ctypes.byref(count))
+    found = 0
+    for node in nodes:
+        ask("cuGraphNodeGetType", ctypes.c_void_p(node), ctypes.byref(kind))
+        found += kind.value in DEVICE_NODES
+    return found
+
+
 class Graph:
     """Calls captured in a CUDA graph with a pool of its own; their results live as long."""
 
@@ -83,10 +107,17 @@ class Graph:
         self.calls = len(calls)
         self._inputs = list(calls)  # every replay reads their memory
         self.outputs: list[Any] = []
-        self._graph = torch.cuda.CUDAGraph()
+        self._graph = torch.cuda.CUDAGraph(keep_graph=True)  # so that its nodes can be counted
         with torch.cuda.graph(self._graph, stream=torch.cuda.current_stream()):
             for call in calls:
                 self.outputs.append(call())
+        self._graph.instantiate()
+
+    @property
+    def kernels(self) -> float:
+        """Kernels of one call; copies and fills count as kernels."""
+        nodes = device_nodes(self._graph.raw_cuda_graph())
+        return nodes / self.calls if nodes % self.calls else nodes // self.calls
 
     def replay(self) -> None:
         self._graph.replay()
@@ -111,7 +142,7 @@ class Graph:
 
 
 class CloneGraph(Graph):
-    """The GPU's yardstick: a flat clone that reads and writes `bytes_of_a_call` in all."""
+    """The GPU's baseline: a flat clone that reads and writes `bytes_of_a_call` in all."""
 
     def __init__(
         self, bytes_of_a_call: int, cache: int, device: torch.device, effort: Effort
@@ -185,7 +216,7 @@ def host_time(call: AnyCall, device: torch.device, effort: Effort) -> Figure:
 
 
 def add_time(device: torch.device, effort: Effort) -> float:
-    """The yardstick of host times: torch.add on one element."""
+    """The baseline of host times: torch.add on one element."""
     x, add = torch.ones(1, device=device), torch.add
     with torch.no_grad():
         return host_time(lambda: add(x, x), device, effort).median
@@ -207,7 +238,7 @@ def cpu_time(calls: Sequence[AnyCall], effort: Effort) -> Figure:
 
 
 class Memcpy:
-    """The CPU's yardstick: copying into memory that is there already, on the same threads."""
+    """The CPU's baseline: copying into memory that is there already, on the same threads."""
 
     def __init__(self, bytes_of_a_call: int, cache: int, effort: Effort) -> None:
         elements = max(bytes_of_a_call // 4, 1)

@@ -1,4 +1,4 @@
-"""Whole models of Hugging Face, stock against patched: one-token steps, prefill, a training step.
+"""Whole models of Hugging Face, original and patched: one-token steps, prefill, a training step.
 
     python benchmarks/model.py                         Llama and Qwen3, eager and compiled
     python benchmarks/model.py --models qwen3 --modes eager --phases decode prefill --quick
@@ -6,8 +6,8 @@
     python benchmarks/model.py --tiny --device cpu --backend aot_eager      does it run at all
 
 Eight layers of 8B width with random weights in bfloat16 and a vocabulary of 1024, so that next to
-nothing is spent outside the layers. Stock and patched take turns in one process, a block each, and
-are compared before they are timed. NOTES.md says how each figure is taken.
+nothing is spent outside the layers. Original and patched alternate in one process, a block each,
+and are compared before they are timed. NOTES.md says how each figure is taken.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ HERE = Path(__file__).resolve().parent
 Row = dict[str, Any]
 Model = torch.nn.Module
 
-# What patch() is given; None: the model stays stock.
+# What patch() is given; None: the model stays as it is.
 VARIANTS: dict[str, dict[str, Any] | None] = {
-    "stock": None,
+    "original": None,
     "patched": {},
     "patched_rows": {"rows": 8192},
     "patched_fused": {"compiled": "fused"},
 }
 MODES = {
-    "eager": ("stock", "patched", "patched_rows"),
-    "compiled": ("stock", "patched", "patched_fused"),
+    "eager": ("original", "patched", "patched_rows"),
+    "compiled": ("original", "patched", "patched_fused"),
 }
-TOLERANCE = 5e-2  # of bfloat16 through all layers, against stock in the same mode
+TOLERANCE = 5e-2  # of bfloat16 through all layers, against the original in the same mode
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class Phase:
         raise NotImplementedError
 
     def results(self, call: Callable[..., Any]) -> list[Tensor]:
-        """What is compared with the stock model's."""
+        """What is compared with the original model's."""
         raise NotImplementedError
 
 
@@ -228,7 +228,7 @@ def distance(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
 
 @dataclass(frozen=True)
 class Effort:
-    """How often turns are taken, and how many device-bound steps a turn has."""
+    """How many rounds there are, and how many device-bound steps a block has."""
 
     rounds: int
     steps: int
@@ -256,13 +256,13 @@ class Contest:
             self._want = self._want or got
             far = distance(got, self._want)
             if not far < TOLERANCE:
-                raise AssertionError(f"results are {far:.3g} away from stock")
+                raise AssertionError(f"results are {far:.3g} away from the original")
             self._block()
         self.distances[variant] = far
         self.samples[variant] = {}
 
     def round(self) -> None:
-        """A block of each variant in turn."""
+        """A block of each variant, one after another."""
         for variant, samples in self.samples.items():
             with applied(self.phase.model, variant):
                 self.phase.rewind()
@@ -379,9 +379,9 @@ class Suite:
         print(f"{where}: {total:.0f} s, of these {entered:.0f} s before timing", flush=True)
 
     def _enter(self, contest: Contest, where: str, variants: Sequence[str]) -> None:
-        """Stock has to succeed; another variant that fails is named and left out."""
-        contest.enter("stock")
-        for variant in (v for v in variants if v != "stock"):
+        """The original has to succeed; another variant that fails is named and left out."""
+        contest.enter("original")
+        for variant in (v for v in variants if v != "original"):
             try:
                 contest.enter(variant)
             except Exception as error:
@@ -409,7 +409,7 @@ class Suite:
 
 
 def rows_of(name: str, mode: str, phase: str, contest: Contest) -> list[Row]:
-    """A row for each figure; its yardstick is stock's figure of the same contest."""
+    """A row for each figure; its baseline is the original's figure of the same contest."""
     figures = {
         variant: {metric: measure.figure_of(values) for metric, values in samples.items()}
         for variant, samples in contest.samples.items()
@@ -424,7 +424,7 @@ def rows_of(name: str, mode: str, phase: str, contest: Contest) -> list[Row]:
             "provider": variant,
             "metric": metric,
             "median": figure.median,
-            "yardstick": figures["stock"][metric].median,
+            "yardstick": figures["original"][metric].median,
             "quartiles": [figure.low, figure.high],
             "distance": contest.distances[variant],
         }
@@ -434,7 +434,7 @@ def rows_of(name: str, mode: str, phase: str, contest: Contest) -> list[Row]:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """A line for each contest and metric; in brackets the figure over stock's."""
+    """A line for each contest and metric; in brackets the figure over the original's."""
     variants = list(dict.fromkeys(row["provider"] for row in rows))
     lines: dict[tuple[str, ...], dict[str, str]] = {}
     for row in rows:
@@ -455,7 +455,9 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     for name, choices in (("models", MODELS), ("modes", MODES), ("phases", PHASES)):
         parser.add_argument(f"--{name}", nargs="+", choices=list(choices), default=list(choices))
-    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), help="beside stock")
+    parser.add_argument(
+        "--variants", nargs="+", choices=list(VARIANTS), help="in addition to the original"
+    )
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--backend", default="inductor", help="of torch.compile")
@@ -463,7 +465,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=220, help="after these nothing new begins")
     parser.add_argument("--out", type=Path, help="default: results/<device>_model.json")
     parser.add_argument("--quick", action="store_true", help="few repetitions: a trial run")
-    parser.add_argument("--tiny", action="store_true", help="a few lanes and tokens: does it run")
+    parser.add_argument("--tiny", action="store_true", help="small sizes: does it run")
     parser.add_argument("--commit", help="what the figures are of, where git cannot tell")
     return parser.parse_args(argv)
 

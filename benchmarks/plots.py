@@ -1,6 +1,6 @@
 """Pictures of a file of figures: python benchmarks/plots.py results/h100.json
 
-<name>_bandwidth.png   GB/s against the bytes that a call moves, with the yardstick's line
+<name>_bandwidth.png   GB/s against the bytes that a call moves, with the baseline's line
 <name>_call.png        host time of a call, a bar for each provider
 """
 
@@ -25,7 +25,7 @@ OF_OTHER_SHAPE = ("mha2", "d64", "wide256", "wide80", "wide96", "wide512", "mla"
 
 
 def draw(path: Path) -> list[Path]:
-    """Draws what the file has figures for, beside it."""
+    """Draws what the file has figures for, in the same folder."""
     content = json.loads(path.read_text())
     device, rows = content["meta"]["device"], content["rows"]
     pictures = []
@@ -78,7 +78,7 @@ def _curves(axis: Axes, rows: list[Row], colors: dict[str, str]) -> None:
 
 def _calls(path: Path, device: str, rows: list[Row]) -> Path:
     rows = sorted(rows, key=lambda row: row["median"])
-    names = [f"{row['provider']} ({row['direction']})" for row in rows]
+    names = [f"{row['provider']} {row['variant']} ({row['direction']})" for row in rows]
     figure, axis = plt.subplots(figsize=(8, 1 + 0.3 * len(rows)))
     colors = ["tab:blue" if row["provider"].startswith(OURS) else "tab:gray" for row in rows]
     bars = axis.barh(names, [row["median"] for row in rows], color=colors)

@@ -21,6 +21,7 @@ Call = Callable[[], Pair]
 
 OUT_OF_PLACE = ("forward", "backward", "both", "forward_grad")
 EVERY_WAY = (*OUT_OF_PLACE, "in_place")
+CALLS = ("call", "tiny")  # cases of what differs from fused_rope in nothing but host time
 
 
 class Provider:
@@ -111,6 +112,32 @@ class FusedRope(Provider):
         return (q, k) if inputs.out_rows is None else (q, k[inputs.out_rows])
 
 
+class FusedRopeModule(Provider):
+    """RotaryEmbedding with a table of its own, called with an int offset or with positions."""
+
+    name = "fused_rope_module"
+    cases: tuple[str, ...] = CALLS
+    directions = OUT_OF_PLACE
+    words = ("bhsd", "bhsd_view", "positions32", "positions64", "float16", "float32")
+    exact = True
+    needs_cuda = False
+
+    def load(self) -> None:
+        self.module = importlib.import_module("fused_rope").RotaryEmbedding
+
+    def make_tables(self, work: Work, inputs: InputSet) -> Any:
+        """The module."""
+        rows, device = inputs.angles.shape[0], inputs.angles.device
+        return self.module(work.case.D, max_seq_len=rows, layout=work.layout, device=device)
+
+    def bind(self, work: Work, inputs: InputSet, in_place: bool) -> Call:
+        q, k, rope = inputs.q, inputs.k, self.tables(work, inputs)
+        positions = inputs.options.get("positions")
+        if positions is None:
+            return lambda: rope(q, k, offset=0)
+        return lambda: rope(q, k, positions=positions)
+
+
 class Reference(Provider):
     """The pure-PyTorch version that comes with fused_rope."""
 
@@ -184,6 +211,18 @@ class Liger(EagerHF):
     def ways(self, work: Work) -> tuple[str, ...]:
         copies = work.has("bhsd") and work.case.S > 1
         return ("forward",) if copies else ("in_place", "forward_grad")
+
+
+class FusedRopeLiger(Liger):
+    """The drop-in for that function, which leaves its inputs untouched."""
+
+    name = "fused_rope_liger"
+    cases = CALLS
+    module_name = "fused_rope.compat.liger"
+    needs_cuda = False
+
+    def ways(self, work: Work) -> tuple[str, ...]:
+        return OUT_OF_PLACE
 
 
 class Unsloth(Provider):
@@ -313,6 +352,15 @@ class FlashAttn(Provider):
         return keywords
 
 
+class FusedRopeFlashAttn(FlashAttn):
+    """The drop-in for that function."""
+
+    name = "fused_rope_flash_attn"
+    cases = CALLS
+    module_name = "fused_rope.compat.flash_attn"
+    needs_cuda = False
+
+
 class Quack(FlashAttn):
     name = "quack"
     module_name = "quack.rotary"
@@ -377,13 +425,23 @@ class VLLM(FlashInfer):
 
     name = "vllm"
     directions = ("in_place",)
+    module_name = "vllm._custom_ops"
 
     def load(self) -> None:
-        self.in_place = importlib.import_module("vllm._custom_ops").rotary_embedding
+        self.in_place = importlib.import_module(self.module_name).rotary_embedding
 
     def make_tables(self, work: Work, inputs: InputSet) -> Any:
         rows, cache = super().make_tables(work, inputs)
         return rows.long(), cache.to(work.dtype)
+
+
+class FusedRopeVLLM(VLLM):
+    """The drop-in for that operator."""
+
+    name = "fused_rope_vllm"
+    cases = CALLS
+    module_name = "fused_rope.compat.vllm"
+    needs_cuda = False
 
 
 class SGLang(FlashInfer):
@@ -512,7 +570,8 @@ class RotaryEmbeddingTorch(Provider):
 PROVIDERS: dict[str, type[Provider]] = {
     provider.name: provider
     for provider in (
-        *(FusedRope, FusedRopeHF, FusedRopeUnsloth, EagerHF, Inductor, Reference, Liger, Unsloth),
+        *(FusedRope, FusedRopeModule, FusedRopeHF, FusedRopeUnsloth, FusedRopeLiger),
+        *(FusedRopeFlashAttn, FusedRopeVLLM, EagerHF, Inductor, Reference, Liger, Unsloth),
         *(FlashAttn, FlashInfer, TransformerEngine, VLLM, SGLang, Megatron),
         *(RotaryEmbeddingTorch, Quack),
     )

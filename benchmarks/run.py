@@ -5,6 +5,7 @@
     python benchmarks/run.py --cases train --variants "" bhsd "thd cu_seqlens" --directions forward
     python benchmarks/run.py --device cpu              the CPU kernel against memcpy
     python benchmarks/run.py --targets                 only what a target is about
+    python benchmarks/run.py --peers FOLDER            peers that are not installed, from FOLDER
     python benchmarks/run.py --sweep "keep=0" "threads=64"                 kernel plans side by side
 
 NOTES.md says how each figure is taken.
@@ -17,6 +18,7 @@ import datetime
 import json
 import re
 import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -30,12 +32,12 @@ from cases import (
     CASES,
     DIRECTIONS,
     Work,
+    baseline_bytes,
     bytes_moved,
     default_directions,
     input_bytes,
     is_target,
     select,
-    yardstick_bytes,
 )
 from providers import PROVIDERS, Provider, load_providers
 from sweep import sweep
@@ -45,7 +47,7 @@ from trial import Bench, Trial
 
 HERE = Path(__file__).resolve().parent
 Row = dict[str, Any]
-Yardstick = measure.CloneGraph | measure.Memcpy
+Baseline = measure.CloneGraph | measure.Memcpy
 PEAK_WORKS = (Work(CASES["train"]),)
 SECONDS_A_FIGURE, SECONDS_A_COMPILATION = 0.4, 4
 TRIES = 3  # of a figure during which the card slowed down
@@ -126,32 +128,32 @@ class Runner:
     def _device(
         self, bench: Bench, direction: str, providers: Sequence[Provider], progress: tqdm
     ) -> Iterator[Row]:
-        yardstick = self._yardstick(yardstick_bytes(bench.work, direction))
-        before = self._settled(yardstick)
+        baseline = self._baseline(baseline_bytes(bench.work, direction))
+        before = self._settled(baseline)
         for trial in self._trials(bench, direction, providers, progress):
             try:
-                row = self._steady(trial, yardstick, before)
+                row = self._steady(trial, baseline, before)
             except Exception as error:
                 self._refuse(bench.work, direction, trial.provider, error)
                 continue
-            before = self._settled(yardstick) if "slowed" in row else row["yardsticks"][1]
+            before = self._settled(baseline) if "slowed" in row else row["yardsticks"][1]
             yield row
             if self.on_gpu and bench.work in PEAK_WORKS:
                 yield self._peak(trial)
 
-    def _steady(self, trial: Trial, yardstick: Yardstick, before: float) -> Row:
-        """One figure between two yardsticks; taken again where the card slowed down meanwhile.
+    def _steady(self, trial: Trial, baseline: Baseline, before: float) -> Row:
+        """One figure between two baselines; taken again where the card slowed down meanwhile.
 
         Once the run has waited long enough for its card, figures are only marked.
         """
         for left in reversed(range(TRIES)):
-            figure = self._replayed(trial) if self.on_gpu else self._passed(trial)
-            after = yardstick.time(self.effort).median
+            figure, extra = self._replayed(trial) if self.on_gpu else self._passed(trial)
+            after = baseline.time(self.effort).median
             slowed = self._slowed()
             if not (slowed and left and self.rest):
                 break
-            before = self._settled(yardstick)
-        row = row_of(trial, "gpu_us" if self.on_gpu else "cpu_us", figure, (before, after))
+            before = self._settled(baseline)
+        row = row_of(trial, "gpu_us" if self.on_gpu else "cpu_us", figure, (before, after)) | extra
         if slowed:
             row["slowed"] = True
             work = trial.bench.work
@@ -161,33 +163,34 @@ class Runner:
     def _slowed(self) -> bool:
         return self.pace is not None and self.pace.slowed()
 
-    def _settled(self, yardstick: Yardstick) -> float:
-        """The yardstick, once the card is as fast as it was or the run has waited long enough."""
+    def _settled(self, baseline: Baseline) -> float:
+        """The baseline, once the card is as fast as it was or the run has waited long enough."""
         while self.rest and self._slowed():
             time.sleep(1)
             self.rest -= 1
-        return yardstick.time(self.effort).median
+        return baseline.time(self.effort).median
 
-    def _yardstick(self, moved: int) -> Yardstick:
+    def _baseline(self, moved: int) -> Baseline:
         if self.on_gpu:
             return measure.CloneGraph(moved, self.cache, self.device, self.effort)
         return measure.Memcpy(moved, self.cache, self.effort)
 
-    def _passed(self, trial: Trial) -> measure.Figure:
+    def _passed(self, trial: Trial) -> tuple[measure.Figure, Row]:
         with trial.grad_mode():
-            return measure.cpu_time(trial.calls, self.effort)
+            return measure.cpu_time(trial.calls, self.effort), {}
 
-    def _replayed(self, trial: Trial) -> measure.Figure:
+    def _replayed(self, trial: Trial) -> tuple[measure.Figure, Row]:
+        """GPU time of a call, and how many kernels the timed graph holds for it."""
         graph = trial.capture()
         try:
             trial.verify_graph(graph)
-            return graph.time(self.effort)
+            return graph.time(self.effort), {"kernels": graph.kernels}
         finally:
             del graph
             torch.cuda.empty_cache()
 
     def _peak(self, trial: Trial) -> Row:
-        """Peak memory of a call; its yardstick is what a plain copy of q and k takes."""
+        """Peak memory of a call; its baseline is what a plain copy of q and k takes."""
         with trial.grad_mode():
             peak = float(measure.peak_bytes(trial.calls[0], self.device))
         copy = float(input_bytes(trial.bench.work))
@@ -195,9 +198,12 @@ class Runner:
 
 
 def row_of(
-    trial: Trial, metric: str, figure: measure.Figure, yardsticks: tuple[float, float]
+    trial: Trial, metric: str, figure: measure.Figure, baselines: tuple[float, float]
 ) -> Row:
-    """One figure. The yardstick is the mean of the one taken before and the one taken after."""
+    """One figure. The baseline is the mean of the one taken before and the one taken after.
+
+    Its fields are named yardstick and yardsticks, as in files of earlier runs.
+    """
     work = trial.bench.work
     return {
         "case": work.case.name,
@@ -206,10 +212,10 @@ def row_of(
         "provider": trial.provider.name,
         "metric": metric,
         "median": figure.median,
-        "yardstick": sum(yardsticks) / 2,
+        "yardstick": sum(baselines) / 2,
         "bytes": bytes_moved(work, trial.direction),
         "quartiles": [figure.low, figure.high],
-        "yardsticks": list(yardsticks),
+        "yardsticks": list(baselines),
     }
 
 
@@ -288,14 +294,22 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--variants", nargs="+", metavar="WORDS", help='"" is the plain one')
     parser.add_argument("--directions", nargs="+", choices=DIRECTIONS, metavar="DIRECTION")
     parser.add_argument("--providers", nargs="+", choices=list(PROVIDERS), metavar="PROVIDER")
+    parser.add_argument(
+        "--peers",
+        type=Path,
+        metavar="FOLDER",
+        help="its packages are imported before installed ones",
+    )
     parser.add_argument("--targets", action="store_true", help="what a target is about, no more")
     parser.add_argument(
         "--sweep", nargs="+", metavar="PLAN", help="values of FUSED_ROPE_PLAN; first comes none"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, help="default: results/<device>.json beside this file")
+    parser.add_argument("--out", type=Path, help="default: results/<device>.json in this folder")
     parser.add_argument("--quick", action="store_true", help="few repetitions: a trial run")
-    parser.add_argument("--plots", action="store_true", help="also draw PNG files beside --out")
+    parser.add_argument(
+        "--plots", action="store_true", help="also draw PNG files in the folder of --out"
+    )
     parser.add_argument("--commit", help="what the figures are of, where git cannot tell")
     return parser.parse_args(argv)
 
@@ -309,6 +323,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.cuda.set_stream(
             torch.cuda.Stream(device)
         )  # graphs cannot be captured on the default one
+    if args.peers:
+        if not args.peers.is_dir():
+            raise SystemExit(f"--peers: expected a folder of packages, got {args.peers}")
+        sys.path.insert(0, str(args.peers.resolve()))
     providers, skipped = load_providers(args.providers, device)
     for name, reason in skipped.items():
         print(f"skipped: {name} ({reason})")

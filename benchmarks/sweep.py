@@ -57,8 +57,9 @@ def run(plan: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(rows: Sequence[Row], plans: Sequence[str]) -> str:
-    """Lines are works, columns plans: microseconds, and the fraction of the yardstick's speed."""
-    found = {(row["case"], row["variant"], row["direction"], row["plan"]): row for row in rows}
+    """Lines are works, columns plans: microseconds, and the fraction of the baseline's speed."""
+    timed = (row for row in rows if row["metric"] != "peak_bytes")
+    found = {(row["case"], row["variant"], row["direction"], row["plan"]): row for row in timed}
     lines = [
         "| " + " | ".join(["work", *(plan or "none" for plan in plans)]) + " |",
         "| --- |" + " ---: |" * len(plans),

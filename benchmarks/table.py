@@ -17,7 +17,7 @@ from cases import CASES, Work
 
 Row = dict[str, Any]
 UNITS = {"gpu_us": "GPU us", "host_us": "host us", "cpu_us": "CPU us", "peak_bytes": "peak MB"}
-YARDSTICKS = {"gpu_us": "clone", "host_us": "torch.add", "cpu_us": "memcpy", "peak_bytes": "copy"}
+BASELINES = {"gpu_us": "clone", "host_us": "torch.add", "cpu_us": "memcpy", "peak_bytes": "copy"}
 OURS = "fused_rope"
 WAYS = ("forward", "backward", "in_place")
 MARKS = "<!-- figures: benchmarks/table.py writes what follows -->", "<!-- end of figures -->"
@@ -38,27 +38,27 @@ def _table(metric: str, rows: Sequence[Row]) -> str:
         key = row["case"], row["variant"], row["direction"]
         groups.setdefault(key, {})[row["provider"]] = row
     lines = [
-        _line(["case", "variant", "direction", "GB/s", YARDSTICKS[metric], *providers]),
+        _line(["case", "variant", "direction", "GB/s", BASELINES[metric], *providers]),
         _line(["---"] * 3 + ["---:"] * (2 + len(providers))),
     ]
     for key, by_provider in groups.items():
         best = by_provider.get(OURS) or next(iter(by_provider.values()))
         cells = [_cell(metric, by_provider.get(provider)) for provider in providers]
         lines.append(_line([*key, _rate(metric, best), _number(metric, best["yardstick"]), *cells]))
-    return f"{UNITS[metric]} (beside each: {_relation(metric)})\n\n" + "\n".join(lines)
+    return f"{UNITS[metric]} (in brackets: {_relation(metric)})\n\n" + "\n".join(lines)
 
 
 def _relation(metric: str) -> str:
     timed = metric in ("gpu_us", "cpu_us")
-    return f"{YARDSTICKS[metric]} time / time" if timed else f"times {YARDSTICKS[metric]}"
+    return f"{BASELINES[metric]} time / time" if timed else f"times {BASELINES[metric]}"
 
 
 def _cell(metric: str, row: Row | None) -> str:
     if row is None:
         return ""
     ratio = row["median"] / row["yardstick"]
-    beside = 1 / ratio if metric in ("gpu_us", "cpu_us") else ratio
-    return f"{_number(metric, row['median'])} ({beside:.3f})"
+    shown = 1 / ratio if metric in ("gpu_us", "cpu_us") else ratio
+    return f"{_number(metric, row['median'])} ({shown:.3f})"
 
 
 def _rate(metric: str, row: Row) -> str:
@@ -89,7 +89,7 @@ def section(content: dict[str, Any], path: str) -> str:
         "microseconds; in brackets\nthe fraction of the speed of a `clone` that moves as many "
         f"bytes in the same run ([{Path(path).name}]({path})).\n"
         "An asterisk: in place, where that is quicker. "
-        "Ours in place with fewer lanes rotated than D is held against a\n`clone` of those lanes.",
+        "With partial rotation, in-place results are compared with a\nclone of the rotated part.",
         _shapes(gpu),
         f"The first shape, {_shape(Work(CASES['train']))}, in other memory, styles, tables and "
         "types:",
@@ -117,7 +117,7 @@ def _shape(work: Work) -> str:
 
 
 def _shapes(rows: Sequence[Row]) -> str:
-    """A line for each shape in the memory of "bshd" and "bhsd", peers beside ours."""
+    """A line for each shape in the memory of "bshd" and "bhsd", with peers."""
     found = _found(rows)
     shown = [row for row in rows if row["variant"] in ("", "bhsd")]
     peers = [p for p in dict.fromkeys(r["provider"] for r in shown) if not p.startswith(OURS)]
@@ -131,12 +131,12 @@ def _shapes(rows: Sequence[Row]) -> str:
             if not any(ours):
                 continue
             clone = next(row["yardstick"] for row in ours if row)
-            beside = [
+            theirs = [
                 _quickest(*(found.get((name, variant, way, p)) for way in ("forward", "in_place")))
                 for p in peers
             ]
             cells = [_shape(Work(case)), variant or "bshd", _short(clone), *map(_fraction, ours)]
-            lines.append(_line([*cells, *beside]))
+            lines.append(_line([*cells, *theirs]))
     return "\n".join(lines)
 
 
@@ -156,13 +156,13 @@ def _calls(rows: Sequence[Row]) -> str:
     found = _found(rows)
     ways = ("forward", "forward_grad", "in_place")
     lines = [_line(["", *_titles(ways)]), _line(["---"] + ["---:"] * len(ways))]
-    for provider in dict.fromkeys(row["provider"] for row in rows):
-        figures = (found.get(("call", "", way, provider)) for way in ways)
+    for provider, variant in dict.fromkeys((row["provider"], row["variant"]) for row in rows):
+        figures = (found.get(("call", variant, way, provider)) for way in ways)
         cells = (
             f"{_short(r['median'])} ({r['median'] / r['yardstick']:.2f})" if r else "-"
             for r in figures
         )
-        lines.append(_line([provider, *cells]))
+        lines.append(_line([f"{provider} {variant}".strip(), *cells]))
     return "\n".join(lines)
 
 

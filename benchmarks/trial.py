@@ -15,36 +15,46 @@ from providers import Pair, Provider
 from torch import Tensor
 
 GRAD_DIRECTIONS = ("backward", "both", "forward_grad")
+SHARED_DIRECTIONS = ("forward", "backward", "both")  # whose calls leave their inputs as they were
 
 
 class Bench:
-    """The input sets of one piece of work, and what the oracle says of the first of them."""
+    """The input sets of one piece of work, and what the oracle says of the first of them.
+
+    Nothing writes to `sets` and `gradients`. After an in-place write to its base a view's backward
+    is as_strided's, which adds a fill and a copy to every timed call on that view.
+    """
 
     def __init__(self, work: Work, count: int, device: torch.device) -> None:
         self.work = work
         self.device = device
         self.sets = make_sets(work, count, device)
-        self.first_values = self.sets[0].q.clone(), self.sets[0].k.clone()
 
     @cached_property
     def gradients(self) -> list[InputSet]:
         """Gradients of the outputs: in the memory of the inputs, with the tables of the inputs."""
-        drawn = make_sets(self.work, len(self.sets), self.device)
-        return [replace(x, q=g.q, k=g.k) for x, g in zip(self.sets, drawn, strict=True)]
+        return self._drawn(self.sets)
+
+    def copies(self, sets: Sequence[InputSet]) -> list[InputSet]:
+        """The same numbers in other memory, with the same layout and strides."""
+        copies = self._drawn(sets)
+        for copy, x in zip(copies, sets, strict=True):
+            copy.q.copy_(x.q)
+            copy.k.copy_(x.k)
+        return copies
+
+    def _drawn(self, sets: Sequence[InputSet]) -> list[InputSet]:
+        """New random q and k with the tables of these sets."""
+        drawn = make_sets(self.work, len(sets), self.device)
+        return [replace(x, q=new.q, k=new.k) for x, new in zip(sets, drawn, strict=True)]
 
     @cached_property
     def rotated(self) -> Pair:
-        self.reset()
         return verify.expected(self.sets[0])
 
     @cached_property
     def rotated_gradients(self) -> Pair:
         return verify.expected(self.gradients[0], inverse=True)
-
-    def reset(self) -> None:
-        """Undoes what calls in place did to the first set."""
-        for x, before in zip((self.sets[0].q, self.sets[0].k), self.first_values, strict=True):
-            x.copy_(before)
 
     def expected(self, direction: str) -> tuple[Tensor, ...]:
         """float64 results of the first call, in the work's layout."""
@@ -54,27 +64,33 @@ class Bench:
 
 
 class Trial:
-    """The calls of one provider, one for each input set."""
+    """The calls of one provider, one for each input set.
+
+    Calls that may write to their inputs have sets of their own.
+    """
 
     def __init__(self, bench: Bench, provider: Provider, direction: str) -> None:
         self.bench = bench
         self.provider = provider
         self.direction = direction
+        shared = direction in SHARED_DIRECTIONS
+        sets = bench.sets if shared else bench.copies(bench.sets)
+        gradients = bench.gradients if direction in ("backward", "both") else [None] * len(sets)
         with self.grad_mode():
-            self.calls = [self._call(i) for i in range(len(bench.sets))]
+            self.calls = [self._call(*pair) for pair in zip(sets, gradients, strict=True)]
 
     def grad_mode(self) -> torch.set_grad_enabled:
         return torch.set_grad_enabled(self.direction in GRAD_DIRECTIONS)
 
-    def _call(self, i: int) -> Callable[[], Sequence[Tensor]]:
-        work, inputs = self.bench.work, self.bench.sets[i]
+    def _call(self, inputs: InputSet, given: InputSet | None) -> Callable[[], Sequence[Tensor]]:
+        """The call on these inputs, with these gradients of its results."""
+        work = self.bench.work
         if self.direction not in GRAD_DIRECTIONS:
             return self.provider.bind(work, inputs, in_place=self.direction == "in_place")
         q, k = (x.detach().requires_grad_() for x in (inputs.q, inputs.k))
         forward = self.provider.bind(work, replace(inputs, q=q, k=k), in_place=False)
-        if self.direction == "forward_grad":
+        if given is None:
             return forward
-        given = self.bench.gradients[i]
         gradients = self.provider.view(work, given.q), self.provider.view(work, given.k)
         if self.direction == "backward":
             out = forward()
@@ -99,22 +115,26 @@ class Trial:
             verify.check(f"{what}, tensor {i}", x, y, self.provider.exact)
 
     def verify(self) -> None:
-        """Raises WrongResult unless the first call does what its direction says."""
+        """Raises WrongResult unless a call on copies of the first set does as its direction says.
+
+        What is timed is left alone.
+        """
         first = self.bench.sets[0]
         self.bench.expected(self.direction)  # needs memory: before the poison
-        self.bench.reset()
-        verify.poison(first.q, first.k)
+        (inputs,) = self.bench.copies([first])
+        given = None
+        if self.direction in ("backward", "both"):
+            (given,) = self.bench.copies(self.bench.gradients[:1])
         with self.grad_mode():
-            out = self.calls[0]()
+            call = self._call(inputs, given)
+            verify.poison(inputs.q, inputs.k)
+            out = call()
         self._check("first call", out)
         if self.direction == "forward":
-            for name, x, before in zip(
-                "qk", (first.q, first.k), self.bench.first_values, strict=True
-            ):
-                verify.unchanged(name, x, before)
+            verify.unchanged("q", inputs.q, first.q)
+            verify.unchanged("k", inputs.k, first.k)
         if self.direction == "in_place":
-            verify.same_memory("q", self._results(out)[0], first.q)
-        self.bench.reset()
+            verify.same_memory("q", self._results(out)[0], inputs.q)
 
     def verify_graph(self, graph: measure.Graph) -> None:
         """Raises WrongResult unless a replay writes the results of the first call anew."""

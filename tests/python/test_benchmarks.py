@@ -19,6 +19,7 @@ import measure
 import oracle
 import providers
 import run
+import sweep
 import table
 from cases import (
     CASES,
@@ -26,13 +27,14 @@ from cases import (
     TRAIN_VARIANTS,
     WORDS,
     Work,
+    baseline_bytes,
     bytes_moved,
     default_plan,
     is_target,
     select,
-    yardstick_bytes,
 )
 from inputs import make_sets
+from torch.utils._python_dispatch import TorchDispatchMode
 from trial import Bench, Trial
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,9 +63,9 @@ def test_bytes_moved(case, variant, direction, expected):
     assert bytes_moved(Work(CASES[case], variant), direction) == expected
 
 
-def test_yardstick_of_forward_and_backward_is_forward_alone():
+def test_baseline_of_forward_and_backward_is_forward_alone():
     work = Work(CASES["train"])
-    assert yardstick_bytes(work, "both") == bytes_moved(work, "forward")
+    assert baseline_bytes(work, "both") == bytes_moved(work, "forward")
 
 
 @pytest.mark.parametrize("variant", ["interleaved bhsd", "bhsd  packed sideways", "half"])
@@ -92,12 +94,26 @@ def target_figures():
         )
     for name in ("decode256", "decode64", "decode1"):
         yield from ((name, "", way, "fused_rope") for way in ("forward", "in_place"))
+    for name in ("decode256", "decode64"):
+        for words in ("positions32", "positions64"):
+            yield from ((name, words, way, "fused_rope") for way in ("forward", "in_place"))
+        yield (name, "positions32", "in_place", "unsloth")
+    yield ("train", "", "in_place", "unsloth")
+    yield ("call", "positions32", "forward", "fused_rope_unsloth")
     yield from ((name, "", "in_place", "fused_rope") for name in ("mla", "dsv4"))
     yield from (("call", "", way, "fused_rope") for way in ("forward", "forward_grad"))
+    yield from (("call", "", "in_place", name) for name in ("fused_rope", "fused_rope_vllm"))
+    for name in ("module", "liger", "flash_attn"):
+        yield from (("call", "", way, f"fused_rope_{name}") for way in ("forward", "forward_grad"))
+    for words in ("positions32", "positions64"):
+        yield from (
+            ("call", words, "forward", name) for name in ("fused_rope", "fused_rope_module")
+        )
     yield from (("call", "", "forward", f"fused_rope_{way}") for way in ("hf", "unsloth"))
     yield from ((name, "", "in_place", "liger") for name in ("call", "train", "mid512"))
     yield from (("train", "", "forward", p) for p in ("flash_attn", "inductor", "eager_hf"))
-    yield ("train", "", "both", "fused_rope")
+    for name in ("fused_rope", "fused_rope_hf", "fused_rope_unsloth"):
+        yield ("train", "", "both", name)
 
 
 def test_a_run_for_the_targets_holds_all_that_they_need():
@@ -108,7 +124,7 @@ def test_a_run_for_the_targets_holds_all_that_they_need():
         for direction, able in step.pairs
         for provider in able
     ]
-    assert len(set(planned)) == len(planned) < 250
+    assert len(set(planned)) == len(planned) < 320
     assert set(target_figures()) <= set(planned)
 
 
@@ -165,6 +181,38 @@ def test_quick_run_writes_figures_and_pictures(tiny):
         assert out.with_name(picture).stat().st_size > 0
 
 
+OURS = {
+    "fused_rope": ("forward", "forward_grad", "in_place"),
+    "fused_rope_module": ("forward", "forward_grad"),
+    "fused_rope_hf": ("forward", "forward_grad"),
+    "fused_rope_unsloth": ("forward", "forward_grad"),
+    "fused_rope_liger": ("forward", "forward_grad"),
+    "fused_rope_flash_attn": ("forward", "forward_grad", "in_place"),
+    "fused_rope_vllm": ("in_place",),
+}
+
+
+@pytest.mark.parametrize(
+    "variant,without",
+    [
+        ("", ()),
+        ("positions32", ("fused_rope_liger", "fused_rope_flash_attn")),
+        ("positions64", ("fused_rope_liger", "fused_rope_flash_attn", "fused_rope_unsloth")),
+    ],
+)
+@pytest.mark.parametrize("case,metric", [("call", "host_us"), ("tiny", "cpu_us")])
+def test_calls_of_the_module_and_of_drop_ins_have_rows(tiny, case, metric, variant, without):
+    pytest.importorskip("fused_rope")
+    pytest.importorskip("transformers")
+    arguments = ["--cases", case, "--variants", variant, "--providers", *OURS]
+    _, content, _ = tiny(*arguments, "--directions", "forward", "forward_grad", "in_place")
+    assert content["meta"]["refused"] == []
+    found = {(row["provider"], row["direction"], row["metric"]) for row in content["rows"]}
+    assert found == {
+        (name, way, metric) for name, ways in OURS.items() if name not in without for way in ways
+    }
+
+
 def test_every_word_is_verified(tiny):
     pytest.importorskip("fused_rope")
     words = [w for w in WORDS if w != "cu_seqlens"]
@@ -206,6 +254,167 @@ def test_what_is_wrong_is_not_timed(tiny, monkeypatch, liar):
     status, content, _ = tiny("--cases", "tiny", "--providers", "quack")
     assert status == 1 and content["rows"] == []
     assert content["meta"]["refused"]
+
+
+CPU = torch.device("cpu")
+
+
+class Recorder(TorchDispatchMode):
+    """Records the names of the operators below autograd that make or change tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if not function.is_view and isinstance(result, (torch.Tensor, tuple)):
+            self.names.append(str(function))
+        return result
+
+
+def operators_of(trial):
+    """What the timed calls run."""
+    with Recorder() as recorder, trial.grad_mode():
+        for call in trial.calls:
+            call()
+    return recorder.names
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward", "both", "forward_grad"])
+@pytest.mark.parametrize(
+    "name,variant",
+    [
+        *((name, variant) for name in ("eager_hf", "fused_rope_hf") for variant in ("", "packed")),
+        *(("fused_rope_unsloth", variant) for variant in ("", "bhsd")),
+    ],
+)
+def test_verification_changes_nothing_about_what_is_timed(name, direction, variant):
+    """A write to the base of a view makes the view's backward as_strided's: a fill and a copy."""
+    pytest.importorskip("fused_rope")
+    pytest.importorskip("transformers")
+    work, provider = Work(CASES["tiny"], variant), providers.PROVIDERS[name]()
+    assert provider.supports(work, direction)
+    untouched, verified = (Trial(Bench(work, 2, CPU), provider, direction) for _ in range(2))
+    verified.verify()
+    assert operators_of(verified) == operators_of(untouched)
+
+
+@pytest.mark.parametrize("name", ["fused_rope", "fused_rope_hf", "fused_rope_unsloth"])
+def test_forward_and_backward_are_two_operators_after_other_trials(name):
+    """Trials share input sets: none of them may write to the sets of the next."""
+    pytest.importorskip("fused_rope")
+    pytest.importorskip("transformers")
+    bench = Bench(Work(CASES["tiny"]), 2, CPU)
+    ours = providers.PROVIDERS["fused_rope"]()
+    trial = Trial(bench, providers.PROVIDERS[name](), "both")
+    for direction in ("forward", "backward", "in_place", "both"):
+        other = Trial(bench, ours, direction)
+        other.verify()
+        operators_of(other)
+    trial.verify()
+    assert operators_of(trial) == ["fused_rope.rotate_qk.default"] * 4  # two for each set
+    assert bench.sets[0].q._version == 0
+
+
+class Eager:
+    """Stands in for measure.Graph: a replay makes the calls again."""
+
+    kernels = 2
+
+    def __init__(self, calls):
+        self.calls, self._inputs = len(calls), calls
+        self.outputs = [call() for call in calls]
+
+    def replay(self):
+        for held, call in zip(self.outputs, self._inputs, strict=True):
+            for x, y in zip(held, call(), strict=True):
+                x.detach().copy_(y)
+
+    def time(self, effort):
+        self.replay()
+        return measure.Figure(2.0, 1.0, 3.0)
+
+
+class EagerClone(Eager):
+    def __init__(self, bytes_of_a_call, cache, device, effort):
+        super().__init__([])
+
+
+def test_a_figure_from_a_graph_says_how_many_kernels_a_call_launches(monkeypatch):
+    pytest.importorskip("fused_rope")
+    monkeypatch.setattr(measure, "Graph", Eager)
+    monkeypatch.setattr(measure, "CloneGraph", EagerClone)
+    runner = run.Runner(CPU, measure.QUICK)
+    runner.on_gpu = True
+    ours = providers.PROVIDERS["fused_rope"]()
+    (step,) = run.plan([Work(CASES["tiny"])], ["both", "in_place"], [ours])
+    with run.tqdm(disable=True) as progress:
+        runner.run(step, progress)
+    assert runner.refused == []
+    assert [(row["metric"], row["kernels"]) for row in runner.rows] == [("gpu_us", 2)] * 2
+
+
+KERNEL, MEMCPY, MEMSET, EMPTY, EVENT_RECORD = 0, 1, 2, 5, 7
+
+
+class Driver:
+    """Stands in for libcuda: a graph of nodes of these types."""
+
+    def __init__(self, types, status=0):
+        self.types, self.status = types, status
+
+    def cuGraphGetNodes(self, graph, nodes, count):
+        count._obj.value = len(self.types)
+        for i in range(len(self.types) if nodes is not None else 0):
+            nodes[i] = i + 1
+        return self.status
+
+    def cuGraphNodeGetType(self, node, kind):
+        kind._obj.value = self.types[node.value - 1]
+        return self.status
+
+
+@pytest.mark.parametrize(
+    "types,expected",
+    [
+        ([], 0),
+        ([KERNEL, KERNEL], 2),
+        ([KERNEL, MEMSET, MEMCPY, EMPTY, EVENT_RECORD], 3),
+    ],
+    ids=["empty", "kernels", "copies and fills"],
+)
+def test_nodes_that_work_on_the_device_are_counted(monkeypatch, types, expected):
+    monkeypatch.setattr(measure.ctypes, "CDLL", lambda name: Driver(types))
+    assert measure.device_nodes(1) == expected
+
+
+def test_a_driver_that_fails_is_named(monkeypatch):
+    monkeypatch.setattr(measure.ctypes, "CDLL", lambda name: Driver([KERNEL], status=1))
+    with pytest.raises(RuntimeError, match="cuGraphGetNodes returned 1"):
+        measure.device_nodes(1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["fused_rope", "fused_rope_hf", "fused_rope_unsloth"])
+def test_the_timed_graph_of_forward_and_backward_holds_our_two_kernels(name):
+    pytest.importorskip("fused_rope")
+    pytest.importorskip("transformers")
+    device = torch.device("cuda")
+    with torch.cuda.stream(torch.cuda.Stream(device)):
+        bench = Bench(Work(CASES["mid512"]), 4, device)
+        trial = Trial(bench, providers.PROVIDERS[name](), "both")
+        trial.verify()
+        graph = trial.capture()
+        trial.verify_graph(graph)
+        assert graph.kernels == 2
+        activities = [torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as profile:
+            graph.replay()
+            torch.cuda.synchronize()
+    on_device = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    assert len(on_device) == 2 * graph.calls
+    assert all("fused_rope" in event.name for event in on_device)
 
 
 class Tired:
@@ -252,6 +461,30 @@ def test_what_is_not_installed_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers.models.llama.modeling_llama", None)
     loaded, skipped = providers.load_providers(["eager_hf", "liger"], torch.device("cpu"))
     assert loaded == [] and skipped.keys() == {"eager_hf", "liger"}
+
+
+def test_peers_are_imported_from_a_folder(tiny, monkeypatch, tmp_path):
+    pytest.importorskip("fused_rope")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(providers.Unsloth, "needs_cuda", False)
+    monkeypatch.setattr(providers.Unsloth, "module_name", "a_peer.kernels")
+    package = tmp_path / "peers" / "a_peer"
+    package.mkdir(parents=True)
+    (package / "kernels.py").write_text(
+        "from fused_rope.compat.unsloth import fast_rope_embedding\n"
+    )
+    arguments = ["--cases", "tiny", "--variants", "bhsd", "--directions", "forward"]
+    arguments += ["--providers", "fused_rope", "unsloth"]
+    _, content, _ = tiny(*arguments)
+    assert content["meta"]["skipped"].keys() == {"unsloth"}
+    _, content, _ = tiny(*arguments, "--peers", str(package.parent))
+    assert content["meta"]["skipped"] == {} and content["meta"]["refused"] == []
+    assert [row["provider"] for row in content["rows"]] == ["fused_rope", "unsloth"]
+
+
+def test_a_folder_of_peers_that_is_not_there_is_an_error(tiny):
+    with pytest.raises(SystemExit, match="--peers: expected a folder"):
+        tiny("--cases", "tiny", "--peers", "no such folder")
 
 
 def sglang_apply_rope_inplace(q, k, cos_sin_cache, positions, *, is_neox):
@@ -328,6 +561,25 @@ def test_sweep_puts_plans_side_by_side(tmp_path, capsys):
     assert "| tiny bhsd forward |" in printed
 
 
+def figure(direction, metric, median, **more):
+    row = {"case": "train", "variant": "", "direction": direction, "provider": "fused_rope"}
+    return row | {"metric": metric, "median": median, "yardstick": 80.0, "bytes": 1} | more
+
+
+def test_tables_are_of_times_where_a_call_in_place_allocates_nothing():
+    rows = [
+        figure(direction, metric, median, plan=plan)
+        for plan in ("", "keep=0")
+        for direction, times in (("forward", (100.0, 335.0)), ("in_place", (160.0, 0.0)))
+        for metric, median in zip(("gpu_us", "peak_bytes"), times, strict=True)
+    ]
+    assert sweep.table(rows, ["", "keep=0"]).split("\n")[2:] == [
+        "| train forward | 100 (0.800) | 100 (0.800) |",
+        "| train in_place | 160 (0.500) | 160 (0.500) |",
+    ]
+    assert "| train |  | in_place |  | 0.0 | 0.0 (0.000) |" in table.markdown(rows)
+
+
 def test_readme_shows_the_figures():
     """`python benchmarks/table.py benchmarks/results/h100.json --readme README.md` writes them."""
     path = "benchmarks/results/h100.json"
@@ -359,6 +611,15 @@ def test_compare_reads_two_files(tmp_path):
     assert "| 4 | 3 | -25.0 % | -25.0 % |" in printed
 
 
+@pytest.mark.parametrize(
+    "before,after,shown", [(0.0, 0.0, "0.0 %"), (0.0, 4.0, "from 0"), (4.0, 0.0, "-100.0 %")]
+)
+def test_compare_shows_the_change_of_calls_that_allocated_nothing(before, after, shown):
+    key = ("train", "", "in_place", "fused_rope", "peak_bytes")
+    a, b = ({key: {"median": peak, "yardstick": 8.0}} for peak in (before, after))
+    assert f"| {shown} | {shown} |" in compare.compare(a, b)
+
+
 def test_compare_shows_the_change():
     key = ("tiny", "", "forward", "fused_rope", "cpu_us")
     old, new = {key: {"median": 10.0, "yardstick": 5.0}}, {key: {"median": 9.0, "yardstick": 5.0}}
@@ -384,17 +645,17 @@ def model_suite(tmp_path):
     return call
 
 
-def test_models_are_timed_stock_and_patched(model_suite):
+def test_models_are_timed_original_and_patched(model_suite):
     status, content = model_suite("--modes", "eager")
     assert status == 0 and content["meta"]["left_out"] == []
     assert {"device", "torch", "cuda", "commit", "date"} <= content["meta"].keys()
     found = set()
     for row in content["rows"]:
         assert row.keys() >= KEYS - {"bytes"} and row["median"] > 0 and row["yardstick"] > 0
-        assert row["distance"] == 0  # the same bits
+        assert row["distance"] == 0  # bitwise identical
         found.add((row["case"], row["direction"], row["provider"], row["metric"]))
     for name in ("llama3_8b", "qwen3_8b"):
-        for variant in ("stock", "patched", "patched_rows"):
+        for variant in ("original", "patched", "patched_rows"):
             assert (name, "decode", variant, "host_us") in found
             assert all((name, p, variant, "wall_us") in found for p in ("prefill", "train"))
 
@@ -405,7 +666,7 @@ def test_compiled_models_are_timed_with_both_choices(model_suite):
     )
     assert status == 0 and content["meta"]["left_out"] == []
     variants = {row["provider"] for row in content["rows"]}
-    assert variants == {"stock", "patched", "patched_fused"}
+    assert variants == {"original", "patched", "patched_fused"}
 
 
 def test_a_failing_contest_stops_nothing(model_suite, monkeypatch):
@@ -437,7 +698,7 @@ def test_nothing_begins_after_the_last_second(model_suite):
     assert [line.split(": ")[1] for line in content["meta"]["left_out"]] == ["out of time"] * 3
 
 
-def test_models_stay_stock_after_a_contest(model_suite):
+def test_models_are_the_original_ones_after_a_contest(model_suite):
     llama = pytest.importorskip("transformers.models.llama.modeling_llama")
     before = llama.apply_rotary_pos_emb, llama.LlamaRotaryEmbedding.forward
     model_suite("--models", "llama3_8b", "--modes", "eager", "--phases", "prefill")
