@@ -67,6 +67,7 @@ class RotaryEmbedding(torch.nn.Module):
 
     Attributes:
         cos, sin: float32 [M, P], the longest table that a call has used so far.
+        max_seq_len: the fewest rows M of a table; `reserve` raises it.
 
     Raises:
         ValueError: sizes that do not fit each other, an unknown layout or rope_type, a missing key.
@@ -111,6 +112,10 @@ class RotaryEmbedding(torch.nn.Module):
         frequencies = ScaledFrequencies(self.rotary_dim, base, self.scaling, blocks)
         self._tables = TableCache(frequencies, max_seq_len)
         self._tables.move(torch.get_default_device() if device is None else device)
+
+    @property
+    def max_seq_len(self) -> int:
+        return self._tables.min_rows
 
     @property
     def cos(self) -> Tensor:
@@ -227,7 +232,8 @@ class RotaryEmbedding(torch.nn.Module):
         """Makes tables have at least `rows` rows, and the one for `device` exist.
 
         Needed before positions, cu_seqlens or a tensor offset that lead beyond max_seq_len, before
-        export, and before a CUDA graph is captured.
+        export, and before a CUDA graph is captured. Recommended before torch.compile: where compiled
+        code has to grow a table, each module builds its own.
         """
         self._tables.reserve(rows)
 
@@ -235,7 +241,7 @@ class RotaryEmbedding(torch.nn.Module):
         parts = [
             f"{self.head_dim}",
             f"rotary_dim={self.rotary_dim}",
-            f"max_seq_len={self._tables.min_rows}",
+            f"max_seq_len={self.max_seq_len}",
         ]
         parts += [f"base={self.base:g}", f"layout={self.layout!r}"]
         for name, usual in _USUAL.items():
