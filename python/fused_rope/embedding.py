@@ -232,8 +232,8 @@ class RotaryEmbedding(torch.nn.Module):
         """Makes tables have at least `rows` rows, and the one for `device` exist.
 
         Needed before positions, cu_seqlens or a tensor offset that lead beyond max_seq_len, before
-        export, and before a CUDA graph is captured. Recommended before torch.compile: where compiled
-        code has to grow a table, each module builds its own.
+        export, and before a CUDA graph is captured. Recommended before torch.compile: compiled code
+        that has to grow a table builds one for each module.
         """
         self._tables.reserve(rows)
 
