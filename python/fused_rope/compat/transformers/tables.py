@@ -1,15 +1,15 @@
-"""The tables that a model's rotary module makes anew at every forward: the same bits for less.
+"""The cosines and sines that a model's rotary module recomputes at every forward, in fewer kernels.
 
-Which rows a forward needs only the device knows, so no table of rows can be kept unless the caller
-names a bound; and the stock recipe is nine kernels, most of whose time is the host's. So here
+The original recipe is nine kernels, most of whose time is the host's, and only the device knows
+which rows a forward needs. So
 
-* the recipe is three kernels: a position times the frequencies, the cosine, the sine, each written
-  in the model's dtype. Nothing but the module's own buffers is kept, any position will do;
-* with a bound, every row is made once, by that recipe or of float64 angles, and a forward gathers
-  its own, in one kernel.
+* the recipe here is three kernels: a position times the frequencies, the cosine, the sine, each
+  written in the model's dtype. Nothing but the module's own buffers is kept; any position is valid;
+* with a bound on the positions, every row is computed once, by that recipe or from float64 angles,
+  and a forward gathers its rows in one kernel.
 
-Both are taken only where the recipe gave the module's own bits on probes. Letters: B batch, S
-sequence length, P pairs, R = 2P or P columns, M table rows.
+Both are used only where a reference check found the recipe's results bitwise identical to the
+module's. Letters: B batch, S sequence length, P pairs, R = 2P or P columns, M table rows.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _PARAMETERS = (["self", "x", "position_ids"], ["self", "x", "position_ids", "lay
 
 
 def rotary_modules(modules: Iterable[ModuleType]) -> Iterator[type[torch.nn.Module]]:
-    """The classes defined in `modules` that make tables of hidden states and position_ids."""
+    """The classes defined in `modules` whose forward takes hidden states and position_ids."""
     for module in modules:
         for name, value in sorted(vars(module).items()):
             if (
@@ -64,8 +64,8 @@ class Recipe:
     float32: bool = False
 
     def make(self, inv_freq: Tensor, scale: float, ids: Tensor, dtype: torch.dtype) -> Pair:
-        """Cosine and sine [..., R] of the integers `ids` [...]; one product, as in a matmul."""
-        angles = (ids[..., None, None] * self._lanes(inv_freq.float())).flatten(-2)
+        """Cosine and sine [..., R] of the integers `ids` [...]."""
+        angles = (ids[..., None, None] * self._columns(inv_freq.float())).flatten(-2)
         dtype = torch.float32 if self.float32 else dtype
         return _scaled(torch.cos, angles, scale, dtype), _scaled(torch.sin, angles, scale, dtype)
 
@@ -75,9 +75,9 @@ class Recipe:
         """Cosine and sine [M, R] of the rows below the bound, from float64 angles."""
         dtype = torch.float32 if self.float32 else dtype
         cos, sin = cos_sin_table(inv_freq, bound, scale=scale, dtype=dtype, device=device)
-        return self._lanes(cos).flatten(-2), self._lanes(sin).flatten(-2)
+        return self._columns(cos).flatten(-2), self._columns(sin).flatten(-2)
 
-    def _lanes(self, values: Tensor) -> Tensor:
+    def _columns(self, values: Tensor) -> Tensor:
         """A view of [..., P] whose last two dimensions, flattened, are the R columns."""
         if self.width == "repeated":
             return values[..., None].expand(*values.shape, 2)
@@ -98,7 +98,7 @@ RECIPES = tuple(
 
 @dataclass(frozen=True)
 class _Kept:
-    """Rows [M, 2R], cosine beside sine, and the frequencies that they were made of."""
+    """Rows [M, 2R], cosine then sine, and the frequencies they were computed from."""
 
     rows: Tensor
     source: weakref.ref[Tensor]
@@ -111,16 +111,16 @@ class _Kept:
 
 
 class Tables:
-    """What makes the tables in place of one class's own forward.
+    """Computes the tables in place of the forward of one class.
 
     Args:
-        stock: that forward.
-        rows: a bound above every position; None where there is none.
-        exact: whether rows that are kept are made of float64 angles, not by the stock recipe.
+        original: that forward.
+        rows: an upper bound of the positions, exclusive; None for no bound.
+        exact: whether kept rows come from float64 angles rather than from the original recipe.
     """
 
-    def __init__(self, stock: Callable[..., Any], rows: int | None, exact: bool = False) -> None:
-        self._stock = stock
+    def __init__(self, original: Callable[..., Any], rows: int | None, exact: bool = False) -> None:
+        self._original = original
         self._rows = rows
         self._exact = exact
         self._recipes: dict[Key, Recipe | None] = {}
@@ -131,7 +131,7 @@ class Tables:
     def __call__(
         self, module: torch.nn.Module, x: Tensor, ids: Any, layer_type: str | None
     ) -> Pair | None:
-        """Cosine and sine as the module makes them, or None where it has to make them itself."""
+        """Cosine and sine as the module computes them; None where it has to do so itself."""
         found = _frequencies(module, x, ids, layer_type)
         if found is None:
             return None
@@ -140,7 +140,7 @@ class Tables:
         if key not in self._recipes:
             if _recording(x.device):
                 return None
-            self._recipes[key] = self._probe(module, x, inv_freq, scale, layer_type)
+            self._recipes[key] = self._find_recipe(module, x, inv_freq, scale, layer_type)
         recipe = self._recipes[key]
         if recipe is None:
             return None
@@ -151,7 +151,7 @@ class Tables:
                 return cos, sin
         return recipe.make(inv_freq, scale, ids, x.dtype)
 
-    def _probe(
+    def _find_recipe(
         self,
         module: torch.nn.Module,
         x: Tensor,
@@ -159,15 +159,15 @@ class Tables:
         scale: float,
         layer_type: str | None,
     ) -> Recipe | None:
-        """The recipe that gives the module's own bits at near and far positions.
+        """Reference check: the recipe that is bitwise identical at near and far positions.
 
-        This waits for the device, once for a class, device, dtype and layer type.
+        Synchronizes with the device, once for a class, device, dtype and layer type.
         """
         ids = torch.arange(2 * 257, device=x.device).view(2, 257)
         ids = torch.stack([ids[0], ids[1] ** 2 * 13 % 1_000_003])
         try:
-            theirs = self._stock(module, x, ids, *([] if layer_type is None else [layer_type]))
-        except Exception:  # whatever it is, the module takes other positions
+            theirs = self._original(module, x, ids, *([] if layer_type is None else [layer_type]))
+        except Exception:  # of any kind: the module takes other positions
             return None
         if not (isinstance(theirs, tuple) and len(theirs) == 2):
             return None
@@ -187,11 +187,11 @@ class Tables:
         scale: float,
         bound: int,
     ) -> Tensor | None:
-        """The rows below the bound, made anew only when the frequencies changed."""
+        """The rows below the bound, recomputed only when the frequencies changed."""
         kept = self._kept.setdefault(module, {}).get(key)
         if kept is not None and kept.are_of(inv_freq, scale):
             return kept.rows
-        if _recording(inv_freq.device):  # a graph's memory is not to be kept
+        if _recording(inv_freq.device):  # a graph's memory must not be kept
             return None
         device, dtype, layer_type = key[1:]
         with torch.inference_mode(False), torch.no_grad():
@@ -211,14 +211,14 @@ class Tables:
 def _frequencies(
     module: torch.nn.Module, x: Tensor, ids: Any, layer_type: str | None
 ) -> tuple[Tensor, float] | None:
-    """Frequencies and scale of tables that depend on them and on positions alone; else None."""
+    """Frequencies and scale, if the tables depend on nothing else but positions; else None."""
     prefix = "" if layer_type is None else f"{layer_type}_"
     inv_freq: Any = getattr(module, f"{prefix}inv_freq", None)
     scale: Any = getattr(module, f"{prefix}attention_scaling", None)
     rope_type = getattr(module, "rope_type", None)
     if isinstance(rope_type, dict):
         rope_type = rope_type.get(layer_type)
-    plain = (
+    usable = (
         type(ids) is Tensor
         and ids.dtype in (torch.int32, torch.int64)
         and ids.dim() == 2
@@ -231,36 +231,36 @@ def _frequencies(
         and _multiplies_exactly(x.device)
         and torch._C._functorch.peek_interpreter_stack() is None
     )
-    return (inv_freq, scale) if plain else None
+    return (inv_freq, scale) if usable else None
 
 
 def _exact_frequencies(module: torch.nn.Module, inv_freq: Tensor, layer_type: str | None) -> Tensor:
-    """Float64 [P] on the host: the config's where the module holds these rounded, else its own.
+    """Float64 [P] on the host: the config's if the module holds them rounded, else its own.
 
-    The module's float32 frequencies alone would turn far positions as wrongly as float32 angles do.
+    Float32 frequencies alone are as wrong at far positions as float32 angles are.
     """
     held = inv_freq.double().cpu()
     try:
         said = config_arguments(module.config, layer_type)
         exact, _ = frequencies(said["rotary_dim"], said["base"], said["scaling"])
-    except Exception:  # whatever it is, the module's are right
+    except Exception:  # of any kind: the module's are right
         return held
-    # Made in float32 they are off by some ulps; in a module cast to less, by one of its dtype's.
+    # Computed in float32 they are off by some ulps; in a narrower dtype by one of that dtype's.
     rtol = max(2e-6, torch.finfo(inv_freq.dtype).eps)
     same = exact.shape == held.shape and torch.allclose(held, exact, rtol=rtol, atol=0)
     return exact if same else held
 
 
 def _multiplies_exactly(device: torch.device) -> bool:
-    """Whether a float32 matmul, which the stock recipe contains, rounds as a product does."""
+    """Whether a float32 matmul, which the original recipe contains, rounds as a product does."""
     backend = {"cuda": torch.backends.cuda, "cpu": torch.backends.mkldnn}.get(device.type)
     return backend is not None and backend.matmul.fp32_precision not in ("tf32", "bf16")
 
 
 def _recording(device: torch.device) -> bool:
-    """Whether what runs is recorded (a CUDA graph, a tracer) or fake: nothing may be read or kept.
+    """Whether operators are recorded (CUDA graph, tracer) or fake: nothing may be read or kept.
 
-    Modes that only watch, such as counters of operators, do not matter.
+    Modes that only observe, such as operator counters, do not matter.
     """
     keys = torch._C._TorchDispatchModeKey
     return (
