@@ -1,21 +1,32 @@
-"""Rotary modules of patched models: the model's own cosines and sines, to the bit, for less."""
+"""Rotary modules of patched models: the model's own tables, bitwise, in fewer kernels."""
 
 import copy
 import doctest
+import gc
 import importlib
 import io
 import pickle
+import threading
+import time
+import weakref
 
+import numpy as np
 import pytest
 import torch
 from oracle import DTYPES, same
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import export
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 transformers = pytest.importorskip("transformers")
 
-from fused_rope.compat.transformers import patch, patching, unpatch  # noqa: E402
+from fused_rope.compat.transformers import patch, patching, tables, unpatch  # noqa: E402
 from fused_rope.frequencies import config_arguments, frequencies  # noqa: E402
 from test_transformers import SIZES as SMALL  # noqa: E402
 
@@ -89,7 +100,6 @@ def operators(call, *args, **options):
 @pytest.fixture
 def patched():
     """Patches by any module of a family; everything is the models' own again afterwards."""
-    patching._retired.clear()  # with what they found out in other tests
     models = []
 
     def patch_once(model, **options):
@@ -102,12 +112,15 @@ def patched():
 
 
 def positions(device):
-    """Prefill, decode steps, left padding, far and unordered ones, int32."""
+    """Prefill, decode steps, left padding (0 or negative there), far and unordered ones, int32."""
     S = 33
     yield torch.arange(S)[None]
     yield torch.tensor([[0]])
     yield torch.tensor([[7], [40]])
     yield torch.stack([torch.arange(S), (torch.arange(S) - 5).clamp(min=0)])
+    yield torch.stack([torch.arange(S), torch.arange(S) - 5])
+    yield torch.tensor([[-1]])
+    yield torch.tensor([[-(2**24) - 1, 5, -999_999]])
     yield torch.randint(0, 1_000_000, (3, 7))
     yield torch.arange(S, dtype=torch.int32)[None]
 
@@ -128,7 +141,7 @@ def test_same_bits(family, kind, dtype, rows, device, patched):
             same(a, b)
             assert not a.requires_grad
     names = operators(rotary, x, ids[0])
-    assert "bmm" not in names and ("cos" in names) == (rows is None)
+    assert "bmm" not in names and ("cos" in names) == (rows is None or device == "cuda")
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
@@ -208,63 +221,346 @@ def test_autocast_and_modes(inference, device, patched):
             same(a, b)
 
 
+@pytest.mark.parametrize("checked", [False, True])
 @pytest.mark.parametrize("rows", [None, 64])
-def test_traced_before_any_other_call(rows, device, patched):
-    """A tracer must meet no probe, or would find other operators when it traces again."""
+def test_traced(rows, checked, device, patched):
+    """A tracer must see no reference check: it would find other operators when it traces again."""
     rotary = rotary_of(device=device)
     x, p = torch.zeros(1, 1, 64, device=device), torch.arange(9, device=device)[None]
     want = rotary(x, p + 3)
     patched(rotary, rows=rows)
+    if checked:
+        rotary(x, p)
     traced = torch.jit.trace(lambda ids: rotary(x, ids), p)
     for a, b in zip(traced(p + 3), want, strict=True):
         same(a, b)
 
 
+def through_make_fx(mode, pre_dispatch=False):
+    def made(rotary, x, p):
+        options = {"tracing_mode": mode, "pre_dispatch": pre_dispatch}
+        return make_fx(lambda i: rotary(x, i), _allow_non_fake_inputs=True, **options)(p)
+
+    return made
+
+
+def exported(rotary, x, p):
+    return lambda ids: export(rotary, (x, p), strict=False).module()(x, ids)
+
+
+@pytest.mark.parametrize("checked", [False, True])
 @pytest.mark.parametrize("rows", [None, 64])
-@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
-def test_made_graphs_before_any_other_call(mode, rows, device, patched):
+@pytest.mark.parametrize(
+    "make",
+    [
+        *(through_make_fx(mode) for mode in ("real", "fake", "symbolic")),
+        through_make_fx("real", pre_dispatch=True),
+        exported,
+    ],
+    ids=["real", "fake", "symbolic", "pre_dispatch", "export"],
+)
+def test_graphs(make, rows, checked, device, patched):
+    """They hold the module's buffer, not rows that were kept of it."""
     rotary = rotary_of(device=device)
     x, p = torch.zeros(1, 1, 64, device=device), torch.arange(9, device=device)[None]
     want = rotary(x, p + 3)
     patched(rotary, rows=rows)
-    make = make_fx(lambda ids: rotary(x, ids), tracing_mode=mode, _allow_non_fake_inputs=True)
-    for got in (make(p)(p + 3), rotary(x, p + 3)):
+    if checked:
+        rotary(x, p)
+    graph = make(rotary, x, p)
+    for got in (graph(p + 3), rotary(x, p + 3)):
         for a, b in zip(got, want, strict=True):
+            same(a, b)
+    rotary.inv_freq.mul_(0.5)
+    for a, b in zip(graph(p), rotary(x, p), strict=True):
+        same(a, b)
+
+
+def fake(rotary, x, p):
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        rotary(x, p)
+
+
+def inference(rotary, x, p):
+    with torch.inference_mode():
+        rotary(x, p)
+
+
+MODES = {
+    "fake": fake,
+    "inference": inference,
+    "vmap": lambda rotary, x, p: torch.vmap(lambda ids: rotary(x, ids))(p[None]),
+    "functionalize": lambda rotary, x, p: torch.func.functionalize(lambda i: rotary(x, i))(p),
+    "jvp": lambda rotary, x, p: torch.func.jvp(lambda x: rotary(x, p)[0], (x,), (x,)),
+    "traced": lambda rotary, x, p: torch.jit.trace(lambda i: rotary(x, i), p),
+    "proxies": lambda rotary, x, p: through_make_fx("symbolic")(rotary, x, p),
+    "exported": lambda rotary, x, p: export(rotary, (x, p), strict=False),
+}
+
+
+@pytest.mark.parametrize("checked", [False, True])
+@pytest.mark.parametrize("table", ["stock", "float64"])
+@pytest.mark.parametrize("mode", MODES)
+def test_nothing_of_a_mode_is_kept(mode, table, checked, device, patched):
+    rotary, other = (rotary_of(device=device) for _ in range(2))
+    x, p = torch.zeros(1, 1, 64, device=device), torch.arange(9, device=device)[None]
+    patched(rotary, rows=64, table=table)
+    want = other(x, p)
+    if checked:
+        rotary(x, p)
+    MODES[mode](rotary, x, p)
+    got = rotary(x, p)
+    for a, b in zip(got, want, strict=True):
+        assert type(a) is torch.Tensor and not a.is_inference()
+        same(a, b)
+    sum(half.clone().requires_grad_() * half for half in got).sum().backward()
+
+
+# --- which modules are left alone ---------------------------------------------------------------
+
+
+class Plain(modeling("llama").LlamaRotaryEmbedding):
+    def forward(self, x, position_ids):
+        return super().forward(x, position_ids)
+
+
+class Gain(Plain):
+    """A setting of the instance decides."""
+
+    gain = 1.0
+
+    def forward(self, x, position_ids):
+        cos, sin = super().forward(x, position_ids)
+        return cos * self.gain, sin * self.gain
+
+
+class Unscaled(Plain):
+    """It has a scale and does not apply it."""
+
+    def forward(self, x, position_ids):
+        cos, sin = super().forward(x, position_ids)
+        return cos / self.attention_scaling, sin / self.attention_scaling
+
+
+class Noisy(Plain):
+    def forward(self, x, position_ids):
+        return super().forward(x, position_ids + self.training)
+
+
+class Growing(Plain):
+    """Its frequencies follow the length, whatever its rope_type says."""
+
+    def forward(self, x, position_ids):
+        if int(position_ids.max()) >= self.max_seq_len_cached:
+            self.max_seq_len_cached = int(position_ids.max()) + 1
+            self.inv_freq = self.inv_freq * 0.5
+        return super().forward(x, position_ids)
+
+
+class Absolute(Plain):
+    def forward(self, x, position_ids):
+        return super().forward(x, position_ids.abs())
+
+
+def instances(cls, device, change):
+    rotary = cls(config_of()).to(device).eval()
+    change(rotary)
+    return rotary
+
+
+@pytest.mark.parametrize("rows", [None, 16])
+@pytest.mark.parametrize(
+    "cls,change",
+    [
+        (Gain, lambda r: setattr(r, "gain", 2.0)),
+        (Unscaled, lambda r: setattr(r, "attention_scaling", 2.0)),
+        (Noisy, lambda r: r.train()),
+        (Growing, lambda r: setattr(r, "max_seq_len_cached", 4)),
+        (Absolute, lambda r: None),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+@pytest.mark.parametrize("late", [False, True])
+def test_another_instance_decides_nothing(cls, change, late, rows, device):
+    """Nor what the module was before it was changed."""
+    own = instances(cls, device, change)
+    ours = tables.Tables(cls.forward, rows)
+    x = torch.zeros(1, 1, 64, device=device)
+    ids = [torch.arange(S, device=device)[None] - 2 for S in (4, 12, 4)]
+    ours(instances(cls, device, lambda r: None), x, ids[0], None)
+    rotary = instances(cls, device, lambda r: None if late else change(r))
+    if late:
+        ours(rotary, x, ids[0], None)
+        change(rotary)
+    for p in ids:
+        got, want = ours(rotary, x, p, None), own(x, p)
+        for a, b in zip(rotary(x, p) if got is None else got, want, strict=True):
             same(a, b)
 
 
-@pytest.mark.parametrize("probed", [False, True])
-def test_nothing_fake_is_kept(probed, device, patched):
-    rotary, other = (rotary_of(device=device) for _ in range(2))
+@pytest.mark.parametrize("rows", [None, 16])
+@pytest.mark.parametrize("value", [0.0, 1.0])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equal_frequencies_decide_nothing(family, value, rows, device, patched):
+    """As they are before weights are loaded: tiled and repeated tables of them are alike."""
+    rotary = rotary_of(family, device=device)
     x, p = torch.zeros(1, 1, 64, device=device), torch.arange(9, device=device)[None]
     want = rotary(x, p)
-    patched(rotary, rows=64)
-    if probed:
-        other(x, p)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        rotary(x, p)
+    held = rotary.inv_freq.clone()
+    patched(rotary, rows=rows)
+    rotary.inv_freq.fill_(value)
+    rotary(x, p)
+    rotary.inv_freq.copy_(held)
     for a, b in zip(rotary(x, p), want, strict=True):
         same(a, b)
+    assert "bmm" not in operators(rotary, x, p)
+
+
+def test_the_reference_check_leaves_the_module_as_it_was(device, patched):
+    rotary = rotary_of(device=device)
+    before, buffers = dict(vars(rotary)), dict(rotary.named_buffers())
+    patched(rotary, rows=16)
+    rotary(torch.zeros(1, 1, 64, device=device), torch.arange(9, device=device)[None])
+    assert vars(rotary) == before
+    assert all(buffers[name] is buffer for name, buffer in rotary.named_buffers())
+
+
+def test_a_setting_that_always_changes_does_not_fill_the_memory(device, patched):
+    rotary, own = rotary_of(device=device), rotary_of(device=device)
+    ours = tables.Tables(type(rotary).forward, 16)
+    x, p = torch.zeros(1, 1, 64, device=device), torch.arange(9, device=device)[None]
+    for step in range(50):
+        rotary.attention_scaling = own.attention_scaling = 1 + step / 50
+        for a, b in zip(ours(rotary, x, p, None), own(x, p), strict=True):
+            same(a, b)
+    found = ours._found[rotary]
+    assert len(found.recipes) <= tables._SETTINGS_PER_MODULE and len(found.kept) <= 1
+
+
+def test_selective_checkpointing_sees_the_same_operators_twice(device, patched):
+    """What happens once for a module, the check and the rows, is not recorded with the first."""
+    rotary = rotary_of(device=device)
+    x, p = torch.ones(1, 9, 16, device=device, requires_grad=True), torch.arange(9, device=device)
+
+    def run(x):
+        cos, sin = rotary(x, p[None])
+        return (x * cos).cos() * sin.sin()
+
+    def gradient(**options):
+        return torch.autograd.grad(checkpoint(run, x, use_reentrant=False, **options).sum(), x)[0]
+
+    def save_all():
+        policy = lambda *args, **options: CheckpointPolicy.MUST_SAVE  # noqa: E731
+        return create_selective_checkpoint_contexts(policy)
+
+    want = gradient()
+    patched(rotary, rows=16)
+    same(gradient(context_fn=save_all), want)
+    unpatch(rotary), patch(rotary, rows=16)
+    assert operators(rotary, x, p[None]) == operators(rotary, x, p[None])
 
 
 # --- rows that are kept -------------------------------------------------------------------------
 
 
-def test_rows_are_kept_until_the_frequencies_change(device, patched):
-    rotary, stock = rotary_of(device=device), rotary_of(device=device)
-    x, p = torch.zeros(1, 1, 64, device=device), torch.arange(9, device=device)[None]
-    patched(rotary, rows=16)
-    rotary(x, p)
-    assert "cos" not in operators(rotary, x, p + 1)
-    for change in (lambda r: r.inv_freq.mul_(0.5), lambda r: r.bfloat16(), lambda r: r.float()):
-        change(rotary), change(stock)
-        assert "cos" in operators(rotary, x, p)
-        assert "cos" not in operators(rotary, x, p)
-        unpatch(rotary)
-        want = stock(x, p)
-        patch(rotary, rows=16)
+@pytest.fixture
+def made_rows(monkeypatch):
+    """A list that gets the bound of all rows that are made."""
+    bounds, make_rows = [], tables.Recipe.make_rows
+
+    def counted(self, frequencies, scale, bound, dtype):
+        bounds.append(bound)
+        return make_rows(self, frequencies, scale, bound, dtype)
+
+    monkeypatch.setattr(tables.Recipe, "make_rows", counted)
+    return bounds
+
+
+def replace_buffer(rotary):
+    del rotary.inv_freq
+    rotary.register_buffer("inv_freq", rotary.original_inv_freq * 0.5, persistent=False)
+
+
+def load(rotary):
+    rotary.register_buffer("inv_freq", rotary.inv_freq, persistent=True)
+    state = rotary.state_dict()
+    rotary.load_state_dict(state | {"inv_freq": state["inv_freq"] * 0.5})
+
+
+def offload(rotary):
+    device = rotary.inv_freq.device
+    rotary.to("meta").to_empty(device=device)
+    for name in ("inv_freq", "original_inv_freq"):
+        getattr(rotary, name).copy_(torch.arange(1, 9, device=device) / 9)
+
+
+def inference_frequencies(rotary):
+    with torch.inference_mode():
+        rotary.inv_freq = rotary.inv_freq * 0.5
+
+
+CHANGES = {
+    "in place": lambda r: r.inv_freq.mul_(0.5),
+    "one element": lambda r: r.inv_freq[-1:].zero_(),
+    "detached": lambda r: r.inv_freq.detach().mul_(0.5),
+    ".data in place": lambda r: r.inv_freq.data.mul_(0.5),
+    ".data set": lambda r: setattr(r.inv_freq, "data", r.inv_freq * 0.5),
+    "set_": lambda r: r.inv_freq.set_(r.inv_freq * 0.5),
+    "storage": lambda r: r.inv_freq.untyped_storage().copy_((r.inv_freq * 0.5).untyped_storage()),
+    "NumPy view": lambda r: np.multiply(r.inv_freq.numpy(), 0.5, out=r.inv_freq.numpy()),
+    "DLPack": lambda r: torch.from_dlpack(r.inv_freq.detach()).mul_(0.5),
+    "attribute": lambda r: setattr(r, "inv_freq", r.inv_freq * 0.5),
+    "strided": lambda r: setattr(r, "inv_freq", torch.stack([r.inv_freq * 0.5] * 2, 1)[:, 0]),
+    "buffer": replace_buffer,
+    "_buffers": lambda r: r._buffers.update(inv_freq=r.inv_freq * 0.5),
+    "load_state_dict": load,
+    "bfloat16": lambda r: r.bfloat16(),
+    "bfloat16 and back": lambda r: r.bfloat16().float(),
+    "float64": lambda r: r.double(),
+    "offload": offload,
+    "inference": inference_frequencies,
+    "attention_scaling": lambda r: setattr(r, "attention_scaling", 1.25),
+    "NaN": lambda r: r.inv_freq.data[2:3].fill_(float("nan")),
+    "no change": lambda r: None,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("rows", [None, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_frequencies_may_change_in_any_way(change, rows, dtype, device, patched):
+    if change == "NumPy view" and device == "cuda":
+        pytest.skip("CUDA tensors have no NumPy view")
+    rotary, own = rotary_of(device=device), rotary_of(device=device)
+    x, p = torch.zeros(1, 1, 64, device=device, dtype=dtype), torch.arange(9, device=device)[None]
+    CHANGES[change](own)
+    want = own(x, p)
+    patched(rotary, rows=rows)
+    for _ in range(2):
+        rotary(x, p)
+    CHANGES[change](rotary)
+    for _ in range(2):
         for a, b in zip(rotary(x, p), want, strict=True):
             same(a, b)
+
+
+def test_rows_are_made_only_where_numbers_changed(device, patched, made_rows):
+    rotary = rotary_of(device=device)
+    x, p = torch.zeros(1, 1, 64, device=device), torch.arange(9, device=device)[None]
+    patched(rotary, rows=16)
+    made = 0 if device == "cuda" else 1  # there the comparison costs as much as the recipe
+    for change, more in (
+        (lambda r: None, made),
+        (lambda r: r.inv_freq.mul_(1.0), 0),  # as in DistributedDataParallel's broadcasts
+        (lambda r: setattr(r, "inv_freq", r.inv_freq.clone()), 0),  # as offloading hooks do
+        (lambda r: r.inv_freq.data[2:3].fill_(float("nan")), made),
+        (lambda r: r.inv_freq.mul_(0.5), made),
+    ):
+        before = len(made_rows)
+        change(rotary)
+        for _ in range(3):
+            rotary(x, p + 1)
+        assert len(made_rows) == before + more
 
 
 def test_rows_get_no_gradient(device, patched):
@@ -278,14 +574,32 @@ def test_rows_get_no_gradient(device, patched):
         assert not a.requires_grad
 
 
-def test_rows_beyond_the_bound_are_errors(patched):
+@pytest.mark.parametrize("table", ["stock", "float64"])
+@pytest.mark.parametrize("ids", [[[16]], [[-1, 16, 3]], [[0, 1], [40, 2]]])
+def test_rows_beyond_the_bound_are_errors(ids, table, patched):
     rotary = rotary_of()
-    patched(rotary, rows=16)
-    x = torch.zeros(1, 1, 64)
+    patched(rotary, rows=16, table=table)
+    x, ids = torch.zeros(1, 1, 64), torch.tensor(ids)
     rotary(x, torch.tensor([[15]]))
-    for beyond in (16, -1):
-        with pytest.raises(IndexError):
-            rotary(x, torch.tensor([[beyond]]))
+    last = int(ids.max())
+    message = (
+        rf"patch\(model, rows=16\): position {last} has no row; pass rows= at least {last + 1}"
+    )
+    for call in (rotary, torch.inference_mode()(rotary)):
+        with pytest.raises(IndexError, match=message):
+            call(x, ids)
+    rotary(x, torch.tensor([[15]]))
+
+
+def test_any_position_is_valid_on_a_device_that_keeps_no_rows(patched):
+    if not torch.cuda.is_available():
+        pytest.skip("needs CUDA")
+    rotary = rotary_of(device="cuda")
+    x, p = torch.zeros(1, 1, 64, device="cuda"), torch.tensor([[-3, 99]], device="cuda")
+    want = rotary(x, p)
+    patched(rotary, rows=16)
+    for a, b in zip(rotary(x, p), want, strict=True):
+        same(a, b)
 
 
 def test_kept_rows_are_no_state_of_the_model(device, patched):
@@ -293,16 +607,148 @@ def test_kept_rows_are_no_state_of_the_model(device, patched):
     ids = torch.randint(1, 97, (2, 19), device=device)
     keys = list(model.state_dict())
     patched(model, rows=64)
+    size = len(pickle.dumps(model))
     want = model(ids).logits
     assert list(model.state_dict()) == keys
-    buffer = io.BytesIO(pickle.dumps(model))
-    for other in (copy.deepcopy(model), pickle.load(buffer)):
-        same(other(ids).logits, want)
+    assert abs(len(pickle.dumps(model)) - size) < 64
+    for save in (pickle.dump, torch.save):
+        buffer = io.BytesIO()
+        save(model, buffer)
+        buffer.seek(0)
+        load = pickle.load if save is pickle.dump else lambda f: torch.load(f, weights_only=False)
+        for other in (copy.deepcopy(model), load(buffer)):
+            same(other(ids).logits, want)
+            other.model.rotary_emb.inv_freq.data.mul_(0.5)
+            assert not torch.equal(other(ids).logits, want)
+            same(model(ids).logits, want)
     model.to(torch.float64).to(torch.float32)
     same(model(ids).logits, want)
 
 
+ROWS = 4099  # a size that no other tensor has
+
+
+def kept_tensors():
+    gc.collect()
+    return sum(type(t) is torch.Tensor and t.shape[:1] == (ROWS,) for t in gc.get_objects())
+
+
+@pytest.mark.parametrize("table", ["stock", "float64"])
+def test_kept_rows_go_with_the_patch(table):
+    rotary = rotary_of()
+    forward = rotary.forward
+    for rows in (ROWS, 7, ROWS):
+        patch(rotary, rows=rows, table=table)
+        captured = rotary.forward
+        for dtype in (torch.float32, torch.bfloat16):
+            captured(torch.zeros(1, 1, 64, dtype=dtype), torch.tensor([[3]]))
+        assert kept_tensors() == (2 if rows == ROWS else 0)
+        unpatch(rotary)
+        assert kept_tensors() == 0
+    x, beyond = torch.zeros(1, 1, 64), torch.tensor([[ROWS]])
+    for a, b in zip(captured(x, beyond), forward(x, beyond), strict=True):
+        same(a, b)  # the patched method, called afterwards, is the module's own
+    assert kept_tensors() == 0
+
+
+def test_kept_rows_go_with_a_patch_that_somebody_wrapped(monkeypatch):
+    rotary, cls = rotary_of(), modeling("llama").LlamaRotaryEmbedding
+    own = cls.forward
+    patch(rotary, rows=ROWS)
+    ours = cls.forward
+    monkeypatch.setattr(cls, "forward", lambda self, x, ids: ours(self, x, ids))
+    rotary(torch.zeros(1, 1, 64), torch.tensor([[3]]))
+    assert kept_tensors() == 1
+    unpatch(rotary)
+    rotary(torch.zeros(1, 1, 64), torch.tensor([[ROWS]]))
+    assert kept_tensors() == 0
+    monkeypatch.setattr(cls, "forward", own)
+
+
+def test_kept_rows_go_with_the_model(patched):
+    patched(rotary_of(), rows=ROWS)
+    model = model_of()
+    model(torch.tensor([[1, 2, 3]]))
+    dead = weakref.ref(model.model.rotary_emb)
+    assert kept_tensors() == 1
+    del model
+    assert kept_tensors() == 0 and dead() is None
+
+
+def test_many_modules_of_equal_numbers_share_rows(patched):
+    modules = [rotary_of() for _ in range(4)]
+    modules.append(copy.deepcopy(modules[0]))
+    modules[1].inv_freq.mul_(0.5)
+    patched(modules[0], rows=ROWS)
+    for rotary in modules:
+        rotary(torch.zeros(1, 1, 64), torch.tensor([[3]]))
+    assert kept_tensors() == 2
+
+
+def test_patching_with_ever_other_rows_keeps_nothing():
+    rotary = rotary_of()
+    patch(rotary, rows=2), unpatch(rotary)
+    before = len(patching._retired)
+    for rows in range(3, 30):
+        patch(rotary, rows=rows)
+        rotary(torch.zeros(1, 1, 64), torch.tensor([[rows - 1]]))
+        unpatch(rotary)
+    assert len(patching._retired) == before
+
+
+@pytest.mark.parametrize("table", ["stock", "float64"])
+def test_threads_share_a_module(table, device):
+    """While they patch anew, in two dtypes, and while another replaces the frequencies."""
+    torch.set_num_threads(1)
+    rotary, own = rotary_of(device=device), [rotary_of(device=device) for _ in range(2)]
+    held = [rotary.inv_freq, rotary.inv_freq * 0.5]
+    own[1].inv_freq.mul_(0.5)
+    kinds = [(dtype, S) for dtype in (torch.float32, torch.bfloat16) for S in (3, 200)]
+    xs = [torch.zeros(1, 1, 64, device=device, dtype=dtype) for dtype, _ in kinds]
+    ids = [torch.arange(S, device=device)[None] - 1 for _, S in kinds]
+    options = {"rows": 256, "table": table}
+    patch(own[0], **options) if table == "float64" else None
+    want = [[r(x, p) for r in own] for x, p in zip(xs, ids, strict=True)]
+    unpatch(own[0]) if table == "float64" else None
+    other = [[r(x, p) for r in own] for x, p in zip(xs, ids, strict=True)]
+    failures, calls, end = [], [0] * len(kinds), time.time() + 3
+
+    def call(i):
+        while time.time() < end:
+            try:
+                got, calls[i] = rotary(xs[i], ids[i]), calls[i] + 1
+                if not any(
+                    all(torch.equal(a, b) for a, b in zip(got, pair, strict=True))
+                    for pair in want[i] + other[i]
+                ):
+                    failures.append(kinds[i])
+            except Exception as error:
+                failures.append(repr(error))
+
+    threads = [threading.Thread(target=call, args=(i,)) for i in range(len(kinds))]
+    for thread in threads:
+        thread.start()
+    while time.time() < end:
+        patch(rotary, **options)
+        for inv_freq in held * 3:
+            rotary.inv_freq = inv_freq
+            time.sleep(0.002)
+        unpatch(rotary)
+    for thread in threads:
+        thread.join()
+    assert not failures and min(calls) > 10, (failures[:3], calls)
+
+
 # --- rows of float64 angles ---------------------------------------------------------------------
+
+
+@pytest.fixture(params=["kept", "selected"])
+def frequencies_are(request, device, monkeypatch):
+    """Rows are kept on the CPU; CUDA selects frequencies on the device, which the CPU can too."""
+    if request.param == "selected":
+        monkeypatch.setattr(tables, "_compares_on_host", lambda device: False)
+    elif device == "cuda":
+        pytest.skip("nothing is kept on CUDA")
 
 
 def exact_frequencies(rotary, layer_type=None):
@@ -330,20 +776,20 @@ def within_an_ulp(got, want):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", ["default", "linear", "yarn", "llama3"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
-def test_float64_rows(family, kind, dtype, device, patched):
+def test_float64_rows(family, kind, dtype, device, patched, frequencies_are):
     rotary = rotary_of(family, kind, device)
     x = torch.zeros(1, 1, 64, device=device, dtype=dtype)
-    ids = torch.tensor([[0, 1, 2, 77], [999, 65537, 99_999, 131_071]], device=device)
+    ids = torch.tensor([[0, -1, 2, 77], [-999, 65537, 99_999, 131_071]], device=device)
     stock = rotary(x, ids)
     patched(rotary, rows=131_072, table="float64")
     got = rotary(x, ids)
     assert [a.dtype for a in got] == [b.dtype for b in stock]
     want = exact_pair(exact_frequencies(rotary), ids, rotary.attention_scaling, family)
     within_an_ulp(got, want)
-    assert not {"cos", "bmm"} & set(operators(rotary, x, ids))
+    assert "bmm" not in operators(rotary, x, ids)
 
 
-def test_float64_rows_of_far_positions_are_closer_to_the_truth(device, patched):
+def test_float64_rows_of_far_positions_are_closer_to_the_truth(device, patched, frequencies_are):
     rotary = rotary_of(device=device)
     x, far = torch.zeros(1, 1, 64, device=device), torch.tensor([[131_071]], device=device)
     stock = rotary(x, far)
@@ -354,7 +800,7 @@ def test_float64_rows_of_far_positions_are_closer_to_the_truth(device, patched):
         assert off < 1e-7 and stock_off > 1e-4
 
 
-def test_float64_rows_follow_the_module_s_frequencies(device, patched):
+def test_float64_rows_follow_the_module_s_frequencies(device, patched, frequencies_are):
     rotary = rotary_of(device=device)
     x, p = torch.zeros(1, 1, 64, device=device), torch.arange(64, device=device)[None]
     patched(rotary, rows=64, table="float64")
@@ -366,8 +812,53 @@ def test_float64_rows_follow_the_module_s_frequencies(device, patched):
     within_an_ulp(rotary(x, p), exact_pair(rotary.inv_freq, p))
 
 
+@pytest.mark.parametrize("change", [name for name in CHANGES if name != "NaN"])
+def test_float64_rows_follow_any_change(change, device, patched, frequencies_are):
+    if change == "NumPy view" and device == "cuda":
+        pytest.skip("CUDA tensors have no NumPy view")
+    rotary = rotary_of(device=device)
+    x, p = torch.zeros(1, 1, 64, device=device), torch.arange(64, device=device)[None] - 3
+    patched(rotary, rows=64, table="float64")
+    rotary(x, p)
+    CHANGES[change](rotary)
+    config, held = exact_frequencies(rotary), rotary.inv_freq.double().cpu()
+    rtol = max(2e-6, torch.finfo(rotary.inv_freq.dtype).eps)
+    used = torch.where((held - config).abs() <= rtol * config, config, held)
+    for _ in range(2):
+        within_an_ulp(rotary(x, p), exact_pair(used, p, rotary.attention_scaling))
+
+
+def test_float64_rows_do_not_depend_on_other_positions(patched):
+    """A padded sequence in the batch changes nothing in the others."""
+    rotary = rotary_of()
+    x, p = torch.zeros(1, 1, 64), torch.arange(4096)[None]
+    patched(rotary, rows=4096, table="float64")
+    for a, b in zip(rotary(x, torch.cat([p - 7, p])), rotary(x, p), strict=True):
+        same(a[1:], b)
+
+
+def test_float64_tables_in_a_cuda_graph(patched):
+    """It outlives the patch, and follows the frequencies."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs CUDA")
+    rotary = rotary_of(device="cuda")
+    x, p = torch.zeros(1, 1, 64, device="cuda"), torch.arange(64, device="cuda")[None]
+    patch(rotary, rows=64, table="float64")
+    rotary(x, p)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = rotary(x, p)
+    unpatch(rotary)
+    torch.full((1000,), 7.0, device="cuda", dtype=torch.float64)
+    graph.replay()
+    within_an_ulp(got, exact_pair(exact_frequencies(rotary), p))
+    rotary.inv_freq.data.mul_(0.5)
+    graph.replay()
+    within_an_ulp(got, exact_pair(rotary.inv_freq, p))
+
+
 @pytest.mark.skipif(not MODERN, reason="transformers 4 has one module for each layer type")
-def test_float64_rows_of_layer_types(device, patched):
+def test_float64_rows_of_layer_types(device, patched, frequencies_are):
     config = transformers.Gemma3TextConfig(**SIZES | {"num_hidden_layers": 6})
     rotary = modeling("gemma3").Gemma3RotaryEmbedding(config).to(device)
     x, p = torch.zeros(1, 1, 64, device=device), torch.tensor([[3, 4095]], device=device)

@@ -41,10 +41,10 @@ Llama, say) are covered where their parts are.
 * torch.compile is given the model's own function by default, which Inductor fuses with the norms
   and projections around it; `compiled="fused"` gives it the operator. *interleaved, turned in
   place* and *half, packed, in place* are the operator always.
-* Rotary modules that make cosines and sines of position_ids alone make them in three kernels
-  instead of nine, the same bits, or gather kept rows where `rows=` bounds the positions. Dynamic
-  and longrope scaling, M-RoPE, and a float32 matmul precision below "highest" keep the module's own
-  forward.
+* Rotary modules whose cosines and sines depend on position_ids alone compute them in three kernels
+  instead of nine, bitwise identical; on the CPU they gather kept rows where `rows=` bounds the
+  positions. Dynamic and longrope scaling, M-RoPE, and a float32 matmul precision below "highest"
+  keep the module's own forward.
 
 | model classes | function | form |
 | --- | --- | --- |

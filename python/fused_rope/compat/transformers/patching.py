@@ -89,6 +89,11 @@ class Options:
     rows: int | None
     table: str
 
+    @property
+    def compiled_code(self) -> tuple[str, str]:
+        """What compiled code depends on; rows and table matter to eager calls alone."""
+        return self.precision, self.compiled
+
 
 @dataclass
 class _Replacement:
@@ -111,7 +116,7 @@ class _Replacement:
         if self.site.value is not self.ours:
             return False
         setattr(self.site.owner, self.site.name, self.stock)
-        _retired[self.site.key, self.options] = self
+        _retired[self.site.key, self.options.compiled_code] = self
         return True
 
 
@@ -120,20 +125,29 @@ class _Forward(_Replacement):
 
     def __init__(self, site: Site, options: Options) -> None:
         super().__init__(site, site.value, options)
-        stock, tables = site.value, Tables(site.value, options.rows, options.table == "float64")
+        self.tables: Tables | None = None
+        stock, replacement = site.value, self
 
         @functools.wraps(stock)
         def forward(
             self: torch.nn.Module, x: Any, position_ids: Any = None, layer_type: str | None = None
         ) -> Any:
             made = None
-            if not torch.compiler.is_compiling():
+            if not torch.compiler.is_compiling() and (tables := replacement.tables) is not None:
                 made = tables(self, x, position_ids, layer_type)
             if made is not None:
                 return made
             return stock(self, x, position_ids, *([] if layer_type is None else [layer_type]))
 
         self.ours = forward
+
+    def install(self) -> None:
+        self.tables = Tables(self.stock, self.options.rows, self.options.table == "float64")
+        super().install()
+
+    def remove(self) -> bool:
+        self.tables = None  # with the rows that it keeps; a forward that runs holds its own
+        return super().remove()
 
 
 class _Function(_Replacement):
@@ -197,7 +211,7 @@ class _Function(_Replacement):
 
 
 _replacements: dict[str, _Replacement] = {}
-_retired: dict[tuple[str, Options], _Replacement] = {}
+_retired: dict[tuple[str, tuple[str, str]], _Replacement] = {}
 
 
 def patch(
@@ -216,9 +230,10 @@ def patch(
     that the operator does not read differs from the one it reads, the model's own function takes
     its place again, with a warning. (Captured and traced calls cannot look: call once before.)
 
-    The family's rotary modules, which make cosines and sines anew at every forward, are given a
-    shorter way to the same bits where they pass a probe: see `rows`. Dynamic and longrope scaling,
-    M-RoPE and a matmul precision below float32 keep the module's own way.
+    The family's rotary modules, which recompute cosines and sines at every forward, do so in fewer
+    kernels where a reference check of each module finds the results bitwise identical: see `rows`.
+    Dynamic and longrope scaling, M-RoPE, tracers and a matmul precision below float32 keep the
+    module's own forward.
 
     DeepSeek's interleaved form permutes the lanes of q and k before it rotates them; ours leaves
     them where they are, so attention scores are equal up to the order of their sums, and keys in a
@@ -231,15 +246,17 @@ def patch(
             compiler fuses with what stands around it; "fused" is the operator, which is opaque to
             it. None: "stock" where precision is "model". DeepSeek's interleaved form, whose keys
             lie otherwise in a cache, and functions written in Triton are the operator always.
-        rows: the caller's word that positions are below this. Then the rows of the table are kept
-            across forwards and gathered; a position beyond is an IndexError, on CUDA a device-side
-            assertion. None: any position, rows are recomputed.
-        table: what rows that are kept hold. "stock": the model's own recipe, bit for bit, whose
-            angles are float32. "float64": `fused_rope.cos_sin_table` of the config's frequencies in
-            float64, or of the module's own where these are others, times the module's
-            attention_scaling, rounded once to the dtype that the module returns. It needs `rows`,
-            is made in the first forward that is not captured (this waits for the device), and is
-            not there for torch.compile, nor wherever else the module keeps its own way.
+        rows: all positions are below this. Then the CPU keeps the rows of the table across forwards
+            until the module's frequencies change in any way or `unpatch` frees them; a position at
+            or beyond the bound is an IndexError in the model's forward, a negative one means what
+            it does in the original. CUDA keeps nothing and takes any position. None: any position,
+            rows are recomputed.
+        table: "stock": the model's own recipe, bit for bit, whose angles are float32. "float64":
+            angles of the config's frequencies in float64, or of the module's own where these are
+            others, times the module's attention_scaling, rounded once to the dtype that the module
+            returns. It needs `rows`, takes effect in the first forward that is not captured in a
+            CUDA graph (which synchronizes), and does not apply to torch.compile, nor wherever else
+            the module keeps its own forward.
 
     Returns:
         A Report: which functions were replaced, and which were left alone, and why.
@@ -340,12 +357,15 @@ def _take(
     """What is installed at the site, for one more model, or why nothing is."""
     entry = _replacements.get(site.key)
     if entry is None:
-        entry = _retired.get((site.key, options))  # compiled code that knows it is valid again
+        entry = _retired.get(
+            (site.key, options.compiled_code)
+        )  # compiled code that knows it is valid again
         if entry is None or entry.stock is not site.value:
             made = make(site, options)
             if isinstance(made, str):
                 return made
             entry = made
+        entry.options = options
         _replacements[site.key] = entry
         entry.install()
     entry.models += 1

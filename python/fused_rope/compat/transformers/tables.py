@@ -1,29 +1,36 @@
-"""The tables that a model's rotary module makes anew at every forward: the same bits for less.
+"""The cosines and sines that a model's rotary module recomputes at every forward, in fewer kernels.
 
-Which rows a forward needs only the device knows, so no table of rows can be kept unless the caller
-names a bound; and the stock recipe is nine kernels, most of whose time is the host's. So here
+The original recipe is nine kernels, most of whose time is the host's. Here
 
 * the recipe is three kernels: a position times the frequencies, the cosine, the sine, each written
-  in the model's dtype. Nothing but the module's own buffers is kept, any position will do;
-* with a bound, every row is made once, by that recipe or of float64 angles, and a forward gathers
-  its own, in one kernel.
+  in the model's dtype. Nothing is kept; any position is valid;
+* with a bound on the positions, the rows below it are kept on the CPU, and a forward gathers its
+  rows. They are valid for the frequencies they were computed from, bitwise, which every forward
+  compares with the module's. On CUDA that comparison synchronizes or takes as many kernels as the
+  recipe, so nothing is kept there;
+* float64 angles take the config's frequencies for those that the module holds rounded. On the CPU
+  they make the kept rows; on CUDA each forward selects its frequencies on the device.
 
-Both are taken only where the recipe gave the module's own bits on probes. Letters: B batch, S
-sequence length, P pairs, R = 2P or P columns, M table rows.
+All are used only where a reference check of this very module found the recipe's results bitwise
+identical to the module's. Nothing that is kept here is ever written to again: threads may share it.
+Letters: B batch, S sequence length, P pairs, R = 2P or P columns, M table rows.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import inspect
 import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ...frequencies import config_arguments, frequencies
 from ...functional import cos_sin_table
@@ -31,14 +38,14 @@ from ...functional import cos_sin_table
 __all__ = ["RECIPES", "Recipe", "Tables", "rotary_modules"]
 
 Pair = tuple[Tensor, Tensor]
-Key = tuple[Any, ...]  # class, device, dtype, layer type
+Key = tuple[Any, ...]
 
 _NAME = re.compile(r"\w*Rotary\w*Embedding$")
 _PARAMETERS = (["self", "x", "position_ids"], ["self", "x", "position_ids", "layer_type"])
 
 
 def rotary_modules(modules: Iterable[ModuleType]) -> Iterator[type[torch.nn.Module]]:
-    """The classes defined in `modules` that make tables of hidden states and position_ids."""
+    """The classes defined in `modules` whose forward takes hidden states and position_ids."""
     for module in modules:
         for name, value in sorted(vars(module).items()):
             if (
@@ -63,21 +70,23 @@ class Recipe:
     width: str
     float32: bool = False
 
-    def make(self, inv_freq: Tensor, scale: float, ids: Tensor, dtype: torch.dtype) -> Pair:
-        """Cosine and sine [..., R] of the integers `ids` [...]; one product, as in a matmul."""
-        angles = (ids[..., None, None] * self._lanes(inv_freq.float())).flatten(-2)
+    def make(self, frequencies: Tensor, scale: float, ids: Tensor, dtype: torch.dtype) -> Pair:
+        """Cosine and sine [..., R] of the integers `ids` [...], of angles in frequencies' dtype."""
+        angles = (ids[..., None, None] * self._columns(frequencies)).flatten(-2)
         dtype = torch.float32 if self.float32 else dtype
         return _scaled(torch.cos, angles, scale, dtype), _scaled(torch.sin, angles, scale, dtype)
 
-    def make_exact(
-        self, inv_freq: Tensor, scale: float, bound: int, dtype: torch.dtype, device: torch.device
-    ) -> Pair:
-        """Cosine and sine [M, R] of the rows below the bound, from float64 angles."""
+    def make_rows(
+        self, frequencies: Tensor, scale: float, bound: int, dtype: torch.dtype
+    ) -> Tensor:
+        """Rows [M, 2R] of the positions below the bound on the CPU, cosine then sine."""
+        if frequencies.dtype != torch.float64:
+            return torch.cat(self.make(frequencies, scale, torch.arange(bound), dtype), dim=-1)
         dtype = torch.float32 if self.float32 else dtype
-        cos, sin = cos_sin_table(inv_freq, bound, scale=scale, dtype=dtype, device=device)
-        return self._lanes(cos).flatten(-2), self._lanes(sin).flatten(-2)
+        pair = cos_sin_table(frequencies, bound, scale=scale, dtype=dtype)
+        return torch.cat([self._columns(half).flatten(-2) for half in pair], dim=-1)
 
-    def _lanes(self, values: Tensor) -> Tensor:
+    def _columns(self, values: Tensor) -> Tensor:
         """A view of [..., P] whose last two dimensions, flattened, are the R columns."""
         if self.width == "repeated":
             return values[..., None].expand(*values.shape, 2)
@@ -97,61 +106,197 @@ RECIPES = tuple(
 
 
 @dataclass(frozen=True)
-class _Kept:
-    """Rows [M, 2R], cosine beside sine, and the frequencies that they were made of."""
+class _KeptRows:
+    """Rows [M, 2R] on the CPU, cosine then sine, and everything they were computed from.
+
+    Attributes:
+        rows: of the positions 0 to M - 1.
+        dtype: of the hidden states.
+        inv_freq: [P], the module's at that time, as integers of its bits.
+        frequencies: [P], those of the angles: inv_freq in float32, or float64.
+    """
 
     rows: Tensor
-    source: weakref.ref[Tensor]
-    version: int
+    recipe: Recipe
     scale: float
+    dtype: torch.dtype
+    inv_freq_dtype: torch.dtype
+    inv_freq: Tensor
+    frequencies: Tensor
 
-    def are_of(self, inv_freq: Tensor, scale: float) -> bool:
-        same = self.source() is inv_freq and self.version == inv_freq._version
-        return same and self.scale == scale
+    def are_of(self, recipe: Recipe, inv_freq: Tensor, scale: float) -> bool:
+        """Whether the module's numbers are still those of the rows; NumPy views change them too."""
+        if (
+            self.scale != scale
+            or self.recipe is not recipe
+            or self.inv_freq_dtype != inv_freq.dtype
+        ):
+            return False
+        if torch._C._len_torch_dispatch_stack() > 0:  # it must see the same operators in all calls
+            with _unobserved():
+                return torch.equal(self.inv_freq, _bits(inv_freq))
+        return torch.equal(self.inv_freq, _bits(inv_freq))
+
+    def gather(self, ids: Tensor) -> Pair:
+        """Cosine and sine [B, S, R] of positions below M; negative ones are computed."""
+        try:
+            found = torch.embedding(self.rows, ids)
+        except IndexError:
+            rows, highest = self.rows.shape[0], int(ids.max())
+            if highest >= rows:
+                raise IndexError(
+                    f"patch(model, rows={rows}): position {highest} has no row; "
+                    f"pass rows= at least {highest + 1}"
+                ) from None
+            made = torch.cat(self.recipe.make(self.frequencies, self.scale, ids, self.dtype), -1)
+            found = torch.embedding(self.rows, ids.clamp(min=0))
+            found = torch.where(ids[..., None] < 0, made, found)
+        cos, sin = found.chunk(2, dim=-1)
+        return cos, sin
+
+
+@dataclass(frozen=True)
+class _ConfigFrequencies:
+    """The float64 frequencies of a module's config, and the bounds of what rounds them.
+
+    Attributes:
+        values, low, high: float64 [P].
+    """
+
+    values: Tensor
+    low: Tensor
+    high: Tensor
+
+    @classmethod
+    def read(
+        cls, module: torch.nn.Module, inv_freq: Tensor, layer_type: str | None
+    ) -> _ConfigFrequencies | None:
+        """On the CPU; None where the config does not tell."""
+        try:
+            said = config_arguments(module.config, layer_type)
+            values, _ = frequencies(said["rotary_dim"], said["base"], said["scaling"])
+        except Exception:  # of any kind: the module's own are right
+            return None
+        if values.shape != inv_freq.shape:
+            return None
+        # Computed in float32 they are off by some ulps; in a narrower dtype by one of that dtype's.
+        margin = values.abs() * max(2e-6, torch.finfo(inv_freq.dtype).eps)
+        return cls(values, values - margin, values + margin)
+
+    def exact(self, inv_freq: Tensor) -> Tensor:
+        """Float64 [P]: a frequency of the config if the module holds it rounded, else its own.
+
+        Float32 frequencies alone are as wrong at far positions as float32 angles are.
+        """
+        held = inv_freq.double()
+        return torch.where(held.clamp(self.low, self.high) == held, self.values, held)
+
+    def to(self, device: torch.device) -> _ConfigFrequencies:
+        return _ConfigFrequencies(*(t.to(device) for t in (self.values, self.low, self.high)))
+
+
+@dataclass(frozen=True)
+class _OnDevice:
+    """A config's frequencies on a CUDA device, and when to read the config again.
+
+    What the module holds is compared on the device, so that nothing here has to follow it.
+    """
+
+    found: _ConfigFrequencies | None
+    host: _ConfigFrequencies | None
+    config: Any
+    inv_freq: weakref.ref[Tensor]
+    version: int | None
+
+    def is_recent(self, module: torch.nn.Module, inv_freq: Tensor) -> bool:
+        return (
+            self.inv_freq() is inv_freq
+            and self.version == _version(inv_freq)
+            and self.config is getattr(module, "config", None)
+        )
+
+
+@dataclass
+class _OfModule:
+    """What is known of one module; each entry is immutable and set in one assignment."""
+
+    recipes: dict[Key, Recipe | None] = field(default_factory=dict)
+    kept: dict[Key, _KeptRows] = field(default_factory=dict)
+    on_device: dict[Key, _OnDevice] = field(default_factory=dict)
 
 
 class Tables:
-    """What makes the tables in place of one class's own forward.
+    """Computes the tables in place of the forward of one class.
+
+    It lives as long as the patch: what it keeps goes with it, or with the module it belongs to.
 
     Args:
-        stock: that forward.
-        rows: a bound above every position; None where there is none.
-        exact: whether rows that are kept are made of float64 angles, not by the stock recipe.
+        original: that forward.
+        rows: an upper bound of the positions, exclusive; None for no bound.
+        exact: whether angles are float64 rather than those of the original recipe.
     """
 
-    def __init__(self, stock: Callable[..., Any], rows: int | None, exact: bool = False) -> None:
-        self._stock = stock
+    def __init__(self, original: Callable[..., Any], rows: int | None, exact: bool = False) -> None:
+        self._original = original
         self._rows = rows
         self._exact = exact
-        self._recipes: dict[Key, Recipe | None] = {}
-        self._kept: weakref.WeakKeyDictionary[torch.nn.Module, dict[Key, _Kept]]
-        self._kept = weakref.WeakKeyDictionary()
+        self._found: weakref.WeakKeyDictionary[torch.nn.Module, _OfModule]
+        self._found = weakref.WeakKeyDictionary()
+        self._shared: weakref.WeakValueDictionary[Key, _KeptRows] = weakref.WeakValueDictionary()
 
     @torch.no_grad()
     def __call__(
         self, module: torch.nn.Module, x: Tensor, ids: Any, layer_type: str | None
     ) -> Pair | None:
-        """Cosine and sine as the module makes them, or None where it has to make them itself."""
-        found = _frequencies(module, x, ids, layer_type)
-        if found is None:
+        """Cosine and sine as the module computes them; None where it has to do so itself."""
+        numbers = _frequencies(module, x, ids, layer_type)
+        if numbers is None:
             return None
-        inv_freq, scale = found
-        key = type(module), x.device, x.dtype, layer_type
-        if key not in self._recipes:
-            if _recording(x.device):
-                return None
-            self._recipes[key] = self._probe(module, x, inv_freq, scale, layer_type)
-        recipe = self._recipes[key]
+        inv_freq, scale = numbers
+        found = self._found.get(module)
+        if found is None:
+            found = self._found.setdefault(module, _OfModule())
+        recipe = self._recipe(found.recipes, module, x, inv_freq, scale, layer_type)
         if recipe is None:
             return None
-        if self._rows is not None and not inv_freq.is_inference():
-            rows = self._keep(module, key, recipe, inv_freq, scale, self._rows)
-            if rows is not None:
-                cos, sin = torch.embedding(rows, ids).chunk(2, dim=-1)
-                return cos, sin
-        return recipe.make(inv_freq, scale, ids, x.dtype)
+        if self._rows is not None and _compares_on_host(x.device):
+            key = x.dtype, layer_type
+            kept = found.kept.get(key)
+            if kept is None or not kept.are_of(recipe, inv_freq, scale):
+                kept = self._make_rows(module, recipe, inv_freq, scale, self._rows, *key)
+                found.kept[key] = kept
+            return kept.gather(ids)
+        if self._exact:
+            exact = _exact_on_device(found.on_device, module, inv_freq, layer_type)
+            return None if exact is None else recipe.make(exact, scale, ids, x.dtype)
+        return recipe.make(inv_freq.float(), scale, ids, x.dtype)
 
-    def _probe(
+    def _recipe(
+        self,
+        recipes: dict[Key, Recipe | None],
+        module: torch.nn.Module,
+        x: Tensor,
+        inv_freq: Tensor,
+        scale: float,
+        layer_type: str | None,
+    ) -> Recipe | None:
+        """What the reference check of this module with its present settings found."""
+        key = x.device, x.dtype, layer_type, _settings(module)
+        try:
+            return recipes[key]
+        except KeyError:
+            if _captured_now(x.device):
+                return None
+        with _unobserved():
+            if inv_freq.numel() > 1 and bool((inv_freq == inv_freq[0]).all()):
+                return None  # all recipes agree: weights that are not loaded yet decide nothing
+            recipe = self._find_recipe(module, x, inv_freq, scale, layer_type)
+        if len(recipes) >= _SETTINGS_PER_MODULE:
+            recipes.clear()
+        recipes[key] = recipe
+        return recipe
+
+    def _find_recipe(
         self,
         module: torch.nn.Module,
         x: Tensor,
@@ -159,112 +304,190 @@ class Tables:
         scale: float,
         layer_type: str | None,
     ) -> Recipe | None:
-        """The recipe that gives the module's own bits at near and far positions.
+        """Reference check: the recipe that is bitwise identical, at negative and far positions too.
 
-        This waits for the device, once for a class, device, dtype and layer type.
+        Synchronizes with the device, once for a module, its settings, device, dtype and layer type.
         """
-        ids = torch.arange(2 * 257, device=x.device).view(2, 257)
-        ids = torch.stack([ids[0], ids[1] ** 2 * 13 % 1_000_003])
-        try:
-            theirs = self._stock(module, x, ids, *([] if layer_type is None else [layer_type]))
-        except Exception:  # whatever it is, the module takes other positions
+        steps = torch.arange(257, device=x.device)
+        ids = torch.stack([steps - 16, steps**2 * 13 % 1_000_003])
+        options = [] if layer_type is None else [layer_type]
+        try:  # on a copy, so that a module whose state follows the positions keeps it
+            copied = copy.copy(module)
+            copied._buffers = dict(module._buffers)
+            theirs = self._original(copied, x, ids, *options)
+        except Exception:  # of any kind: the module takes other positions
             return None
-        if not (isinstance(theirs, tuple) and len(theirs) == 2):
+        if not (isinstance(theirs, tuple) and len(theirs) == 2) or not _same_state(copied, module):
             return None
         for recipe in RECIPES:
-            ours = recipe.make(inv_freq, scale, ids, x.dtype)
+            ours = recipe.make(inv_freq.float(), scale, ids, x.dtype)
             pairs = zip(ours, theirs, strict=True)
             if all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs):
                 return recipe
         return None
 
-    def _keep(
+    def _make_rows(
         self,
         module: torch.nn.Module,
-        key: Key,
         recipe: Recipe,
         inv_freq: Tensor,
         scale: float,
         bound: int,
-    ) -> Tensor | None:
-        """The rows below the bound, made anew only when the frequencies changed."""
-        kept = self._kept.setdefault(module, {}).get(key)
-        if kept is not None and kept.are_of(inv_freq, scale):
-            return kept.rows
-        if _recording(inv_freq.device):  # a graph's memory is not to be kept
-            return None
-        device, dtype, layer_type = key[1:]
-        with torch.inference_mode(False), torch.no_grad():
+        dtype: torch.dtype,
+        layer_type: str | None,
+    ) -> _KeptRows:
+        """The rows below the bound; those of another module where the numbers are the same."""
+        with _unobserved():
+            held = inv_freq.clone()
+            used = held.float()
             if self._exact:
-                exact = _exact_frequencies(module, inv_freq, layer_type)
-                pair = recipe.make_exact(exact, scale, bound, dtype, device)
-            else:
-                pair = recipe.make(inv_freq, scale, torch.arange(bound, device=device), dtype)
-            rows = torch.cat(pair, dim=-1)
-        if rows.is_cuda:  # other streams may read them from now on
-            torch.cuda.current_stream(rows.device).synchronize()
-        source = weakref.ref(inv_freq)
-        self._kept[module][key] = _Kept(rows, source, inv_freq._version, scale)
-        return rows
+                config = _ConfigFrequencies.read(module, held, layer_type)
+                used = held.double() if config is None else config.exact(held)
+            bits = _bits(held)
+            numbers = *bits.tolist(), *_bits(used).tolist()
+            key: Key = recipe, scale, dtype, held.dtype, numbers
+            kept = self._shared.get(key)
+            if kept is None:
+                rows = recipe.make_rows(used, scale, bound, dtype)
+                kept = _KeptRows(rows, recipe, scale, dtype, held.dtype, bits, used)
+                self._shared[key] = kept
+        return kept
+
+
+# What graphs read that were captured of a module: it lives as long as the module's own buffers.
+_captured: weakref.WeakKeyDictionary[torch.nn.Module, dict[int, _ConfigFrequencies]]
+_captured = weakref.WeakKeyDictionary()
+
+# A setting that changes at every step must not fill the memory.
+_SETTINGS_PER_MODULE = 16
+_SETTING_TYPES = frozenset((bool, int, float, str, type(None)))
+
+
+def _settings(module: torch.nn.Module) -> Key:
+    """Attributes of the module that its forward may read; the check is valid for these alone."""
+    return tuple([item for item in vars(module).copy().items() if type(item[1]) in _SETTING_TYPES])
+
+
+def _same_state(copied: torch.nn.Module, module: torch.nn.Module) -> bool:
+    """Whether a forward of the copy left the settings and buffers that the module has."""
+    same = all(copied._buffers.get(name) is buffer for name, buffer in module._buffers.items())
+    return same and _settings(copied) == _settings(module)
+
+
+def _exact_on_device(
+    on_device: dict[Key, _OnDevice],
+    module: torch.nn.Module,
+    inv_freq: Tensor,
+    layer_type: str | None,
+) -> Tensor | None:
+    """Float64 [P], selected on the device; None where the config could not be read before."""
+    key = inv_freq.device, inv_freq.dtype, layer_type
+    last = on_device.get(key)
+    if _captured_now(inv_freq.device):
+        if last is None:
+            return None
+        if last.found is not None:
+            _captured.setdefault(module, {})[id(last.found)] = last.found
+    elif last is None or not last.is_recent(module, inv_freq):
+        last = on_device[key] = _read_config(module, inv_freq, layer_type, last)
+    return inv_freq.double() if last.found is None else last.found.exact(inv_freq)
+
+
+def _read_config(
+    module: torch.nn.Module, inv_freq: Tensor, layer_type: str | None, last: _OnDevice | None
+) -> _OnDevice:
+    """The config's frequencies on inv_freq's device; those of `last` where they are equal."""
+    with _unobserved():
+        host = _ConfigFrequencies.read(module, inv_freq, layer_type)
+        if host is None:
+            found = None
+        elif last is not None and last.host and torch.equal(last.host.values, host.values):
+            found = last.found
+        else:
+            found = host.to(inv_freq.device)
+            if inv_freq.is_cuda:  # other streams may read them from now on
+                torch.cuda.current_stream(inv_freq.device).synchronize()
+    config = getattr(module, "config", None)
+    return _OnDevice(found, host, config, weakref.ref(inv_freq), _version(inv_freq))
 
 
 def _frequencies(
     module: torch.nn.Module, x: Tensor, ids: Any, layer_type: str | None
 ) -> tuple[Tensor, float] | None:
-    """Frequencies and scale of tables that depend on them and on positions alone; else None."""
+    """Frequencies and scale, if the tables depend on nothing else but positions; else None."""
     prefix = "" if layer_type is None else f"{layer_type}_"
     inv_freq: Any = getattr(module, f"{prefix}inv_freq", None)
     scale: Any = getattr(module, f"{prefix}attention_scaling", None)
     rope_type = getattr(module, "rope_type", None)
     if isinstance(rope_type, dict):
         rope_type = rope_type.get(layer_type)
-    plain = (
+    usable = (
         type(ids) is Tensor
         and ids.dtype in (torch.int32, torch.int64)
         and ids.dim() == 2
         and type(inv_freq) is Tensor
+        and inv_freq.dim() == 1
+        and inv_freq.is_floating_point()
         and ids.device == x.device == inv_freq.device
         and isinstance(scale, (int, float))
         and isinstance(rope_type, str)
         and rope_type != "longrope"
         and "dynamic" not in rope_type
+        and "_is_replica" not in vars(module)  # one of DataParallel lives for one forward
         and _multiplies_exactly(x.device)
         and torch._C._functorch.peek_interpreter_stack() is None
+        and not _traced()
     )
-    return (inv_freq, scale) if plain else None
-
-
-def _exact_frequencies(module: torch.nn.Module, inv_freq: Tensor, layer_type: str | None) -> Tensor:
-    """Float64 [P] on the host: the config's where the module holds these rounded, else its own.
-
-    The module's float32 frequencies alone would turn far positions as wrongly as float32 angles do.
-    """
-    held = inv_freq.double().cpu()
-    try:
-        said = config_arguments(module.config, layer_type)
-        exact, _ = frequencies(said["rotary_dim"], said["base"], said["scaling"])
-    except Exception:  # whatever it is, the module's are right
-        return held
-    # Made in float32 they are off by some ulps; in a module cast to less, by one of its dtype's.
-    rtol = max(2e-6, torch.finfo(inv_freq.dtype).eps)
-    same = exact.shape == held.shape and torch.allclose(held, exact, rtol=rtol, atol=0)
-    return exact if same else held
+    return (inv_freq, scale) if usable else None
 
 
 def _multiplies_exactly(device: torch.device) -> bool:
-    """Whether a float32 matmul, which the stock recipe contains, rounds as a product does."""
+    """Whether a float32 matmul, which the original recipe contains, rounds as a product does."""
     backend = {"cuda": torch.backends.cuda, "cpu": torch.backends.mkldnn}.get(device.type)
     return backend is not None and backend.matmul.fp32_precision not in ("tf32", "bf16")
 
 
-def _recording(device: torch.device) -> bool:
-    """Whether what runs is recorded (a CUDA graph, a tracer) or fake: nothing may be read or kept.
+def _compares_on_host(device: torch.device) -> bool:
+    """Whether the host sees the module's frequencies without synchronizing."""
+    return device.type == "cpu"
 
-    Modes that only watch, such as counters of operators, do not matter.
-    """
+
+def _bits(values: Tensor) -> Tensor:
+    """Integers that are equal exactly where the bits are: NaN is equal to itself, 0 not to -0."""
+    return values.detach().view(_INTEGERS[values.element_size()])
+
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
+
+
+@contextlib.contextmanager
+def _unobserved() -> Iterator[None]:
+    """What is computed once and kept: plain tensors, whichever modes are on in this call."""
+    plain = torch.inference_mode(False), torch.no_grad()
+    with torch._C.DisableTorchFunction(), _disable_current_modes(), plain[0], plain[1]:
+        yield
+
+
+def _captured_now(device: torch.device) -> bool:
+    """Whether a CUDA graph is recorded: nothing may be read by the host, or kept."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _traced() -> bool:
+    """Whether a tracer records operators or tensors are fake; modes that observe do not matter."""
     keys = torch._C._TorchDispatchModeKey
     return (
         torch._C._is_tracing()
-        or any(torch._C._get_dispatch_mode(key) is not None for key in (keys.FAKE, keys.PROXY))
-        or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+        or torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch)
+        or (
+            torch._C._len_torch_dispatch_stack() > 0
+            and any(
+                torch._C._get_dispatch_mode(key) is not None
+                for key in (keys.FAKE, keys.PROXY, keys.FUNCTIONAL)
+            )
+        )
     )
