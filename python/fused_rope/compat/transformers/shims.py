@@ -88,10 +88,12 @@ _LAYOUTS = {
 
 
 def layout_of(x: Tensor, cos: Tensor, unsqueeze_dim: int) -> str:
-    """The layout of x beside which cos, unsqueezed there, broadcasts."""
+    """The layout of x with which cos, unsqueezed there, broadcasts."""
     dims = cos.dim()
-    heads = unsqueeze_dim if unsqueeze_dim < 0 else unsqueeze_dim - dims - 1
-    layout = _LAYOUTS.get((x.dim(), dims, heads))
+    layout = None
+    if isinstance(unsqueeze_dim, int):
+        heads = unsqueeze_dim if unsqueeze_dim < 0 else unsqueeze_dim - dims - 1
+        layout = _LAYOUTS.get((x.dim(), dims, heads))
     if layout is None:
         raise ValueError(
             "apply_rotary_pos_emb: expected unsqueeze_dim 1 or 2 and cos of [B or 1, S, R], got "
@@ -180,7 +182,7 @@ def optional_key(style: Style) -> Shim:
 
 
 def last_queries(style: Style) -> Shim:
-    """As `pair` with unsqueeze_dim 1; q are the last of the tokens that k and the tables have."""
+    """As `pair` with unsqueeze_dim 1; q holds the last of the tokens of k and the tables."""
 
     def rotate(
         q: Tensor,
@@ -192,6 +194,8 @@ def last_queries(style: Style) -> Shim:
         precision: str = "model",
     ) -> Pair:
         layout = layout_of(q, cos, unsqueeze_dim)
+        if layout != "bhsd":
+            raise ValueError(f"apply_rotary_pos_emb: expected unsqueeze_dim 1, got {unsqueeze_dim}")
         cos, sin, S = batched(cos), batched(sin), q.shape[-2]
         q = style.rotate(q, cos[:, -S:], sin[:, -S:], precision, layout=layout)
         return q, style.rotate(k, cos, sin, precision, layout=layout)
@@ -249,7 +253,9 @@ def rows(table: Tensor) -> Tensor:
 def after_prefix(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, precision: str = "model", **kwargs: Any
 ) -> Pair:
-    """q and k [B, H, S, D], of which the last M tokens turn: class and register tokens do not."""
+    """q and k [B, H, S, D], of which the last M tokens are rotated: no class or register tokens."""
+    if kwargs:
+        raise ValueError(f"apply_rotary_pos_emb: expected no keywords, got {sorted(kwargs)}")
     cos, sin = rows(cos), rows(sin)
     S = q.shape[-2]
     tokens = torch.arange(S, device=q.device) - (S - cos.shape[0])
@@ -342,15 +348,13 @@ def gathered(
     k: Tensor,
     cos: Tensor,
     sin: Tensor,
-    position_ids: Tensor,
+    position_ids: Tensor | None,
     unsqueeze_dim: int = 1,
     *,
     precision: str = "model",
 ) -> Pair:
     """q and k [B, H, S, D]; a token reads the row of cos [M, R] that position_ids [B, S] names."""
-    return HALF.rotate_qk(
-        q, k, cos, sin, precision, layout=_gathered_layout(unsqueeze_dim), positions=position_ids
-    )
+    return HALF.rotate_qk(q, k, cos, sin, precision, **_gather(cos, position_ids, unsqueeze_dim))
 
 
 def gathered_qkv(
@@ -359,25 +363,49 @@ def gathered_qkv(
     v: Tensor,
     cos: Tensor,
     sin: Tensor,
-    position_ids: Tensor,
+    position_ids: Tensor | None,
     unsqueeze_dim: int = 1,
     *,
     precision: str = "model",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `gathered`, and the values turn too."""
-    where = {"layout": _gathered_layout(unsqueeze_dim), "positions": position_ids}
-    q, k = HALF.rotate_qk(q, k, cos, sin, precision, **where)
-    return q, k, HALF.rotate(v, cos, sin, precision, **where)
+    """As `gathered`, and the values are rotated too."""
+    rows = _gather(cos, position_ids, unsqueeze_dim)
+    q, k = HALF.rotate_qk(q, k, cos, sin, precision, **rows)
+    return q, k, HALF.rotate(v, cos, sin, precision, **rows)
 
 
-def _gathered_layout(unsqueeze_dim: int) -> str:
-    return {1: "bhsd", 2: "bshd"}[unsqueeze_dim]
+def _gather(table: Tensor, ids: Tensor | None, unsqueeze_dim: int) -> dict[str, Any]:
+    """The operator's options for the rows table[ids].
+
+    Negative ids count from the end, as in Python; to the operator -1 is no rotation. One that is
+    too small stays negative and is never -1, so that the operator refuses it.
+    """
+    layout = {1: "bhsd", 2: "bshd"}.get(unsqueeze_dim)
+    if (
+        layout is None
+        or ids is None
+        or ids.dtype not in (torch.int32, torch.int64)
+        or ids.dim() != 2
+        or table.dim() != 2
+        or not len(table)
+    ):
+        raise ValueError(
+            "apply_rotary_pos_emb: expected cos [M, R] with M > 0, integer position_ids [B, S] and "
+            f"unsqueeze_dim 1 or 2, got unsqueeze_dim={unsqueeze_dim} and cos {list(table.shape)}"
+        )
+    M = len(table)
+    positions = torch.where((ids < 0) & (ids >= -M), ids + M, ids)
+    return {"layout": layout, "positions": positions}
+
+
+class RealTableError(TypeError):
+    """A table that must be complex is real."""
 
 
 def parts(freqs: Tensor, device: torch.device) -> Pair:
     """The real and the imaginary part of a complex table: cosine and sine."""
     if not freqs.is_complex():
-        raise TypeError(
+        raise RealTableError(
             f"apply_rotary_emb: expected a complex table, got {freqs.dtype}: a cast of the whole "
             "model, as .to(dtype), has made it real and left no sine"
         )

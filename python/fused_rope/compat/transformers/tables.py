@@ -45,10 +45,17 @@ def rotary_modules(modules: Iterable[ModuleType]) -> Iterator[type[torch.nn.Modu
                 _NAME.match(name)
                 and isinstance(value, type)
                 and value.__module__ == module.__name__
+                and _parameters(vars(value).get("forward")) in _PARAMETERS
             ):
-                forward = vars(value).get("forward")
-                if forward and list(inspect.signature(forward).parameters) in _PARAMETERS:
-                    yield value
+                yield value
+
+
+def _parameters(forward: Any) -> list[str]:
+    """The names of a function's parameters; none of what is no function or does not tell."""
+    try:
+        return list(inspect.signature(forward).parameters) if inspect.isfunction(forward) else []
+    except Exception:  # whatever a signature of somebody's own making raises
+        return []
 
 
 @dataclass(frozen=True)
