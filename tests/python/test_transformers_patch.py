@@ -392,6 +392,27 @@ def test_tables_that_differ_later():
         same(model(ids).logits, want)
 
 
+def test_a_cache_of_keys_in_our_order_stays_readable(remote):
+    """DeepSeek's function permutes, ours does not: attention scores agree across a fallback."""
+    module, model = remote(
+        """
+def apply_rotary_pos_emb_interleave(q, k, cos, sin, position_ids=None, unsqueeze_dim=1):
+    q, k = (torch.cat([x[..., ::2], x[..., 1::2]], -1) for x in (q, k))
+    return rotate(q, k, cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim))
+"""
+    )
+    name = "apply_rotary_pos_emb_interleave"
+    (q, _), original = queries(), getattr(module, name)
+    assert "order preserved" in patch(model).patched[key_of(module, name)]
+    ours = getattr(module, name)
+    cached = ours(q, q, *tables())[1]
+    with pytest.warns(UserWarning, match="tables"):
+        later = ours(q, q, *tables(twisted=True))[0]
+    want = original(q, q, *tables(twisted=True))[0] @ original(q, q, *tables())[1].mT
+    torch.testing.assert_close(later @ cached.mT, want)
+    assert getattr(module, name) is ours
+
+
 def test_tables_written_to_between_calls():
     q, k = queries()
     cos, sin = tables()

@@ -500,7 +500,7 @@ FORMS = (
     ),
     _pair_form("half", Style()),
     _pair_form("half, in float32", Style(float32=True)),
-    _pair_form("half, the other way", Style(inverse=True)),
+    _pair_form("half, inverse", Style(inverse=True)),
     _pair_form("half, half-width tables", Style("half")),
     _pair_form("interleaved", Style("repeated", interleaved=True)),
     _pair_form("interleaved, in float32", Style("repeated", interleaved=True, float32=True)),
@@ -509,8 +509,8 @@ FORMS = (
         "interleaved, tiled tables, in float32", Style("first", interleaved=True, float32=True)
     ),
     _pair_form("interleaved, half-width tables", Style("half", interleaved=True)),
-    _deinterleaving("interleaved, turned in place", Style("first", interleaved=True)),
-    _deinterleaving("interleaved, turned in place, whole tables", Style("tiled", interleaved=True)),
+    _deinterleaving("interleaved, order preserved", Style("first", interleaved=True)),
+    _deinterleaving("interleaved, order preserved, whole tables", Style("tiled", interleaved=True)),
     Form("half, rows by position_ids", _POS_EMB, shims.gathered, _GATHERED),
     Form("half, values too", _POS_EMB, shims.gathered_qkv, tuple(map(_with_values, _GATHERED))),
     Form("half, after a prefix", _POS_EMB, shims.after_prefix, (_prefixed,)),
@@ -522,7 +522,7 @@ FORMS = (
         (_cached_rows,),
     ),
     Form(
-        "interleaved, one tensor, last lanes, in float32",
+        "interleaved, one tensor, last elements, in float32",
         _POS_EMB,
         shims.single(Style("half", interleaved=True, trailing=True, float32=True)),
         _singles("half"),
@@ -634,5 +634,5 @@ FORMS = (
 
 # By the name of the function: why there is no form for it.
 NOT_ROTATIONS = {
-    "apply_rotary_embeddings": "no rotation: the two lanes of a pair turn by different angles",
+    "apply_rotary_embeddings": "no rotation: the two elements of a pair rotate by different angles",
 }

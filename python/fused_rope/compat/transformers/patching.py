@@ -434,19 +434,25 @@ def patch(
 ) -> Report:
     """Lets Hugging Face models rotate by the fused operator.
 
-    The function is replaced for every instance of the model's family, and models are counted: the
-    last `unpatch` restores it. Gradients, torch.compile and generate() work as before. At the first
-    call the tables are looked at, once for a family (this waits for the device): where the half
-    that the operator does not read differs from the one it reads, the model's own function takes
-    its place again, with a warning. (Captured and traced calls cannot look: call once before.)
+    The function is replaced for every instance of the model's family, and models are counted while
+    they live: the last `unpatch` restores it, and copies of ours that were captured meanwhile call
+    the original from then on. Gradients, torch.compile and generate() work as before. A call that
+    the operator does not cover (unusual shapes, dtypes or arguments) runs the original.
+
+    The operator reads one half of a full-width table. Each new table is compared with its other
+    half, once for all layers; where they differ, the family's own function takes its place again,
+    with a warning. On CUDA that synchronizes once for a rotary module of transformers, and once a
+    forward for tables of other origin. While a CUDA graph is captured or a call is traced, tables
+    that are not known run the original; a graph of torch.compile that was given the operator
+    asserts that the halves agree.
 
     The family's rotary modules, which make cosines and sines anew at every forward, are given a
-    shorter way to the same bits where they pass a probe: see `rows`. Dynamic and longrope scaling,
-    M-RoPE and a matmul precision below float32 keep the module's own way.
+    shorter way to the same bits where they pass a reference check: see `rows`. Dynamic and longrope
+    scaling, M-RoPE and a matmul precision below float32 keep the module's own way.
 
-    DeepSeek's interleaved form permutes the lanes of q and k before it rotates them; ours leaves
-    them where they are, so attention scores are equal up to the order of their sums, and keys in a
-    cache are to be read by patched models alone.
+    DeepSeek's interleaved form permutes the elements of q and k before it rotates them; ours keeps
+    their order, so attention scores are equal up to the order of their sums, and only patched
+    models can read the keys in a cache.
 
     Args:
         model: a model of transformers 4.57 or 5; None for every family that is imported.
@@ -466,11 +472,13 @@ def patch(
             not there for torch.compile, nor wherever else the module keeps its own way.
 
     Returns:
-        A Report: which functions were replaced, and which were left alone, and why.
+        A Report: which functions are replaced now, and which were left alone, and why. A function
+        that cannot be read (scripted, builtin, compiled), whose form is unknown, or that somebody
+        else replaced since another model was patched, is left alone.
 
     Raises:
-        ValueError: an unknown option, `table="float64"` without `rows`, or another option than the
-            family was patched with before.
+        ValueError: an unknown option, `table="float64"` without `rows`, or another option than a
+            live model of the family is patched with. Nothing is replaced then.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -503,10 +511,10 @@ def unpatch(model: torch.nn.Module | None = None) -> Report:
     """Takes back one `patch` of the model's family; the last one restores the model's own function.
 
     Args:
-        model: as it was given to `patch`; None for every family that is imported.
+        model: as it was given to `patch`, wrapped or not; None for every family that is imported.
 
     Returns:
-        A Report: which functions were restored, and which were left alone, and why.
+        A Report: which functions are the model's own now, and which were left alone, and why.
     """
     report = Report()
     modules = {module.__name__ for module in modules_of(model)}

@@ -24,14 +24,14 @@ Pair = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Style:
-    """How the lanes of a model are paired, what its tables look like and how it rounds.
+    """How the elements of a head are paired, what its tables look like and how it rounds.
 
     Attributes:
         width: "half" [..., P]; full width [..., R] as "tiled" (two equal halves) or "repeated"
             (every value twice); or "first": full width, of which the model too reads one half.
         interleaved: a pair are neighbours.
-        inverse: turned the other way.
-        trailing: the last R lanes turn, not the first.
+        inverse: the inverse rotation.
+        trailing: the last R elements are rotated, not the first.
         float32: the model widens to float32 and rounds once; else it rounds as its dtype does.
     """
 
@@ -204,7 +204,7 @@ def last_queries(style: Style) -> Shim:
 
 
 def sections(style: Style) -> Shim:
-    """M-RoPE: cos [3, B, S, R], of which each section of lanes reads one axis in turn."""
+    """M-RoPE: cos [3, B, S, R], of which each section of elements reads the next axis."""
 
     def rotate(
         q: Tensor,
@@ -272,11 +272,11 @@ def memory_keys(
     *,
     precision: str = "model",
 ) -> Pair:
-    """q [B, H, M, D], k [B, H, S, D]: k repeats the M rows; its last tokens may not turn."""
+    """q [B, H, M, D], k [B, H, S, D]: k repeats the M rows; its last tokens may not be rotated."""
     cos, sin = rows(cos), rows(sin)
-    tokens, turning = torch.arange(k.shape[-2], device=k.device), k.shape[-2] - num_k_exclude_rope
+    tokens, rotated = torch.arange(k.shape[-2], device=k.device), k.shape[-2] - num_k_exclude_rope
     row = tokens % cos.shape[0] if repeat_freqs_k else tokens
-    positions = torch.where(tokens < turning, row, -1)
+    positions = torch.where(tokens < rotated, row, -1)
     q = REPEATED_FLOAT32.rotate(q, cos, sin, precision, layout="bhsd")
     return q, REPEATED_FLOAT32.rotate(k, cos, sin, precision, layout="bhsd", positions=positions)
 
@@ -293,12 +293,12 @@ def grouped_memory_keys(
     *,
     precision: str = "model",
 ) -> Pair:
-    """As `memory_keys` with k's own tables: of each group of its tokens the last M turn."""
+    """As `memory_keys` with k's own tables: the last M tokens of each group are rotated."""
     cos_k, sin_k = rows(cos_k), rows(sin_k)
-    tokens, turning = torch.arange(k.shape[-2], device=k.device), k.shape[-2] - num_k_exclude_rope
-    group = max(turning // repeat_freqs_k, 1)
+    tokens, rotated = torch.arange(k.shape[-2], device=k.device), k.shape[-2] - num_k_exclude_rope
+    group = max(rotated // repeat_freqs_k, 1)
     row = (tokens % group - (group - cos_k.shape[0])).clamp(min=-1)
-    positions = torch.where(tokens < turning, row, -1)
+    positions = torch.where(tokens < rotated, row, -1)
     q = REPEATED_FLOAT32.rotate(q, rows(cos), rows(sin), precision, layout="bhsd")
     return q, REPEATED_FLOAT32.rotate(
         k, cos_k, sin_k, precision, layout="bhsd", positions=positions
@@ -314,7 +314,7 @@ def blocks(
     *,
     precision: str = "model",
 ) -> Tensor:
-    """x's lanes in A spans, one for each axis of position_ids [B, S, A]; cos tiled in each span."""
+    """x's elements in A spans, one for each axis of position_ids [B, S, A]; cos tiled in each."""
     A = position_ids.shape[-1]
 
     def halves(table: Tensor) -> Tensor:
@@ -455,7 +455,7 @@ def sinusoidal(
     *,
     precision: str = "model",
 ) -> tuple[Tensor, ...]:
-    """RoFormer: q, k and perhaps v [B, H, S, D]; sine and cosine side by side, [1, 1, S, D]."""
+    """RoFormer: q, k and perhaps v [B, H, S, D]; sine and cosine concatenated, [1, 1, S, D]."""
     sin, cos = sinusoidal_pos[:, 0].chunk(2, dim=-1)
     qk = INTERLEAVED.rotate_qk(query_layer, key_layer, cos, sin, precision, layout="bhsd")
     if value_layer is None:
