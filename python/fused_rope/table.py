@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .functional import cos_sin_table
-from .tracing import fake_mode_of, outside_modes
+from .tracing import fake_mode_of, is_capturing, outside_modes
 
 __all__ = ["DeviceCopies", "Pair", "Table", "shared_table"]
 
@@ -49,13 +49,13 @@ class DeviceCopies:
             with self._lock, outside_modes():
                 copies = self._copies.get(device) or self._copy(device)
         event = self._in_flight.get(device)
-        if event is not None and not _is_capturing(device):
+        if event is not None and not is_capturing(device):
             torch.cuda.current_stream(device).wait_event(event)  # another one may have copied
         return copies
 
     def are_complete(self, device: torch.device) -> bool:
         """Whether all streams may read the copies on `device` without waiting."""
-        if device in self._in_flight and not _is_capturing(device):
+        if device in self._in_flight and not is_capturing(device):
             with self._lock:
                 event = self._in_flight.get(device)
                 if event is not None and event.query():
@@ -71,7 +71,7 @@ class DeviceCopies:
         self._copies[_CPU] = host
 
     def _copy(self, device: torch.device) -> tuple[Tensor, ...]:
-        if _is_capturing(device):
+        if is_capturing(device):
             raise RuntimeError(
                 "RotaryEmbedding: expected its table to be on the device before a CUDA graph is "
                 "captured: call reserve(rows) or run the module once before"
@@ -165,7 +165,3 @@ def shared_table(
         if table is None:
             table = _tables[key] = Table(*key)
         return table
-
-
-def _is_capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

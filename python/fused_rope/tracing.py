@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-__all__ = ["fake_mode_of", "in_dynamo", "is_strictly_fake", "is_traced", "outside_modes"]
+__all__ = [
+    "fake_mode_of",
+    "in_dynamo",
+    "is_capturing",
+    "is_strictly_fake",
+    "is_traced",
+    "outside_modes",
+]
 
 in_dynamo = torch.compiler.is_dynamo_compiling
 
@@ -29,6 +36,7 @@ def outside_modes() -> Iterator[None]:
             torch.inference_mode(False),
             torch.no_grad(),
             _disable_current_modes(),
+            torch._C.DisableTorchFunction(),
             torch._C._DisableFuncTorch(),
         ):
             yield
@@ -44,6 +52,11 @@ def is_traced(q: Tensor) -> bool:
         or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
         or (type(q) is not Tensor and torch._guards.detect_fake_mode(q) is not None)
     )
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured: its memory must not be kept, nor values read."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def is_strictly_fake(q: Tensor) -> bool:

@@ -29,7 +29,7 @@ MODELS = {
     "V3-gpt_oss": "HalfWidthTables",
     "V3-openai_privacy_filter": "InterleavedHalfWidthTables",
     "V22-esm": "HalfInFloat32",
-    "nanochat": "HalfTheOtherWay",
+    "nanochat": "HalfInverse",
 }
 
 

@@ -7,8 +7,8 @@
 
 A model calls the rotary function of the Python module that defines its attention, so that is what
 `patch` replaces, for every instance of the family. What it puts there is never guessed: a row of
-`FORMS` must have the function's signature and return its very numbers on probes. Everything else
-is left alone and reported.
+`FORMS` must have the function's signature and return its very numbers in reference checks.
+Everything else is left alone and reported.
 
     shims.py          one shim for each signature
     forms.py          the table of forms
@@ -47,7 +47,7 @@ def apply_rotary_pos_emb(
     Args:
         q, k: [B, Hq, S, D] and [B, Hk, S, D]; with unsqueeze_dim=2 [B, S, Hq, D] and [B, S, Hk, D].
         cos, sin: [B or 1, S, R], full width, the second half a copy of the first (of which only the
-            first is read); where R < D, the first R lanes are rotated. [S, R] with unsqueeze_dim
+            first is read); where R < D, the first R elements are rotated. [S, R] with unsqueeze_dim
             0 or 1, as vision towers have it.
         unsqueeze_dim: where tables get the dimension of the heads.
         precision: "model" for eager Hugging Face's own roundings, bit for bit; "fp32" for one.

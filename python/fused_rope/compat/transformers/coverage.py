@@ -20,27 +20,29 @@ _PAGE = """\
 # Models of transformers that fused-rope covers
 
 `fused_rope.compat.transformers.patch(model)` replaces the rotary function of the model's family;
-what it puts in its place is told by signature and by probing, never guessed. This page is made by
-`python -m fused_rope.compat.transformers` and names every model class of transformers {version} in
-whose module a rotary function is defined. Models that are put together from others (LLaVA from
-Llama, say) are covered where their parts are.
+what it puts in its place is told by signature and by reference checks, never guessed. This page is
+made by `python -m fused_rope.compat.transformers` and names every model class of
+transformers {version} in whose module a rotary function is defined. Models that are combined from
+others (LLaVA from Llama, say) are covered where their parts are.
 
 **{patched} of {classes} model classes are patched**, by {functions} functions of {forms} forms;
 {alone}.
 
 * Outputs are the model's own bits wherever it rotates in its dtype or in float32 with one rounding,
   except in two forms. *complex*: PyTorch may contract its products (one unit in the last place).
-  *interleaved, turned in place*: the model permutes the lanes of q and k before it rotates them,
-  ours leaves them where they are; so attention scores are equal up to the order of their sums, and
-  a cache's keys are for patched models only.
-* The result has q's dtype. Where tables are wider than q, as under autocast, many stock functions
-  return the wider dtype.
-* Of full-width tables one half is read. The first call of a family looks whether the other half is
-  alike (it waits for the device, once); if not, the family gets its own function back, with a
-  warning.
+  *interleaved, order preserved*: the model permutes the elements of q and k before it rotates them,
+  ours keeps their order; so attention scores are equal up to the order of their sums, and a cache's
+  keys are for patched models only.
+* The result has q's dtype. Where tables are wider than q, as under autocast, many original
+  functions return the wider dtype.
+* Of full-width tables one half is read. Each new table is compared with its other half, once for
+  all layers; if they differ, the family gets its own function back, with a warning. On CUDA this
+  synchronizes once for a rotary module of transformers, and once a forward for other tables.
+* Calls that the operator does not cover (unusual shapes, dtypes or arguments) run the model's own
+  function.
 * torch.compile is given the model's own function by default, which Inductor fuses with the norms
-  and projections around it; `compiled="fused"` gives it the operator. *interleaved, turned in
-  place* and *half, packed, in place* are the operator always.
+  and projections around it; `compiled="fused"` gives it the operator. *interleaved, order
+  preserved* and *half, packed, in place* are the operator always.
 * Rotary modules whose cosines and sines depend on position_ids alone compute them in three kernels
   instead of nine, bitwise identical; on the CPU they gather kept rows where `rows=` bounds the
   positions. Dynamic and longrope scaling, M-RoPE, and a float32 matmul precision below "highest"

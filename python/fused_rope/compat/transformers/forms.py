@@ -1,7 +1,8 @@
 """The forms in which models rotate: a table of them, and how a model's function is told to be one.
 
 Nothing is guessed. A function has a form if it has the form's name and signature and returns the
-form's very numbers on probes, in float32, in bfloat16 and in bfloat16 with float32 tables.
+form's very numbers in reference checks, in float32, in bfloat16 and in bfloat16 with float32
+tables, with each optional argument given and not.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from types import SimpleNamespace
-from typing import Any
+from types import FunctionType, SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from torch import Tensor
 from . import shims
 from .shims import Shim, Style
 
-__all__ = ["FORMS", "NOT_ROTATIONS", "Form", "find_form"]
+__all__ = ["FORMS", "NOT_ROTATIONS", "TABLES", "Form", "find_form", "signature", "split"]
 
 _DTYPES = (
     (torch.float32, torch.float32),
@@ -28,11 +29,18 @@ _DTYPES = (
 )
 
 # What functions call their full-width tables; the last holds cosine and sine.
-_TABLES = ("cos", "sin", "cos_k", "sin_k", "relative_position_embeddings")
+TABLES = ("cos", "sin", "cos_k", "sin_k", "relative_position_embeddings")
+
+
+class Order(NamedTuple):
+    """How a function orders the elements of its results where a shim keeps x's order."""
+
+    theirs: Callable[[Tensor], Tensor]
+    ours: Callable[[Tensor], Tensor]
 
 
 class Draw:
-    """Random arguments for a probe; the global random state is not touched."""
+    """Random arguments of a reference check; the global random state is not touched."""
 
     def __init__(self, dtype: torch.dtype, table_dtype: torch.dtype, device: str) -> None:
         self._generator = torch.Generator("cpu").manual_seed(0)
@@ -65,7 +73,7 @@ def _widen(half: Tensor, width: str) -> Tensor:
 
 
 Arguments = tuple[Any, ...]
-Probe = Callable[[Draw], Arguments]
+Check = Callable[[Draw], Arguments]
 
 
 @dataclass(frozen=True)
@@ -75,100 +83,112 @@ class Form:
     Attributes:
         name: as reports say it.
         functions: the names of models' functions, or methods, that may have it.
-        shim: what takes their place: the same parameters, and a keyword-only `precision`.
-        probes: arguments on which both must agree to the bit; all but the first may be refused by
-            the function.
+        shim: what takes their place: the same parameters, and a keyword-only `precision`. It raises
+            ValueError for arguments that it does not cover.
+        checks: arguments on which both must agree bit for bit, every optional argument given and
+            not; all but the first may be refused by the function or by the shim.
         width: what full-width tables must look like, of which the shim reads a half: "tiled",
             "repeated" or "blocks"; or "half" or "first": the model too reads no more.
         exact: False where only nearly: PyTorch's complex product may be contracted.
-        order: what brings the shim's lanes into the function's order, where they differ.
-        device: where it can be probed.
+        order: what brings the shim's elements into the function's order, where they differ.
+        device: where it can be checked.
     """
 
     name: str
     functions: tuple[str, ...]
     shim: Shim
-    probes: tuple[Probe, ...]
+    checks: tuple[Check, ...]
     width: str = "tiled"
     exact: bool = True
-    order: Callable[[Tensor], Tensor] | None = None
+    order: Order | None = None
     device: str = "cpu"
 
     @property
     def inlines(self) -> bool:
         """Whether a compiler may be given the model's own function instead of the shim.
 
-        Not where eager and compiled calls would share a cache whose keys' lanes lie differently,
+        Not where eager and compiled calls would share a cache whose keys are ordered differently,
         nor where the function is a kernel already.
         """
         return self.order is None and self.device == "cpu"
 
-    @cached_property
-    def parameters(self) -> list[str]:
-        """The shim's parameters without its own."""
-        return [name for name in inspect.signature(self.shim).parameters if name != "precision"]
+    @property
+    def unread(self) -> bool:
+        """Whether full-width tables have a part that the shim does not read and the model does."""
+        return self.width not in ("half", "first")
 
-    def fit(self, stock: Callable[..., Any]) -> Shim | None:
-        """The shim that can take the place of `stock`, or None."""
+    @cached_property
+    def parameters(self) -> list[inspect.Parameter]:
+        """The shim's parameters without its own."""
+        found = inspect.signature(self.shim).parameters.values()
+        return [parameter for parameter in found if parameter.name != "precision"]
+
+    def fit(self, original: Callable[..., Any]) -> Shim | None:
+        """The shim that can take the place of `original`, or None."""
         if self.device == "cuda" and not torch.cuda.is_available():
             return None
-        shim = self._adapt(parameters(stock))
-        if shim is None or not all(self._agree(stock, shim, *dtypes) for dtypes in _DTYPES):
+        theirs = list(signature(original).parameters.values())
+        place = self._ignored(theirs)
+        shim = self.shim if place is None else shims.without_position_ids(self.shim, place)
+        if not self._takes(theirs if place is None else _without(theirs, place)):
+            return None
+        if not all(self._agree(original, shim, place, *dtypes) for dtypes in _DTYPES):
             return None
         return shim
 
-    def halves(self, arguments: Mapping[str, Any]) -> Iterator[tuple[Tensor, Tensor]]:
+    def halves(self, arguments: Mapping[str, Any]) -> list[tuple[Tensor, Tensor]]:
         """Of a call's full-width tables the part that the shim reads and the one it does not."""
-        for name, table in arguments.items():
-            if name not in _TABLES or self.width in ("half", "first"):
-                continue
-            if self.width == "repeated":
-                yield table[..., ::2], table[..., 1::2]
-            elif self.width == "tiled":
-                yield table.chunk(2, dim=-1)
-            else:
-                axes = arguments["position_ids"].shape[-1]
-                yield table.unflatten(-1, (axes, -1)).chunk(2, dim=-1)
+        axes = arguments["position_ids"].shape[-1] if self.width == "blocks" else 1
+        tables = [table for name, table in arguments.items() if name in TABLES]
+        return [split(table, self.width, axes) for table in tables]
 
-    def _adapt(self, theirs: list[str]) -> Shim | None:
-        if theirs == self.parameters:
-            return self.shim
-        place = self._ignored(theirs)
-        if place is None or _without(theirs, place) != self.parameters:
-            return None
-        return shims.without_position_ids(self.shim, place)
+    def _takes(self, theirs: list[inspect.Parameter]) -> bool:
+        """Whether the shim's parameters are these, so that any call passes the same to both."""
+        ours = self.parameters
+        return [p.name for p in theirs] == [p.name for p in ours] and all(
+            a.kind in (b.kind, inspect.Parameter.POSITIONAL_ONLY)
+            for a, b in zip(theirs, ours, strict=True)
+        )
 
-    def _ignored(self, theirs: list[str]) -> int | None:
+    def _ignored(self, theirs: list[inspect.Parameter]) -> int | None:
         """The place of a position_ids that the function takes and the shim does not."""
-        if "position_ids" not in theirs or "position_ids" in self.parameters:
+        names = [parameter.name for parameter in theirs]
+        if "position_ids" not in names or any(p.name == "position_ids" for p in self.parameters):
             return None
-        return theirs.index("position_ids")
+        return names.index("position_ids")
 
     def _agree(
-        self, stock: Callable[..., Any], shim: Shim, dtype: torch.dtype, table_dtype: torch.dtype
+        self,
+        original: Callable[..., Any],
+        shim: Shim,
+        ignored: int | None,
+        dtype: torch.dtype,
+        table_dtype: torch.dtype,
     ) -> bool:
-        place = self._ignored(parameters(stock))
-        for number, probe in enumerate(self.probes):
-            arguments = list(probe(Draw(dtype, table_dtype, self.device)))
-            if place is not None:
-                arguments.insert(place, None)
-            with torch.no_grad(), torch.autocast("cpu", enabled=False):
-                try:
-                    theirs = stock(*(a.clone() if isinstance(a, Tensor) else a for a in arguments))
-                except Exception:  # whatever it is, the function cannot take these arguments
-                    if number == 0:
-                        return False
-                    continue
-                ours = shim(*arguments)
-            if not self._same(_as_tuple(theirs), _as_tuple(ours)):
+        for number, check in enumerate(self.checks):
+            arguments = list(check(Draw(dtype, table_dtype, self.device)))
+            if ignored is None:
+                calls = [arguments]
+            else:
+                before, after = arguments[:ignored], arguments[ignored:]
+                calls = [[*before, ids, *after] for ids in _position_ids(self.device)]
+            ours = _result(shim, calls[0])
+            theirs = _result(original, calls[0])
+            if theirs is None or ours is None:
+                if number == 0:
+                    return False
+                continue
+            # A function that ignores its position_ids takes any; one that gathers refuses some.
+            others = [_result(original, call) for call in calls[1:]]
+            if not all(a is not None and self._same(a, ours) for a in (theirs, *others)):
                 return False
         return True
 
-    def _same(self, theirs: tuple[Any, ...], ours: tuple[Tensor, ...]) -> bool:
+    def _same(self, theirs: tuple[Any, ...], ours: tuple[Any, ...]) -> bool:
         if len(theirs) != len(ours) or not all(isinstance(t, Tensor) for t in theirs):
             return False
         if self.order is not None:
-            ours = tuple(map(self.order, ours))
+            ours = tuple(map(self.order.theirs, ours))
         return all(self._equal(a.to(b.dtype), b) for a, b in zip(theirs, ours, strict=True))
 
     def _equal(self, theirs: Tensor, ours: Tensor) -> bool:
@@ -178,31 +198,64 @@ class Form:
         return theirs.shape == ours.shape and torch.allclose(theirs, ours, rtol=eps, atol=eps)
 
 
-def signature(stock: Callable[..., Any]) -> inspect.Signature:
+def split(table: Tensor, width: str, axes: int = 1) -> tuple[Tensor, Tensor]:
+    """Two views of a full-width table that are equal if it has this width."""
+    if width == "repeated":
+        return table[..., ::2], table[..., 1::2]
+    if axes > 1:
+        table = table.unflatten(-1, (axes, -1))
+    half = table.shape[-1] // 2
+    return table[..., :half], table[..., half:]
+
+
+def signature(original: Callable[..., Any]) -> inspect.Signature:
     """Of a function; of a layer, as the `kernels` package makes of functions, its forward's."""
-    return inspect.signature(stock.forward if isinstance(stock, torch.nn.Module) else stock)
-
-
-def parameters(stock: Callable[..., Any]) -> list[str]:
-    """The names of a function's parameters."""
-    return list(signature(stock).parameters)
+    return inspect.signature(
+        original.forward if isinstance(original, torch.nn.Module) else original
+    )
 
 
 def _without(values: list[Any], place: int) -> list[Any]:
     return [*values[:place], *values[place + 1 :]]
 
 
-def _as_tuple(result: Any) -> tuple[Any, ...]:
+def _result(function: Callable[..., Any], arguments: list[Any]) -> tuple[Any, ...] | None:
+    """What the function makes of copies of the arguments, or None where it refuses them."""
+    copies = [a.clone() if isinstance(a, Tensor) else a for a in arguments]
+    try:
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            result = function(*copies)
+    except Exception:  # whatever it is, the function cannot take these arguments
+        return None
     return tuple(result) if isinstance(result, (tuple, list)) else (result,)
 
 
-def find_form(name: str, stock: Callable[..., Any]) -> tuple[Form, Shim] | str:
+def _position_ids(device: str) -> Iterator[Any]:
+    """Values of a position_ids that has no effect: None, rows to gather, what cannot be used."""
+    yield None
+    yield torch.tensor([[4, 3, 2, 1, 0], [1, 0, 3, 2, 4]], device=device)
+    yield torch.tensor([[4, 3, 2, 1, 0]], device=device)
+    yield torch.tensor([4, 3, 2, 1, 0], device=device)
+    yield object()
+
+
+def find_form(name: str, original: Any) -> tuple[Form, Shim] | str:
     """The form of the function or method `name` and its shim, or why there is none."""
     if name in NOT_ROTATIONS:
         return NOT_ROTATIONS[name]
+    if not isinstance(original, (FunctionType, torch.nn.Module)):
+        return f"it is no plain function but {_kind(original)}"
+    if hasattr(original, "_torchdynamo_orig_callable") and not hasattr(
+        original, "_torchdynamo_disable"
+    ):
+        return "it is compiled by torch.compile"
+    try:
+        signature(original)
+    except Exception:  # whatever a signature of somebody's own making raises
+        return "its signature cannot be read"
     forms = [form for form in FORMS if name in form.functions]
     for form in forms:
-        shim = form.fit(stock)
+        shim = form.fit(original)
         if shim is not None:
             return form, shim
     if any(form.device == "cuda" for form in forms) and not torch.cuda.is_available():
@@ -210,26 +263,53 @@ def find_form(name: str, stock: Callable[..., Any]) -> tuple[Form, Shim] | str:
     return "its form is unknown"
 
 
+def _kind(value: Any) -> str:
+    if value is None or isinstance(value, type):
+        return "None" if value is None else "a class"
+    return f"of type {type(value).__name__}"
+
+
 # --- the table ----------------------------------------------------------------------------------
 
 
-def _pairs(width: str, partial: bool = True) -> tuple[Probe, ...]:
-    """q, k and tables of whole heads, of both layouts and, where it may be, of the first lanes."""
+def _pairs(width: str, partial_heads: bool = True) -> tuple[Check, ...]:
+    """q, k and tables of whole heads, of each unsqueeze_dim and, where it may be, a partial R."""
 
     def heads_first(draw: Draw) -> Arguments:
         return draw.x(2, 3, 5, 8), draw.x(2, 1, 5, 8), *draw.tables(width, 2, 5, 4)
 
+    def heads_first_from_the_end(draw: Draw) -> Arguments:
+        return *heads_first(draw), -3
+
     def tokens_first(draw: Draw) -> Arguments:
         return draw.x(2, 5, 3, 8), draw.x(2, 5, 1, 8), *draw.tables(width, 1, 5, 4), 2
 
-    def first_lanes(draw: Draw) -> Arguments:
+    def tokens_first_from_the_end(draw: Draw) -> Arguments:
+        return draw.x(2, 5, 3, 8), draw.x(2, 5, 1, 8), *draw.tables(width, 2, 5, 4), -2
+
+    def partial(draw: Draw) -> Arguments:
         return draw.x(2, 3, 5, 8), draw.x(2, 1, 5, 8), *draw.tables(width, 2, 5, 3)
 
-    return (heads_first, tokens_first, *([first_lanes] if partial else []))
+    # As many heads as tokens: the wrong one of two layouts is no error but other numbers.
+    def without_batch(draw: Draw) -> Arguments:
+        return draw.x(2, 5, 5, 8), draw.x(2, 5, 5, 8), *draw.tables(width, 5, 4)
+
+    def heads_first_without_batch(draw: Draw) -> Arguments:
+        return *without_batch(draw), 0
+
+    return (
+        heads_first,
+        heads_first_from_the_end,
+        tokens_first,
+        tokens_first_from_the_end,
+        without_batch,
+        heads_first_without_batch,
+        *([partial] if partial_heads else []),
+    )
 
 
-def _singles(width: str) -> tuple[Probe, ...]:
-    def without_key(pairs: Probe) -> Probe:
+def _singles(width: str) -> tuple[Check, ...]:
+    def without_key(pairs: Check) -> Check:
         return lambda draw: tuple(_without(list(pairs(draw)), 1))
 
     return tuple(map(without_key, _pairs(width)))
@@ -243,12 +323,20 @@ def _last_queries(draw: Draw) -> Arguments:
     return draw.x(2, 3, 2, 8), draw.x(2, 1, 5, 8), *draw.tables("tiled", 2, 5, 4)
 
 
+def _last_queries_tokens_first(draw: Draw) -> Arguments:
+    return draw.x(2, 5, 3, 8), draw.x(2, 5, 1, 8), *draw.tables("tiled", 2, 5, 4), 2
+
+
 def _sections(draw: Draw) -> Arguments:
     return draw.x(2, 3, 5, 8), draw.x(2, 1, 5, 8), *draw.tables("tiled", 3, 2, 5, 4), [1, 2, 1]
 
 
 def _partial_sections(draw: Draw) -> Arguments:
     return draw.x(2, 3, 5, 8), draw.x(2, 1, 5, 8), *draw.tables("tiled", 3, 2, 5, 3), [1, 1, 1]
+
+
+def _sections_tokens_first(draw: Draw) -> Arguments:
+    return draw.x(2, 5, 3, 8), draw.x(2, 5, 1, 8), *draw.tables("tiled", 3, 2, 5, 4), [1, 2, 1], 2
 
 
 def _packed_tokens(draw: Draw) -> Arguments:
@@ -271,10 +359,28 @@ def _memory(draw: Draw) -> Arguments:
     return draw.x(2, 3, 4, 8), draw.x(2, 3, 10, 8), *draw.tables("repeated", 4, 4), 2, True
 
 
+def _repeated_memory(draw: Draw) -> Arguments:
+    return draw.x(2, 3, 4, 8), draw.x(2, 3, 8, 8), *draw.tables("repeated", 4, 4), 0, True
+
+
+def _excluded_memory(draw: Draw) -> Arguments:
+    return draw.x(2, 3, 4, 8), draw.x(2, 3, 6, 8), *draw.tables("repeated", 4, 4), 2
+
+
 def _grouped_memory(draw: Draw) -> Arguments:
     q, k = draw.x(2, 3, 4, 8), draw.x(2, 3, 12, 8)
     tables = (*draw.tables("repeated", 4, 4), *draw.tables("repeated", 3, 4))
     return q, k, *tables, 2, 2
+
+
+def _own_tables(draw: Draw) -> Arguments:
+    tables = (*draw.tables("repeated", 4, 4), *draw.tables("repeated", 6, 4))
+    return draw.x(2, 3, 4, 8), draw.x(2, 3, 6, 8), *tables
+
+
+def _blocks_heads_first(draw: Draw) -> Arguments:
+    x, *rest = _blocks(draw)
+    return x.transpose(1, 2), *rest, 1
 
 
 def _blocks(draw: Draw) -> Arguments:
@@ -296,16 +402,34 @@ def _angles(draw: Draw) -> Arguments:
 
 
 def _gathered(draw: Draw) -> Arguments:
-    ids = torch.tensor([[3, 1, 4, 1, 5], [0, 1, 2, 6, 6]], device=draw.device)
+    ids = torch.tensor([[3, 1, 4, 1, 5], [0, -1, 2, 6, -7]], device=draw.device)
     return draw.x(2, 3, 5, 8), draw.x(2, 3, 5, 8), *draw.tables("tiled", 7, 4), ids
 
 
-def _gathered_qkv(draw: Draw) -> Arguments:
+def _gathered_tokens_first(draw: Draw) -> Arguments:
     q, k, *rest = _gathered(draw)
-    return q, k, draw.x(2, 3, 5, 8), *rest
+    return q.transpose(1, 2), k.transpose(1, 2), *rest, 2
 
 
-def _complex(*table: int, layout: str) -> Probe:
+def _with_values(check: Check) -> Check:
+    def with_values(draw: Draw) -> Arguments:
+        q, k, *rest = check(draw)
+        return q, k, draw.x(*q.shape), *rest
+
+    return with_values
+
+
+def _without_ids(check: Check) -> Check:
+    """As many rows as tokens, and None for position_ids."""
+
+    def without_ids(draw: Draw) -> Arguments:
+        *tensors, cos, sin, _ = check(draw)
+        return *tensors, cos[:5], sin[:5], None
+
+    return without_ids
+
+
+def _complex(*table: int, layout: str) -> Check:
     shape = (2, 3, 5, 8) if layout == "bhsd" else (2, 5, 3, 8)
     return lambda draw: (draw.x(*shape), draw.x(*shape), draw.freqs(*table))
 
@@ -337,6 +461,13 @@ def _evens_first(x: Tensor) -> Tensor:
     return torch.cat([x[..., ::2], x[..., 1::2]], dim=-1)
 
 
+def _interleave(x: Tensor) -> Tensor:
+    return torch.stack(x.chunk(2, dim=-1), dim=-1).flatten(-2)
+
+
+_EVENS_FIRST = Order(theirs=_evens_first, ours=_interleave)
+
+
 def _pair_form(name: str, style: Style, function: str = "apply_rotary_pos_emb") -> Form:
     return Form(name, (function,), shims.pair(style), _pairs(style.width), style.width)
 
@@ -346,12 +477,13 @@ def _deinterleaving(name: str, style: Style) -> Form:
         name,
         ("apply_rotary_pos_emb_interleave",),
         shims.pair(style),
-        _pairs(style.width, partial=False),
+        _pairs(style.width, partial_heads=False),
         style.width,
-        order=_evens_first,
+        order=_EVENS_FIRST,
     )
 
 
+_GATHERED = (_gathered, _gathered_tokens_first, _without_ids(_gathered))
 _MULTIMODAL = ("apply_multimodal_rotary_pos_emb",)
 _POS_EMB = ("apply_rotary_pos_emb",)
 _VISION = ("apply_rotary_pos_emb_vision",)
@@ -360,10 +492,15 @@ _PLANE = ("apply_rotary_pos_emb_2d", "apply_rotary_pos_emb_2d_self_attn")
 # A form that does more than another of its signature comes first.
 FORMS = (
     Form("half, key optional", _POS_EMB, shims.optional_key(Style()), (_no_key, *_pairs("tiled"))),
-    Form("half, last queries", _POS_EMB, shims.last_queries(Style()), (_last_queries,)),
+    Form(
+        "half, last queries",
+        _POS_EMB,
+        shims.last_queries(Style()),
+        (_last_queries, _last_queries_tokens_first),
+    ),
     _pair_form("half", Style()),
     _pair_form("half, in float32", Style(float32=True)),
-    _pair_form("half, the other way", Style(inverse=True)),
+    _pair_form("half, inverse", Style(inverse=True)),
     _pair_form("half, half-width tables", Style("half")),
     _pair_form("interleaved", Style("repeated", interleaved=True)),
     _pair_form("interleaved, in float32", Style("repeated", interleaved=True, float32=True)),
@@ -372,10 +509,10 @@ FORMS = (
         "interleaved, tiled tables, in float32", Style("first", interleaved=True, float32=True)
     ),
     _pair_form("interleaved, half-width tables", Style("half", interleaved=True)),
-    _deinterleaving("interleaved, turned in place", Style("first", interleaved=True)),
-    _deinterleaving("interleaved, turned in place, whole tables", Style("tiled", interleaved=True)),
-    Form("half, rows by position_ids", _POS_EMB, shims.gathered, (_gathered,)),
-    Form("half, values too", _POS_EMB, shims.gathered_qkv, (_gathered_qkv,)),
+    _deinterleaving("interleaved, order preserved", Style("first", interleaved=True)),
+    _deinterleaving("interleaved, order preserved, whole tables", Style("tiled", interleaved=True)),
+    Form("half, rows by position_ids", _POS_EMB, shims.gathered, _GATHERED),
+    Form("half, values too", _POS_EMB, shims.gathered_qkv, tuple(map(_with_values, _GATHERED))),
     Form("half, after a prefix", _POS_EMB, shims.after_prefix, (_prefixed,)),
     Form("half, one tensor", _POS_EMB, shims.single(Style()), _singles("tiled")),
     Form(
@@ -385,7 +522,7 @@ FORMS = (
         (_cached_rows,),
     ),
     Form(
-        "interleaved, one tensor, last lanes, in float32",
+        "interleaved, one tensor, last elements, in float32",
         _POS_EMB,
         shims.single(Style("half", interleaved=True, trailing=True, float32=True)),
         _singles("half"),
@@ -399,18 +536,24 @@ FORMS = (
         (_time,),
         "repeated",
     ),
-    Form("half, blocks", ("apply_multidimensional_rope",), shims.blocks, (_blocks,), "blocks"),
+    Form(
+        "half, blocks",
+        ("apply_multidimensional_rope",),
+        shims.blocks,
+        (_blocks, _blocks_heads_first),
+        "blocks",
+    ),
     Form(
         "half, sections of axes",
         _MULTIMODAL,
         shims.sections(Style("half")),
-        (_sections, _partial_sections),
+        (_sections, _partial_sections, _sections_tokens_first),
     ),
     Form(
         "interleaved, sections of axes",
         _MULTIMODAL,
         shims.sections(Style("half", interleaved=True)),
-        (_sections, _partial_sections),
+        (_sections, _partial_sections, _sections_tokens_first),
         "first",
     ),
     Form(
@@ -432,14 +575,14 @@ FORMS = (
         "interleaved, in float32, plane, repeated for keys",
         _PLANE,
         shims.memory_keys,
-        (_plane, _memory),
+        (_plane, _memory, _repeated_memory, _excluded_memory),
         "repeated",
     ),
     Form(
         "interleaved, in float32, plane, keys' own",
         ("apply_rotary_pos_emb_2d_cross_attn",),
         shims.grouped_memory_keys,
-        (_grouped_memory,),
+        (_grouped_memory, _own_tables),
         "repeated",
     ),
     Form(
@@ -491,5 +634,5 @@ FORMS = (
 
 # By the name of the function: why there is no form for it.
 NOT_ROTATIONS = {
-    "apply_rotary_embeddings": "no rotation: the two lanes of a pair turn by different angles",
+    "apply_rotary_embeddings": "no rotation: the two elements of a pair rotate by different angles",
 }

@@ -51,14 +51,14 @@ def _layer(style: Style) -> type[torch.nn.Module]:
 
 Half = _layer(Style())
 HalfInFloat32 = _layer(Style(float32=True))
-HalfTheOtherWay = _layer(Style(inverse=True))
+HalfInverse = _layer(Style(inverse=True))
 HalfWidthTables = _layer(Style("half"))
 InterleavedHalfWidthTables = _layer(Style("half", interleaved=True))
 
 _LAYERS = {
     "half": "Half",
     "half, in float32": "HalfInFloat32",
-    "half, the other way": "HalfTheOtherWay",
+    "half, inverse": "HalfInverse",
     "half, half-width tables": "HalfWidthTables",
     "interleaved, half-width tables": "InterleavedHalfWidthTables",
 }

@@ -24,14 +24,14 @@ Pair = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Style:
-    """How the lanes of a model are paired, what its tables look like and how it rounds.
+    """How the elements of a head are paired, what its tables look like and how it rounds.
 
     Attributes:
         width: "half" [..., P]; full width [..., R] as "tiled" (two equal halves) or "repeated"
             (every value twice); or "first": full width, of which the model too reads one half.
         interleaved: a pair are neighbours.
-        inverse: turned the other way.
-        trailing: the last R lanes turn, not the first.
+        inverse: the inverse rotation.
+        trailing: the last R elements are rotated, not the first.
         float32: the model widens to float32 and rounds once; else it rounds as its dtype does.
     """
 
@@ -88,10 +88,12 @@ _LAYOUTS = {
 
 
 def layout_of(x: Tensor, cos: Tensor, unsqueeze_dim: int) -> str:
-    """The layout of x beside which cos, unsqueezed there, broadcasts."""
+    """The layout of x with which cos, unsqueezed there, broadcasts."""
     dims = cos.dim()
-    heads = unsqueeze_dim if unsqueeze_dim < 0 else unsqueeze_dim - dims - 1
-    layout = _LAYOUTS.get((x.dim(), dims, heads))
+    layout = None
+    if isinstance(unsqueeze_dim, int):
+        heads = unsqueeze_dim if unsqueeze_dim < 0 else unsqueeze_dim - dims - 1
+        layout = _LAYOUTS.get((x.dim(), dims, heads))
     if layout is None:
         raise ValueError(
             "apply_rotary_pos_emb: expected unsqueeze_dim 1 or 2 and cos of [B or 1, S, R], got "
@@ -180,7 +182,7 @@ def optional_key(style: Style) -> Shim:
 
 
 def last_queries(style: Style) -> Shim:
-    """As `pair` with unsqueeze_dim 1; q are the last of the tokens that k and the tables have."""
+    """As `pair` with unsqueeze_dim 1; q holds the last of the tokens of k and the tables."""
 
     def rotate(
         q: Tensor,
@@ -192,6 +194,8 @@ def last_queries(style: Style) -> Shim:
         precision: str = "model",
     ) -> Pair:
         layout = layout_of(q, cos, unsqueeze_dim)
+        if layout != "bhsd":
+            raise ValueError(f"apply_rotary_pos_emb: expected unsqueeze_dim 1, got {unsqueeze_dim}")
         cos, sin, S = batched(cos), batched(sin), q.shape[-2]
         q = style.rotate(q, cos[:, -S:], sin[:, -S:], precision, layout=layout)
         return q, style.rotate(k, cos, sin, precision, layout=layout)
@@ -200,7 +204,7 @@ def last_queries(style: Style) -> Shim:
 
 
 def sections(style: Style) -> Shim:
-    """M-RoPE: cos [3, B, S, R], of which each section of lanes reads one axis in turn."""
+    """M-RoPE: cos [3, B, S, R], of which each section of elements reads the next axis."""
 
     def rotate(
         q: Tensor,
@@ -249,7 +253,9 @@ def rows(table: Tensor) -> Tensor:
 def after_prefix(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, precision: str = "model", **kwargs: Any
 ) -> Pair:
-    """q and k [B, H, S, D], of which the last M tokens turn: class and register tokens do not."""
+    """q and k [B, H, S, D], of which the last M tokens are rotated: no class or register tokens."""
+    if kwargs:
+        raise ValueError(f"apply_rotary_pos_emb: expected no keywords, got {sorted(kwargs)}")
     cos, sin = rows(cos), rows(sin)
     S = q.shape[-2]
     tokens = torch.arange(S, device=q.device) - (S - cos.shape[0])
@@ -266,11 +272,11 @@ def memory_keys(
     *,
     precision: str = "model",
 ) -> Pair:
-    """q [B, H, M, D], k [B, H, S, D]: k repeats the M rows; its last tokens may not turn."""
+    """q [B, H, M, D], k [B, H, S, D]: k repeats the M rows; its last tokens may not be rotated."""
     cos, sin = rows(cos), rows(sin)
-    tokens, turning = torch.arange(k.shape[-2], device=k.device), k.shape[-2] - num_k_exclude_rope
+    tokens, rotated = torch.arange(k.shape[-2], device=k.device), k.shape[-2] - num_k_exclude_rope
     row = tokens % cos.shape[0] if repeat_freqs_k else tokens
-    positions = torch.where(tokens < turning, row, -1)
+    positions = torch.where(tokens < rotated, row, -1)
     q = REPEATED_FLOAT32.rotate(q, cos, sin, precision, layout="bhsd")
     return q, REPEATED_FLOAT32.rotate(k, cos, sin, precision, layout="bhsd", positions=positions)
 
@@ -287,12 +293,12 @@ def grouped_memory_keys(
     *,
     precision: str = "model",
 ) -> Pair:
-    """As `memory_keys` with k's own tables: of each group of its tokens the last M turn."""
+    """As `memory_keys` with k's own tables: the last M tokens of each group are rotated."""
     cos_k, sin_k = rows(cos_k), rows(sin_k)
-    tokens, turning = torch.arange(k.shape[-2], device=k.device), k.shape[-2] - num_k_exclude_rope
-    group = max(turning // repeat_freqs_k, 1)
+    tokens, rotated = torch.arange(k.shape[-2], device=k.device), k.shape[-2] - num_k_exclude_rope
+    group = max(rotated // repeat_freqs_k, 1)
     row = (tokens % group - (group - cos_k.shape[0])).clamp(min=-1)
-    positions = torch.where(tokens < turning, row, -1)
+    positions = torch.where(tokens < rotated, row, -1)
     q = REPEATED_FLOAT32.rotate(q, rows(cos), rows(sin), precision, layout="bhsd")
     return q, REPEATED_FLOAT32.rotate(
         k, cos_k, sin_k, precision, layout="bhsd", positions=positions
@@ -308,7 +314,7 @@ def blocks(
     *,
     precision: str = "model",
 ) -> Tensor:
-    """x's lanes in A spans, one for each axis of position_ids [B, S, A]; cos tiled in each span."""
+    """x's elements in A spans, one for each axis of position_ids [B, S, A]; cos tiled in each."""
     A = position_ids.shape[-1]
 
     def halves(table: Tensor) -> Tensor:
@@ -342,15 +348,13 @@ def gathered(
     k: Tensor,
     cos: Tensor,
     sin: Tensor,
-    position_ids: Tensor,
+    position_ids: Tensor | None,
     unsqueeze_dim: int = 1,
     *,
     precision: str = "model",
 ) -> Pair:
     """q and k [B, H, S, D]; a token reads the row of cos [M, R] that position_ids [B, S] names."""
-    return HALF.rotate_qk(
-        q, k, cos, sin, precision, layout=_gathered_layout(unsqueeze_dim), positions=position_ids
-    )
+    return HALF.rotate_qk(q, k, cos, sin, precision, **_gather(cos, position_ids, unsqueeze_dim))
 
 
 def gathered_qkv(
@@ -359,25 +363,49 @@ def gathered_qkv(
     v: Tensor,
     cos: Tensor,
     sin: Tensor,
-    position_ids: Tensor,
+    position_ids: Tensor | None,
     unsqueeze_dim: int = 1,
     *,
     precision: str = "model",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `gathered`, and the values turn too."""
-    where = {"layout": _gathered_layout(unsqueeze_dim), "positions": position_ids}
-    q, k = HALF.rotate_qk(q, k, cos, sin, precision, **where)
-    return q, k, HALF.rotate(v, cos, sin, precision, **where)
+    """As `gathered`, and the values are rotated too."""
+    rows = _gather(cos, position_ids, unsqueeze_dim)
+    q, k = HALF.rotate_qk(q, k, cos, sin, precision, **rows)
+    return q, k, HALF.rotate(v, cos, sin, precision, **rows)
 
 
-def _gathered_layout(unsqueeze_dim: int) -> str:
-    return {1: "bhsd", 2: "bshd"}[unsqueeze_dim]
+def _gather(table: Tensor, ids: Tensor | None, unsqueeze_dim: int) -> dict[str, Any]:
+    """The operator's options for the rows table[ids].
+
+    Negative ids count from the end, as in Python; to the operator -1 is no rotation. One that is
+    too small stays negative and is never -1, so that the operator refuses it.
+    """
+    layout = {1: "bhsd", 2: "bshd"}.get(unsqueeze_dim)
+    if (
+        layout is None
+        or ids is None
+        or ids.dtype not in (torch.int32, torch.int64)
+        or ids.dim() != 2
+        or table.dim() != 2
+        or not len(table)
+    ):
+        raise ValueError(
+            "apply_rotary_pos_emb: expected cos [M, R] with M > 0, integer position_ids [B, S] and "
+            f"unsqueeze_dim 1 or 2, got unsqueeze_dim={unsqueeze_dim} and cos {list(table.shape)}"
+        )
+    M = len(table)
+    positions = torch.where((ids < 0) & (ids >= -M), ids + M, ids)
+    return {"layout": layout, "positions": positions}
+
+
+class RealTableError(TypeError):
+    """A table that must be complex is real."""
 
 
 def parts(freqs: Tensor, device: torch.device) -> Pair:
     """The real and the imaginary part of a complex table: cosine and sine."""
     if not freqs.is_complex():
-        raise TypeError(
+        raise RealTableError(
             f"apply_rotary_emb: expected a complex table, got {freqs.dtype}: a cast of the whole "
             "model, as .to(dtype), has made it real and left no sine"
         )
@@ -427,7 +455,7 @@ def sinusoidal(
     *,
     precision: str = "model",
 ) -> tuple[Tensor, ...]:
-    """RoFormer: q, k and perhaps v [B, H, S, D]; sine and cosine side by side, [1, 1, S, D]."""
+    """RoFormer: q, k and perhaps v [B, H, S, D]; sine and cosine concatenated, [1, 1, S, D]."""
     sin, cos = sinusoidal_pos[:, 0].chunk(2, dim=-1)
     qk = INTERLEAVED.rotate_qk(query_layer, key_layer, cos, sin, precision, layout="bhsd")
     if value_layer is None:

@@ -18,7 +18,6 @@ Letters: B batch, S sequence length, P pairs, R = 2P or P columns, M table rows.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import inspect
 import re
@@ -30,12 +29,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from ...frequencies import config_arguments, frequencies
 from ...functional import cos_sin_table
+from ...tracing import is_capturing, outside_modes
 
-__all__ = ["RECIPES", "Recipe", "Tables", "rotary_modules"]
+__all__ = ["RECIPES", "Recipe", "Tables", "is_recorded", "rotary_modules"]
 
 Pair = tuple[Tensor, Tensor]
 Key = tuple[Any, ...]
@@ -52,10 +51,17 @@ def rotary_modules(modules: Iterable[ModuleType]) -> Iterator[type[torch.nn.Modu
                 _NAME.match(name)
                 and isinstance(value, type)
                 and value.__module__ == module.__name__
+                and _parameters(vars(value).get("forward")) in _PARAMETERS
             ):
-                forward = vars(value).get("forward")
-                if forward and list(inspect.signature(forward).parameters) in _PARAMETERS:
-                    yield value
+                yield value
+
+
+def _parameters(forward: Any) -> list[str]:
+    """The names of a function's parameters; none of what is no function or does not tell."""
+    try:
+        return list(inspect.signature(forward).parameters) if inspect.isfunction(forward) else []
+    except Exception:  # whatever a signature of somebody's own making raises
+        return []
 
 
 @dataclass(frozen=True)
@@ -133,7 +139,7 @@ class _KeptRows:
         ):
             return False
         if torch._C._len_torch_dispatch_stack() > 0:  # it must see the same operators in all calls
-            with _unobserved():
+            with outside_modes():
                 return torch.equal(self.inv_freq, _bits(inv_freq))
         return torch.equal(self.inv_freq, _bits(inv_freq))
 
@@ -285,9 +291,9 @@ class Tables:
         try:
             return recipes[key]
         except KeyError:
-            if _captured_now(x.device):
+            if is_capturing(x.device):
                 return None
-        with _unobserved():
+        with outside_modes():
             if inv_freq.numel() > 1 and bool((inv_freq == inv_freq[0]).all()):
                 return None  # all recipes agree: weights that are not loaded yet decide nothing
             recipe = self._find_recipe(module, x, inv_freq, scale, layer_type)
@@ -337,7 +343,7 @@ class Tables:
         layer_type: str | None,
     ) -> _KeptRows:
         """The rows below the bound; those of another module where the numbers are the same."""
-        with _unobserved():
+        with outside_modes():
             held = inv_freq.clone()
             used = held.float()
             if self._exact:
@@ -383,7 +389,7 @@ def _exact_on_device(
     """Float64 [P], selected on the device; None where the config could not be read before."""
     key = inv_freq.device, inv_freq.dtype, layer_type
     last = on_device.get(key)
-    if _captured_now(inv_freq.device):
+    if is_capturing(inv_freq.device):
         if last is None:
             return None
         if last.found is not None:
@@ -397,7 +403,7 @@ def _read_config(
     module: torch.nn.Module, inv_freq: Tensor, layer_type: str | None, last: _OnDevice | None
 ) -> _OnDevice:
     """The config's frequencies on inv_freq's device; those of `last` where they are equal."""
-    with _unobserved():
+    with outside_modes():
         host = _ConfigFrequencies.read(module, inv_freq, layer_type)
         if host is None:
             found = None
@@ -464,19 +470,6 @@ def _version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
-@contextlib.contextmanager
-def _unobserved() -> Iterator[None]:
-    """What is computed once and kept: plain tensors, whichever modes are on in this call."""
-    plain = torch.inference_mode(False), torch.no_grad()
-    with torch._C.DisableTorchFunction(), _disable_current_modes(), plain[0], plain[1]:
-        yield
-
-
-def _captured_now(device: torch.device) -> bool:
-    """Whether a CUDA graph is recorded: nothing may be read by the host, or kept."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
 def _traced() -> bool:
     """Whether a tracer records operators or tensors are fake; modes that observe do not matter."""
     keys = torch._C._TorchDispatchModeKey
@@ -491,3 +484,8 @@ def _traced() -> bool:
             )
         )
     )
+
+
+def is_recorded(device: torch.device) -> bool:
+    """Whether what runs on the device is captured, traced or fake, so that no value can be read."""
+    return _traced() or is_capturing(device)
