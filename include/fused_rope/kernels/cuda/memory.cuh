@@ -19,7 +19,50 @@ struct alignas(sizeof(T) * kSize) Vector {
   T element[kSize];
 };
 
-// 32-bit words of a vector that is moved with a policy: 1, 2 or 4; 0 where that cannot be.
+// 1, 2 or 4 registers that one instruction moves. Operands have the same numbers for all three: %0
+// to %3 are registers, of which the instruction names the first kCount, %4 the address, %5 the
+// policy.
+template <int kCount>
+struct Words {
+  uint32_t word[4];
+
+#define FUSED_ROPE_WITH_REGISTERS(instruction)  \
+  if constexpr (kCount == 4)                    \
+    instruction(".v4.u32", "{%0, %1, %2, %3}"); \
+  else if constexpr (kCount == 2)               \
+    instruction(".v2.u32", "{%0, %1}");         \
+  else                                          \
+    instruction(".u32", "%0")
+#define FUSED_ROPE_LOAD(type, registers)                           \
+  asm volatile(                                                    \
+      "{\n"                                                        \
+      ".reg .pred wanted;\n"                                       \
+      "setp.ne.u32 wanted, %6, 0;\n"                               \
+      "@wanted ld.global.L2::cache_hint" type " " registers        \
+      ", [%4], %5;\n"                                              \
+      "}"                                                          \
+      : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3]) \
+      : "l"(from), "l"(policy), "r"(static_cast<uint32_t>(wanted)))
+#define FUSED_ROPE_STORE(type, registers)                                                  \
+  asm volatile("st.global.L2::cache_hint" type " [%4], " registers ", %5;" ::"r"(word[0]), \
+               "r"(word[1]), "r"(word[2]), "r"(word[3]), "l"(to), "l"(policy)              \
+               : "memory")
+
+  // Loads if `wanted`. The predicate costs no branch.
+  __device__ __forceinline__ void load(const void* from, uint64_t policy, bool wanted) {
+    FUSED_ROPE_WITH_REGISTERS(FUSED_ROPE_LOAD);
+  }
+
+  __device__ __forceinline__ void store(void* to, uint64_t policy) const {
+    FUSED_ROPE_WITH_REGISTERS(FUSED_ROPE_STORE);
+  }
+
+#undef FUSED_ROPE_STORE
+#undef FUSED_ROPE_LOAD
+#undef FUSED_ROPE_WITH_REGISTERS
+};
+
+// The Words that a vector is moved as, or 0 where it cannot have a policy.
 template <typename T, int kSize>
 #if __CUDA_ARCH__ >= 800
 constexpr int kWords = kSize > 1 || sizeof(T) == 8 ? kSize * sizeof(T) / 4 : 0;
@@ -27,43 +70,15 @@ constexpr int kWords = kSize > 1 || sizeof(T) == 8 ? kSize * sizeof(T) / 4 : 0;
 constexpr int kWords = 0;
 #endif
 
-// Loads a vector if it is `wanted`. The predicate costs no branch.
+// Loads a vector if it is `wanted`; otherwise its value is unspecified.
 template <int kSize, typename T>
 __device__ __forceinline__ Vector<T, kSize> load(const T* from, uint64_t policy, bool wanted) {
   using V = Vector<T, kSize>;
   V value{};
   if constexpr (kWords<T, kSize> > 0) {
-    const auto flag = static_cast<uint32_t>(wanted);
-    uint32_t words[kWords<T, kSize>];
-    if constexpr (kWords<T, kSize> == 4) {
-      asm volatile(
-          "{\n"
-          ".reg .pred wanted;\n"
-          "setp.ne.u32 wanted, %6, 0;\n"
-          "@wanted ld.global.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;\n"
-          "}"
-          : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-          : "l"(from), "l"(policy), "r"(flag));
-    } else if constexpr (kWords<T, kSize> == 2) {
-      asm volatile(
-          "{\n"
-          ".reg .pred wanted;\n"
-          "setp.ne.u32 wanted, %4, 0;\n"
-          "@wanted ld.global.L2::cache_hint.v2.u32 {%0, %1}, [%2], %3;\n"
-          "}"
-          : "=r"(words[0]), "=r"(words[1])
-          : "l"(from), "l"(policy), "r"(flag));
-    } else {
-      asm volatile(
-          "{\n"
-          ".reg .pred wanted;\n"
-          "setp.ne.u32 wanted, %3, 0;\n"
-          "@wanted ld.global.L2::cache_hint.u32 %0, [%1], %2;\n"
-          "}"
-          : "=r"(words[0])
-          : "l"(from), "l"(policy), "r"(flag));
-    }
-    std::memcpy(&value, words, sizeof(value));
+    Words<kWords<T, kSize>> words;
+    words.load(from, policy, wanted);
+    std::memcpy(&value, words.word, sizeof(value));
   } else if (wanted) {
     value = *reinterpret_cast<const V*>(from);
   }
@@ -74,21 +89,9 @@ template <typename T, int kSize>
 __device__ __forceinline__ void store(T* to, const Vector<T, kSize>& value, uint64_t policy) {
   using V = Vector<T, kSize>;
   if constexpr (kWords<T, kSize> > 0) {
-    uint32_t words[kWords<T, kSize>];
-    std::memcpy(words, &value, sizeof(value));
-    if constexpr (kWords<T, kSize> == 4) {
-      asm volatile("st.global.L2::cache_hint.v4.u32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(to),
-                   "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3]), "l"(policy)
-                   : "memory");
-    } else if constexpr (kWords<T, kSize> == 2) {
-      asm volatile("st.global.L2::cache_hint.v2.u32 [%0], {%1, %2}, %3;" ::"l"(to), "r"(words[0]),
-                   "r"(words[1]), "l"(policy)
-                   : "memory");
-    } else {
-      asm volatile("st.global.L2::cache_hint.u32 [%0], %1, %2;" ::"l"(to), "r"(words[0]),
-                   "l"(policy)
-                   : "memory");
-    }
+    Words<kWords<T, kSize>> words{};
+    std::memcpy(words.word, &value, sizeof(value));
+    words.store(to, policy);
   } else {
     *reinterpret_cast<V*>(to) = value;
   }
