@@ -72,14 +72,15 @@ struct Plan {
 };
 
 constexpr int kVectorBytes = 16;    // the widest access of a thread
-constexpr int kMinThreadBytes = 8;  // that a thread moves in vectors
-constexpr int kShortChunk = 64;     // bytes
+constexpr int kMinThreadBytes = 8;  // of all vectors of a thread
+constexpr int kShortChunk = 64;     // bytes: half a cache line
 constexpr int kWarp = 32;
-constexpr int kMaxBlockThreads = 256;
-constexpr int kResidentThreads = 1536;  // of a multiprocessor: six of the largest blocks
-constexpr int kKeptShare = 4;           // tables of up to 1/4 of the L2 cache are kept in it
-constexpr int kHeavyShare = 10;         // tables of more than 1/10 of a large x make x stream
-constexpr int kMaxLaunchThreads = 1 << 30;
+constexpr int kSmallBlockThreads = 128;     // of a block, unless all blocks are resident at once
+constexpr int kMaxBlockThreads = 256;       // the kernel's launch bound
+constexpr int kResidentThreads = 1536;      // of a multiprocessor: six blocks of kMaxBlockThreads
+constexpr int kKeptShare = 4;               // tables of up to 1/4 of the L2 cache are kept in it
+constexpr int kHeavyShare = 10;             // tables of more than 1/10 of a large x make x stream
+constexpr int kMaxLaunchThreads = 1 << 30;  // FastDivmod needs thread indices below 2^31
 
 constexpr int64_t ceil_divide(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
@@ -171,15 +172,46 @@ inline double moved_elements(const RotateParams& p) {
          static_cast<double>(moved_elements_of_head(p));
 }
 
-// Whether there are instances with vectors shorter than 16 bytes.
-inline bool has_shorter_vectors(const RotateParams& p, const Plan& plan) {
-  return plan.lookup == RowLookup::kLinear && plan.full_head && plan.vector > 1 &&
-         size_of(p.dtype) == 2 && plan.vector_tables;
+// Elements of a head that a call copies.
+inline int64_t copied_elements_of_head(const RotateParams& p) {
+  return moved_elements_of_head(p) - 2 * p.pairing.P;
 }
 
-// Bytes of the shortest vectors of those instances.
-constexpr int shortest_vector(Arrangement arrangement, RowLookup lookup) {
-  return kMinThreadBytes / vectors_of_thread(arrangement, lookup);
+// Whether all elements rotate and pairs form a single block.
+inline bool rotates_full_heads(const RotateParams& p) {
+  const bool one_block = p.pairing.distance == 1 || p.pairing.distance == p.pairing.P;
+  return one_block && copied_elements_of_head(p) == 0;
+}
+
+// Whether every `pairs` consecutive pairs have one axis.
+inline bool has_sections_of(const RotateParams& p, int64_t pairs) {
+  for (int64_t j = 1; j < p.pairing.P; ++j) {
+    if (p.axes[j] != p.axes[j - 1] && j % pairs != 0) return false;
+  }
+  return true;
+}
+
+// vector: elements of a vector of x. vector_tables: whether cos and sin are read in vectors, too.
+inline RowLookup choose_lookup(const RotateParams& p, Arrangement arrangement, int vector,
+                               bool vector_tables) {
+  if (p.axes != nullptr) {
+    const int pairs = arrangement == Arrangement::kAdjacent ? vector / 2 : vector;
+    return has_sections_of(p, pairs) ? RowLookup::kSections : RowLookup::kAxes;
+  }
+  if (has_lookups(p.rows) || !have_same_strides(p.cos, p.sin)) return RowLookup::kIndexed;
+  return p.per_head && vector > 1 && vector_tables ? RowLookup::kPerHead : RowLookup::kLinear;
+}
+
+// Every layer reads the tables again: keep them in L2 where they are a small part of it.
+inline bool should_keep_tables(const RotateParams& p, const DeviceFacts& device) {
+  return table_bytes(p) * kKeptShare <= static_cast<double>(device.l2_bytes);
+}
+
+// Stream x where the tables are a large part of the traffic, unless x fits in L2 for its next
+// reader.
+inline bool should_stream(const RotateParams& p, const DeviceFacts& device) {
+  const double x_bytes = moved_elements(p) * size_of(p.dtype);
+  return table_bytes(p) * kHeavyShare > x_bytes && x_bytes > static_cast<double>(device.l2_bytes);
 }
 
 // Whether a call moves short contiguous chunks whose stride is at least twice their size. Only
@@ -197,14 +229,20 @@ inline double threads_per_multiprocessor(const RotateParams& p, const DeviceFact
   return moved_elements(p) / static_cast<double>(thread_elements * device.multiprocessors);
 }
 
-// Bytes of a vector. Shorter vectors bring a warp's two requests, for first elements and for
-// partners, closer together in memory; that pays for the additional threads once the device is
-// full. Short chunks are faster still with fewer bytes in flight.
-inline int bytes_of_vector(const RotateParams& p, const Plan& plan, const DeviceFacts& device) {
-  if (threads_per_multiprocessor(p, device, 2 * plan.vector) <= kResidentThreads)
-    return kVectorBytes;
-  if (moves_short_chunks(p)) return shortest_vector(plan.arrangement, plan.lookup);
-  return kVectorBytes / vectors_of_thread(plan.arrangement, plan.lookup);
+// Bytes of the shortest vectors for which there are instances.
+constexpr int shortest_vector(Arrangement arrangement, RowLookup lookup) {
+  return kMinThreadBytes / vectors_of_thread(arrangement, lookup);
+}
+
+// Bytes of a vector, where there are instances with shorter vectors than `widest` elements. Shorter
+// vectors bring a warp's two requests, for first elements and for partners, closer together in
+// memory; that pays for the additional threads once the device is full. Short chunks are faster
+// still with fewer bytes in flight.
+inline int choose_vector_bytes(const RotateParams& p, const DeviceFacts& device,
+                               Arrangement arrangement, RowLookup lookup, int widest) {
+  if (threads_per_multiprocessor(p, device, 2 * widest) <= kResidentThreads) return kVectorBytes;
+  if (moves_short_chunks(p)) return shortest_vector(arrangement, lookup);
+  return kVectorBytes / vectors_of_thread(arrangement, lookup);
 }
 
 // Small blocks keep a multiprocessor busy when one ends and the next begins. Where all blocks are
@@ -213,72 +251,55 @@ inline int bytes_of_vector(const RotateParams& p, const Plan& plan, const Device
 inline int choose_block_threads(const RotateParams& p, const DeviceFacts& device, int head_threads,
                                 int64_t thread_elements) {
   const double each = threads_per_multiprocessor(p, device, thread_elements);
-  const int threads = each > 128 && each <= kResidentThreads ? 256 : 128;
+  const bool large = each > kSmallBlockThreads && each <= kResidentThreads;
+  const int threads = large ? kMaxBlockThreads : kSmallBlockThreads;
   const int64_t whole = std::lcm<int64_t>(std::max(head_threads, 1), kWarp);
   if (whole > kMaxBlockThreads) return threads;
   return static_cast<int>(std::max(whole, threads / whole * whole));
 }
 
-// Whether every `pairs` consecutive pairs have one axis.
-inline bool has_sections_of(const RotateParams& p, int64_t pairs) {
-  for (int64_t j = 1; j < p.pairing.P; ++j) {
-    if (p.axes[j] != p.axes[j - 1] && j % pairs != 0) return false;
-  }
-  return true;
-}
-
-inline RowLookup choose_lookup(const RotateParams& p, const Plan& plan) {
-  if (p.axes != nullptr) {
-    const bool adjacent = plan.arrangement == Arrangement::kAdjacent;
-    return has_sections_of(p, adjacent ? plan.vector / 2 : plan.vector) ? RowLookup::kSections
-                                                                        : RowLookup::kAxes;
-  }
-  if (has_lookups(p.rows) || !have_same_strides(p.cos, p.sin)) return RowLookup::kIndexed;
-  return p.per_head && plan.vector > 1 && plan.vector_tables ? RowLookup::kPerHead
-                                                             : RowLookup::kLinear;
-}
-
 inline Plan make_plan(const RotateParams& p, const DeviceFacts& device,
                       const PlanOverrides& overrides = {}) {
-  const auto choose = [](int override, int choice) { return override >= 0 ? override : choice; };
-  Plan plan;
+  const auto choose = [](int override, auto choice) {
+    return override >= 0 ? static_cast<decltype(choice)>(override) : choice;
+  };
   const int widest = kVectorBytes / size_of(p.dtype);
-  plan.vector = is_vectorizable(p, widest) ? widest : 1;
-  const bool adjacent = plan.vector > 1 && p.pairing.distance == 1;
-  plan.arrangement = adjacent ? Arrangement::kAdjacent : Arrangement::kPair;
-  plan.vector_tables =
+  const bool vectors = is_vectorizable(p, widest);
+  const bool vector_tables =
       is_vectorizable(p.cos, p.table_dtype) && is_vectorizable(p.sin, p.table_dtype);
-  plan.lookup = choose_lookup(p, plan);
+  const bool adjacent = vectors && p.pairing.distance == 1;
+  const Arrangement arrangement = adjacent ? Arrangement::kAdjacent : Arrangement::kPair;
+  const RowLookup lookup = choose_lookup(p, arrangement, vectors ? widest : 1, vector_tables);
+  const bool full_head = rotates_full_heads(p);
 
-  // Every layer reads the tables again: keep them in L2 where they are a small part of it. Stream x
-  // where the tables are a large part of the traffic, unless x fits in L2 for its next reader.
-  const double table = table_bytes(p);
-  const double x_bytes = moved_elements(p) * size_of(p.dtype);
-  const auto l2_bytes = static_cast<double>(device.l2_bytes);
-  plan.keeps_tables = choose(overrides.keep, table * kKeptShare <= l2_bytes) != 0;
-  const bool heavy = table * kHeavyShare > x_bytes && x_bytes > l2_bytes;
-  plan.streams = choose(overrides.stream, heavy) != 0;
-
-  const int64_t rotated = 2 * p.pairing.P;
-  const int64_t copied = moved_elements_of_head(p) - rotated;
-  const bool one_block = p.pairing.distance == 1 || p.pairing.distance == p.pairing.P;
-  plan.full_head = one_block && copied == 0;
-  if (has_shorter_vectors(p, plan)) {
-    const int shortest = shortest_vector(plan.arrangement, plan.lookup);
-    const int bytes = choose(overrides.vector, bytes_of_vector(p, plan, device));
-    const auto instance = static_cast<uint32_t>(std::clamp(bytes, shortest, kVectorBytes));
-    plan.vector = static_cast<int>(std::bit_floor(instance)) / size_of(p.dtype);
+  const bool has_shorter_vectors = vectors && vector_tables && full_head &&
+                                   lookup == RowLookup::kLinear && size_of(p.dtype) == 2;
+  int vector = vectors ? widest : 1;
+  if (has_shorter_vectors) {
+    const int bytes =
+        choose(overrides.vector, choose_vector_bytes(p, device, arrangement, lookup, widest));
+    const int clamped = std::clamp(bytes, shortest_vector(arrangement, lookup), kVectorBytes);
+    vector = static_cast<int>(std::bit_floor(static_cast<uint32_t>(clamped))) / size_of(p.dtype);
   }
 
-  const int64_t thread_elements = vectors_of_thread(plan.arrangement, plan.lookup) * plan.vector;
-  plan.rotating_threads = static_cast<int>(ceil_divide(rotated, thread_elements));
-  plan.head_threads =
-      plan.rotating_threads + static_cast<int>(ceil_divide(copied, thread_elements));
-  const int threads = choose(overrides.threads,
-                             choose_block_threads(p, device, plan.head_threads, thread_elements));
-  plan.block_threads = std::clamp(threads / kWarp * kWarp, kWarp, kMaxBlockThreads);
-  plan.launch_threads = choose(overrides.work, kMaxLaunchThreads);
-  return plan;
+  const int64_t thread_elements = vectors_of_thread(arrangement, lookup) * vector;
+  const auto rotating_threads = static_cast<int>(ceil_divide(2 * p.pairing.P, thread_elements));
+  const auto copying_threads =
+      static_cast<int>(ceil_divide(copied_elements_of_head(p), thread_elements));
+  const int head_threads = rotating_threads + copying_threads;
+  const int block_threads =
+      choose(overrides.threads, choose_block_threads(p, device, head_threads, thread_elements));
+  return {.arrangement = arrangement,
+          .lookup = lookup,
+          .vector_tables = vector_tables,
+          .keeps_tables = choose(overrides.keep, should_keep_tables(p, device)),
+          .streams = choose(overrides.stream, should_stream(p, device)),
+          .vector = vector,
+          .rotating_threads = rotating_threads,
+          .head_threads = head_threads,
+          .full_head = full_head,
+          .block_threads = std::clamp(block_threads / kWarp * kWarp, kWarp, kMaxBlockThreads),
+          .launch_threads = choose(overrides.work, kMaxLaunchThreads)};
 }
 
 }  // namespace fused_rope::kernels
