@@ -1,15 +1,15 @@
-// The CPU backend: rows are checked before anything is written, tokens are spread over threads.
+// The CPU backend: checks all rows before it writes anything, then distributes tokens over threads.
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
 
-#include "fused_rope/kernels/cpu.h"
+#include "fused_rope/kernels/cpu/kernel.h"
 #include "ops/forms.h"
 
 namespace fused_rope {
 namespace {
 
-void check_rows(const Call& call, const RotateParams& p, int64_t begin, int64_t end) {
-  const std::optional<BadRow> bad = find_bad_row(p, begin, end);
+void check_rows(const Call& call, const kernels::RotateParams& p, int64_t begin, int64_t end) {
+  const std::optional<kernels::BadRow> bad = kernels::find_bad_row(p, begin, end);
   if (!bad.has_value()) return;
   TORCH_CHECK_INDEX(!bad->output, call.op, ": expected out_rows in [-1, ", p.rows.out_rows_limit,
                     "), got ", bad->index, " at b=", bad->b, ", s=", bad->s);
@@ -17,30 +17,30 @@ void check_rows(const Call& call, const RotateParams& p, int64_t begin, int64_t 
                     "), got ", bad->index, " at b=", bad->b, ", s=", bad->s);
 }
 
-// What PyTorch's own kernels take on this machine, so that ATEN_CPU_CAPABILITY holds for ours too.
-Isa isa_of_torch() {
+// The instruction set of PyTorch's own kernels, so that ATEN_CPU_CAPABILITY applies here too.
+kernels::Isa isa_of_torch() {
+  using kernels::Isa;
   const std::string capability = at::get_cpu_capability();
   const Isa isa = capability.starts_with("AVX512") ? Isa::kAvx512
                   : capability.starts_with("AVX2") ? Isa::kAvx2
                                                    : Isa::kBaseline;
-  return has(isa) ? isa : Isa::kBaseline;
+  return kernels::has(isa) ? isa : Isa::kBaseline;
 }
 
-void launch_rotate(const Call& call, const RotateParams& p) {
+void launch_rotate(const Call& call, const kernels::RotateParams& p) {
   const int64_t tokens = p.B * p.S;
-  const int64_t lanes = p.D * (p.tensors[0].H + (p.count > 1 ? p.tensors[1].H : 0));
-  if (tokens == 0 || lanes == 0) return;
-  constexpr int64_t kGrainLanes = 32768;
-  const int64_t grain = std::max<int64_t>(1, kGrainLanes / lanes);
-  const bool rows_in_memory = p.rows.positions.data != nullptr || p.rows.offsets.data != nullptr ||
-                              p.rows.cu_seqlens.data != nullptr || p.rows.out_rows.data != nullptr;
-  if (rows_in_memory) {
-    at::parallel_for(0, tokens, kGrainLanes,
+  const int64_t elements = p.D * kernels::total_heads(p);  // of a token
+  if (tokens == 0 || elements == 0) return;
+  constexpr int64_t kGrain =
+      32768;  // at::internal::GRAIN_SIZE: less work does not pay for a thread
+  const int64_t grain = std::max<int64_t>(1, kGrain / elements);
+  if (kernels::has_lookups(p.rows)) {
+    at::parallel_for(0, tokens, kGrain,
                      [&](int64_t begin, int64_t end) { check_rows(call, p, begin, end); });
   }
-  static const Isa isa = isa_of_torch();
+  static const kernels::Isa isa = isa_of_torch();
   at::parallel_for(0, tokens, grain,
-                   [&](int64_t begin, int64_t end) { rotate_tokens(p, begin, end, isa); });
+                   [&](int64_t begin, int64_t end) { kernels::rotate_tokens(p, begin, end, isa); });
 }
 
 struct CpuBackend {
@@ -50,7 +50,9 @@ struct CpuBackend {
     return allocate_output(x, c10::DispatchKey::CPU, c10::GetAllocator(c10::kCPU));
   }
 
-  static void launch(const Call& call, const RotateParams& params) { launch_rotate(call, params); }
+  static void launch(const Call& call, const kernels::RotateParams& params) {
+    launch_rotate(call, params);
+  }
 };
 
 }  // namespace

@@ -1,7 +1,7 @@
-#include "fused_rope/kernels/cuda.cuh"
+#include "fused_rope/kernels/cuda/launch.cuh"
 
-namespace fused_rope {
+namespace fused_rope::kernels {
 
 template cudaError_t launch_elements<Float16>(const RotateParams&, const Plan&, cudaStream_t);
 
-}  // namespace fused_rope
+}  // namespace fused_rope::kernels

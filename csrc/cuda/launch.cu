@@ -1,13 +1,13 @@
-// The torch-free entry of the CUDA kernels: device facts, plan, element type.
+// The entry to the CUDA kernels: queries the device, makes the plan, selects the element type.
 #include <cstdlib>
 #include <sstream>
 #include <string>
 
-#include "fused_rope/kernels/cuda.cuh"
+#include "fused_rope/kernels/cuda/launch.cuh"
 
-namespace fused_rope {
+namespace fused_rope::kernels {
 
-// Each is instantiated in the file named after its element type, so that they compile side by side.
+// Instantiated in one file per element type, so that they compile in parallel.
 extern template cudaError_t launch_elements<Float16>(const RotateParams&, const Plan&,
                                                      cudaStream_t);
 extern template cudaError_t launch_elements<BFloat16>(const RotateParams&, const Plan&,
@@ -25,7 +25,7 @@ static cudaError_t read_facts(int device, DeviceFacts* facts) {
   return error;
 }
 
-// Of the current device; asked of the driver once for each thread and device.
+// Facts of the current device. Each thread caches those of one device.
 static cudaError_t device_facts(DeviceFacts* facts) {
   thread_local int known_device = -1;
   thread_local DeviceFacts known;
@@ -39,7 +39,7 @@ static cudaError_t device_facts(DeviceFacts* facts) {
   return cudaSuccess;
 }
 
-// FUSED_ROPE_PLAN="vector=16 threads=64 keep=0 stream=1 work=96", for experiments; read once.
+// Reads FUSED_ROPE_PLAN="vector=16 threads=64 keep=0 stream=1 work=96", for experiments.
 static PlanOverrides read_overrides() {
   PlanOverrides overrides;
   const char* text = std::getenv("FUSED_ROPE_PLAN");
@@ -65,10 +65,10 @@ cudaError_t launch_rotate(const RotateParams& params, cudaStream_t stream) {
   static const PlanOverrides overrides = read_overrides();
   const auto launch = [&](const RotateParams& p) {
     const Plan plan = make_plan(p, facts, overrides);
-    if (plan.units == 0) return cudaSuccess;
+    if (plan.head_threads == 0) return cudaSuccess;
     return visit(p.dtype, [&]<typename T>() { return launch_elements<T>(p, plan, stream); });
   };
-  return are_neighbours(params) ? launch(joined(params)) : launch(params);
+  return are_adjacent(params) ? launch(joined(params)) : launch(params);
 }
 
-}  // namespace fused_rope
+}  // namespace fused_rope::kernels

@@ -1,10 +1,10 @@
-// The CUDA backend: the tensors' device and the current stream around the torch-free launch.
+// The CUDA backend: launches on the tensors' device and its current stream.
 #include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
-#include "fused_rope/kernels/launch.h"
+#include "fused_rope/kernels/cuda/launch.h"
 #include "ops/forms.h"
 
 namespace fused_rope {
@@ -17,9 +17,9 @@ struct CudaBackend {
     return allocate_output(x, c10::DispatchKey::CUDA, c10::cuda::CUDACachingAllocator::get());
   }
 
-  static void launch(const Call& call, const RotateParams& params) {
+  static void launch(const Call& call, const kernels::RotateParams& params) {
     const c10::DeviceIndex device = call.inputs[0]->device().index();
-    C10_CUDA_CHECK(launch_rotate(params, c10::cuda::getCurrentCUDAStream(device)));
+    C10_CUDA_CHECK(kernels::launch_rotate(params, c10::cuda::getCurrentCUDAStream(device)));
   }
 };
 

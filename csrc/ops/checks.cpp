@@ -132,10 +132,11 @@ void check_positions(const Call& call, const Extents& x, int64_t P) {
       leading ? "[A, S], [A, 1, S] or [A, B, S] beside axes" : "[S], [1, S] or [B, S]",
       " with B=", x.B, ", S=", x.S, ", got ", sizes);
   if (!leading) return;
-  TORCH_CHECK_VALUE(sizes[0] >= 1 && sizes[0] <= kMaxAxes, call.op,
-                    ": expected positions with 1 <= A <= ", kMaxAxes, " axes, got ", sizes);
-  TORCH_CHECK_VALUE(P <= kMaxAxisPairs, call.op, ": expected P <= ", kMaxAxisPairs,
-                    " pairs beside axes, got ", P);
+  TORCH_CHECK_VALUE(sizes[0] >= 1 && sizes[0] <= kernels::kMaxAxes, call.op,
+                    ": expected positions with 1 <= A <= ", kernels::kMaxAxes, " axes, got ",
+                    sizes);
+  TORCH_CHECK_VALUE(P <= kernels::kMaxAxisPairs, call.op,
+                    ": expected P <= ", kernels::kMaxAxisPairs, " pairs beside axes, got ", P);
   TORCH_CHECK_VALUE(static_cast<int64_t>(a.axes->size()) == P, call.op, ": expected axes of P=", P,
                     " numbers, got ", a.axes->size());
   for (const int64_t axis : *a.axes) {

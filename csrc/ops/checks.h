@@ -20,7 +20,7 @@ std::string_view name_of(Precision precision);
 // One call of an operator: x, or q and k, with what they are rotated by.
 struct Call {
   const char* op;
-  std::array<const at::Tensor*, kMaxTensors> inputs;  // the second is null for rotate
+  std::array<const at::Tensor*, kernels::kMaxTensors> inputs;  // the second is null for rotate
   const at::Tensor& cos;
   const at::Tensor& sin;
   const Arguments& arguments;
@@ -33,12 +33,12 @@ struct Call {
 };
 
 // As many tensors as a call has inputs.
-using Outputs = std::array<const at::Tensor*, kMaxTensors>;
+using Outputs = std::array<const at::Tensor*, kernels::kMaxTensors>;
 
 // Sizes and strides by letter; packed layouts have B = 1 and S = T.
 struct Extents {
   int64_t B, S, H, D;
-  Strides strides;
+  kernels::Strides strides;
 };
 
 Extents extents(const at::Tensor& x, Layout layout);

@@ -7,6 +7,11 @@
 namespace fused_rope {
 namespace {
 
+using kernels::DType;
+using kernels::IndexParams;
+using kernels::RowParams;
+using kernels::TableParams;
+
 DType dtype_of(const at::Tensor& x) {
   switch (x.scalar_type()) {
     case at::kHalf:
@@ -20,7 +25,7 @@ DType dtype_of(const at::Tensor& x) {
   }
 }
 
-// Tables in half precision beside another dtype are widened, which is exact.
+// Whether to convert half-precision tables, exactly, because x has another dtype.
 bool is_widened(const at::Tensor& table, at::ScalarType x) {
   const bool half = table.scalar_type() == at::kHalf || table.scalar_type() == at::kBFloat16;
   return half && table.scalar_type() != x;
@@ -88,7 +93,7 @@ PreparedCall::PreparedCall(const Call& call, const Outputs& outputs) {
     cos = &widened_[0];
     sin = &widened_[1];
   }
-  RotateParams& p = params;
+  kernels::RotateParams& p = params;
   p.count = call.count();
   for (int i = 0; i < p.count; ++i) {
     const Extents e = extents(*call.inputs[i], call.layout);
@@ -98,7 +103,7 @@ PreparedCall::PreparedCall(const Call& call, const Outputs& outputs) {
     p.tensors[i] = {call.inputs[i]->const_data_ptr(), nullptr, e.strides, {}, e.H, false};
   }
   const int64_t P = call.cos.sizes().back();
-  p.lanes = {P, a.rotary_offset, a.interleaved ? 1 : P / a.blocks};
+  p.pairing = {P, a.rotary_offset, a.interleaved ? 1 : P / a.blocks};
   p.cos = table_params(*cos);
   p.sin = table_params(*sin);
   p.rows = row_params(call, call.cos.size(0));
@@ -112,10 +117,10 @@ PreparedCall::PreparedCall(const Call& call, const Outputs& outputs) {
 }
 
 void PreparedCall::set_outputs(const Call& call, const Outputs& outputs) {
-  RotateParams& p = params;
+  kernels::RotateParams& p = params;
   p.in_place = outputs[0] == call.inputs[0];
   for (int i = 0; i < p.count; ++i) {
-    TensorParams& t = p.tensors[i];
+    kernels::TensorParams& t = p.tensors[i];
     t.scattered = i == p.count - 1 && call.arguments.out_rows.has_value();
     t.out = outputs[i]->mutable_data_ptr();
     t.out_strides = extents(*outputs[i], t.scattered ? Layout::kTHD : call.layout).strides;

@@ -21,7 +21,7 @@
 #include <tuple>
 #include <vector>
 
-#include "fused_rope/kernels/rotation.h"
+#include "fused_rope/types.h"
 
 #if defined(_WIN32)
 #define FUSED_ROPE_API
@@ -30,9 +30,6 @@
 #endif
 
 namespace fused_rope {
-
-// The order of a tensor's dimensions. kTHD holds packed sequences, [T, H, D]; the others are 4-D.
-enum class Layout { kBSHD, kBHSD, kSBHD, kTHD };
 
 // What all functions take beside tensors. RotateOptions().layout(Layout::kBHSD).interleaved(true)
 struct RotateOptions {

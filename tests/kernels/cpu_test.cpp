@@ -1,14 +1,13 @@
-#include "fused_rope/kernels/cpu.h"
-
 #include <gtest/gtest.h>
 
 #include <set>
 #include <string>
 #include <vector>
 
+#include "fused_rope/kernels/cpu/kernel.h"
 #include "reference.h"
 
-namespace fused_rope {
+namespace fused_rope::kernels {
 namespace {
 
 using testing::kFormat;
@@ -18,8 +17,8 @@ using testing::ulp;
 
 constexpr uint64_t kSeed = 11;
 
-// How the four dimensions of a tensor lie in memory.
-enum class Memory { kBSHD, kBHSD, kSBHD, kGaps, kEverySecondLane, kLanesSlowest };
+// The memory format of a tensor.
+enum class Memory { kBSHD, kBHSD, kSBHD, kGaps, kEverySecondElement, kElementsSlowest };
 
 enum class Tables { kShared, kPerToken, kPerHead };
 
@@ -48,7 +47,7 @@ void PrintTo(const Case& c, std::ostream* out) { *out << c.name; }
 constexpr int64_t kRows = 16;          // M
 constexpr int64_t kScatteredRows = 9;  // of an output written through out_rows
 
-// A tensor [B, S, H, D] in memory of its own, with room around every lane that must never change.
+// A tensor [B, S, H, D] with guard elements around it that must not change.
 template <typename T>
 class Tensor {
  public:
@@ -84,9 +83,9 @@ class Tensor {
         return {H * D, B * H * D, D, 1};
       case Memory::kGaps:
         return {S * (H * (D + 3) + 7) + 1, H * (D + 3) + 7, D + 3, 1};
-      case Memory::kEverySecondLane:
+      case Memory::kEverySecondElement:
         return {2 * S * H * D, 2 * H * D, 2 * D, 2};
-      case Memory::kLanesSlowest:
+      case Memory::kElementsSlowest:
         return {S * H, H, 1, B * S * H};
       default:
         return {S * H * D, H * D, D, 1};
@@ -98,20 +97,20 @@ class Tensor {
   std::vector<T> values_;
 };
 
-// One call: its tensors, and what each lane of each output must be.
+// One call: its tensors and the expected value of each output element.
 template <typename T, typename Table>
 class Rotation {
  public:
   Rotation(const Case& c, Precision precision, bool inverse, uint64_t seed)
       : c_(c),
         random_(seed),
-        pairs_(testing::pair_lanes(c.R, c.rotary_offset, c.interleaved, c.blocks)) {
+        pairs_(testing::pair_elements(c.R, c.rotary_offset, c.interleaved, c.blocks)) {
     make_tables();
     p_.B = c.B;
     p_.S = c.S;
     p_.D = c.D;
     p_.count = static_cast<int>(c.heads.size());
-    p_.lanes = {P(), c.rotary_offset, c.interleaved ? 1 : P() / c.blocks};
+    p_.pairing = {P(), c.rotary_offset, c.interleaved ? 1 : P() / c.blocks};
     p_.dtype = testing::kDType<T>;
     p_.table_dtype = testing::kDType<Table>;
     p_.precision = precision;
@@ -129,7 +128,7 @@ class Rotation {
 
   void rotate(Isa isa) {
     const int64_t tokens = c_.B * c_.S;
-    rotate_tokens(p_, 0, tokens / 2, isa);  // ranges as threads have them
+    rotate_tokens(p_, 0, tokens / 2, isa);  // in ranges, as threads do
     rotate_tokens(p_, tokens / 2, tokens, isa);
   }
 
@@ -138,14 +137,14 @@ class Rotation {
     const std::vector<Tensor<T>> inputs = inputs_;
     rotate(Isa::kBaseline);
     for (size_t i = 0; i < outputs_.size(); ++i) {
-      if (!c_.in_place) expect_same_bits(inputs_[i], inputs[i], "an input");
+      if (!c_.in_place) expect_identical(inputs_[i], inputs[i], "an input");
       check_tensor(i, inputs[i], before[i]);
     }
   }
 
   void expect_same_outputs(const Rotation& other) const {
     for (size_t i = 0; i < outputs_.size(); ++i) {
-      expect_same_bits(outputs_[i], other.outputs_[i], "an output");
+      expect_identical(outputs_[i], other.outputs_[i], "an output");
     }
   }
 
@@ -218,8 +217,8 @@ class Rotation {
                      scattered};
   }
 
-  // The table row of a pair of a token, -1 where the pair is copied; written from op-spec's prose,
-  // token by token.
+  // The table row of a pair of a token, -1 where the pair is copied: the definition, token by
+  // token.
   int64_t expected_row(int64_t b, int64_t s, int64_t j) const {
     int64_t sequence = b, start = 0;
     if (!c_.cu_seqlens.empty()) {
@@ -236,7 +235,7 @@ class Rotation {
     return position + c_.offset + (c_.offsets.empty() ? 0 : c_.offsets[sequence]);
   }
 
-  // cos + i sin of a pair, as the kernel may use it: in the type of the rotation, or rounded to T.
+  // cos + i sin of a pair as the kernel uses it: in the compute type, or rounded to T.
   std::complex<double> angle(int64_t b, int64_t s, int64_t h, int64_t j) const {
     const int64_t m = p_.rows.gathered ? 0 : expected_row(b, s, j);
     const TableParams& t = p_.cos;
@@ -270,35 +269,36 @@ class Rotation {
           }
           for (int64_t j = 0; j < P(); ++j) {
             if (!p_.rows.gathered && expected_row(b, s, j) == -1) continue;
-            const auto [a_lane, b_lane] = pairs_[j];
-            const std::complex<double> x(to_double(in.values()[in.index(b, s, h, a_lane)]),
-                                         to_double(in.values()[in.index(b, s, h, b_lane)]));
+            const auto [first, second] = pairs_[j];
+            const std::complex<double> x(to_double(in.values()[in.index(b, s, h, first)]),
+                                         to_double(in.values()[in.index(b, s, h, second)]));
             const std::complex<double> y = x * angle(b, s, h, j);
-            const T got_a = got.values()[where(a_lane)], got_b = got.values()[where(b_lane)];
+            const T got_a = got.values()[where(first)], got_b = got.values()[where(second)];
             ASSERT_NEAR(to_double(got_a), y.real(), bound(y.real(), std::abs(x)))
-                << "tensor " << i << " b=" << b << " s=" << s << " h=" << h << " lane " << a_lane;
+                << "tensor " << i << " b=" << b << " s=" << s << " h=" << h << " element " << first;
             ASSERT_NEAR(to_double(got_b), y.imag(), bound(y.imag(), std::abs(x)))
-                << "tensor " << i << " b=" << b << " s=" << s << " h=" << h << " lane " << b_lane;
-            set(expected, where(a_lane), got_a);
-            set(expected, where(b_lane), got_b);
+                << "tensor " << i << " b=" << b << " s=" << s << " h=" << h << " element "
+                << second;
+            set(expected, where(first), got_a);
+            set(expected, where(second), got_b);
           }
         }
       }
     }
-    // All else is a copy of the input, or was there before.
-    expect_same_bits(got, expected, "an output");
+    // All other elements are copies of the input, or unchanged.
+    expect_identical(got, expected, "an output");
   }
 
   static void set(Tensor<T>& tensor, size_t at, T value) {
     const_cast<std::vector<T>&>(tensor.values())[at] = value;
   }
 
-  static void expect_same_bits(const Tensor<T>& got, const Tensor<T>& expected, const char* name) {
+  static void expect_identical(const Tensor<T>& got, const Tensor<T>& expected, const char* name) {
     ASSERT_EQ(got.values().size(), expected.values().size());
     EXPECT_EQ(
         std::memcmp(got.values().data(), expected.values().data(), got.values().size() * sizeof(T)),
         0)
-        << name << " has other bits than it must have";
+        << name << " is not bitwise identical";
   }
 
   const Case& c_;
@@ -382,12 +382,13 @@ std::vector<Case> span_cases() {
 }
 
 std::vector<Case> memory_cases() {
-  const std::pair<const char*, Memory> kinds[] = {{"BSHD", Memory::kBSHD},
-                                                  {"BHSD", Memory::kBHSD},
-                                                  {"SBHD", Memory::kSBHD},
-                                                  {"Gaps", Memory::kGaps},
-                                                  {"EverySecondLane", Memory::kEverySecondLane},
-                                                  {"LanesSlowest", Memory::kLanesSlowest}};
+  const std::pair<const char*, Memory> kinds[] = {
+      {"BSHD", Memory::kBSHD},
+      {"BHSD", Memory::kBHSD},
+      {"SBHD", Memory::kSBHD},
+      {"Gaps", Memory::kGaps},
+      {"EverySecondElement", Memory::kEverySecondElement},
+      {"ElementsSlowest", Memory::kElementsSlowest}};
   std::vector<Case> cases;
   for (const bool interleaved : {false, true}) {
     const std::string suffix = interleaved ? "Interleaved" : "";
@@ -410,7 +411,7 @@ std::vector<Case> memory_cases() {
       }
     }
   }
-  // Heads that take turns, and more tokens of each than table rows are held.
+  // Heads rotated token by token, with more tokens than table rows are held.
   const Case by_head = {
       .name = "NothingRotated", .R = 0, .in = Memory::kBHSD, .out = Memory::kBHSD};
   cases.push_back(by_head);
@@ -482,7 +483,7 @@ std::vector<Case> row_cases() {
       {.name = "NoKeyHeads", .heads = {2, 0}},
       {.name = "MoreKeysThanQueries", .heads = {1, 5}},
   };
-  // Each once more in place, which touches only what rotates.
+  // Each again in place, which must not touch copied elements.
   for (size_t i = 0, n = cases.size(); i < n; ++i) {
     if (!cases[i].out_rows.empty()) continue;
     cases.push_back(cases[i]);
@@ -497,9 +498,8 @@ INSTANTIATE_TEST_SUITE_P(Spans, RotateTokens, ::testing::ValuesIn(span_cases()),
 INSTANTIATE_TEST_SUITE_P(Memory, RotateTokens, ::testing::ValuesIn(memory_cases()), kName);
 INSTANTIATE_TEST_SUITE_P(Rows, RotateTokens, ::testing::ValuesIn(row_cases()), kName);
 
-// The same values give the same bits, whatever memory holds them: vector loops and strided ones
-// agree.
-TEST(RotateTokensBits, DoNotDependOnStrides) {
+// Vectorized loops and strided ones agree.
+TEST(RotateTokensResults, AreBitwiseIdenticalForAllStrides) {
   SCOPED_TRACE(kSeed);
   Random random(kSeed);
   constexpr int64_t D = 64;
@@ -514,7 +514,7 @@ TEST(RotateTokensBits, DoNotDependOnStrides) {
     RotateParams p = {};
     p.B = p.S = p.count = 1;
     p.D = D;
-    p.lanes = {D / 2, 0, distance};
+    p.pairing = {D / 2, 0, distance};
     p.cos = {cos.data(), 0, 0, 0, 0, 1};
     p.sin = {sin.data(), 0, 0, 0, 0, 1};
     p.rows.M = 1;
@@ -523,7 +523,7 @@ TEST(RotateTokensBits, DoNotDependOnStrides) {
     rotate_tokens(p, 0, 1);
     p.tensors[0] = {sparse.data(), sparse_out.data(), {D, D, D, 3}, {D, D, D, 3}, 1, false};
     rotate_tokens(p, 0, 1);
-    for (int64_t d = 0; d < D; ++d) ASSERT_EQ(dense_out[d], sparse_out[3 * d]) << "lane " << d;
+    for (int64_t d = 0; d < D; ++d) ASSERT_EQ(dense_out[d], sparse_out[3 * d]) << "element " << d;
   }
 }
 
@@ -535,7 +535,7 @@ class FindBadRow : public ::testing::Test {
     RotateParams p = {};
     p.B = B;
     p.S = S;
-    p.lanes = {4, 0, 4};
+    p.pairing = {4, 0, 4};
     p.rows.M = 10;
     p.rows.positions_a = B * S;
     p.rows.positions_b = S;
@@ -556,7 +556,7 @@ class FindBadRow : public ::testing::Test {
   }
 };
 
-TEST_F(FindBadRow, AcceptsAllRowsOfTheTable) {
+TEST_F(FindBadRow, AcceptsEveryRowOfTheTable) {
   const std::vector<int64_t> positions = {0, 9, -1, 5, 9, 0};
   RotateParams p = params();
   EXPECT_FALSE(find_bad_row(p, 0, B * S).has_value());
@@ -565,7 +565,7 @@ TEST_F(FindBadRow, AcceptsAllRowsOfTheTable) {
   EXPECT_FALSE(find_bad_row(p, 0, 0).has_value());
 }
 
-TEST_F(FindBadRow, NamesTheFirstToken) {
+TEST_F(FindBadRow, ReturnsTheFirstToken) {
   for (const int64_t bad : {int64_t{10}, int64_t{-2}, INT64_MAX, INT64_MIN, int64_t{1} << 32}) {
     const std::vector<int64_t> positions = {0, 9, -1, 5, bad, 11};
     RotateParams p = params();
@@ -576,7 +576,7 @@ TEST_F(FindBadRow, NamesTheFirstToken) {
   }
 }
 
-TEST_F(FindBadRow, CountsOffsets) {
+TEST_F(FindBadRow, AddsOffsets) {
   const std::vector<int32_t> offsets = {7, 8};
   RotateParams p = params();
   p.rows.offsets = {offsets.data(), false};
@@ -584,7 +584,7 @@ TEST_F(FindBadRow, CountsOffsets) {
   expect(p, 1, 2, 10, false);
 }
 
-TEST_F(FindBadRow, LooksAtEveryUsedAxisAndNoOther) {
+TEST_F(FindBadRow, ChecksOnlyTheAxesThatPairsUse) {
   const std::vector<int64_t> positions = {0, 0, 0, 0, 0, 0, 0, 77, 0, 0, 0, 0, 0, 0, 0, 0, 88, 0};
   const std::vector<int64_t> without_one = {0, 2, 2, 0}, all = {0, 0, 2, 1};
   RotateParams p = params();
@@ -604,14 +604,14 @@ TEST_F(FindBadRow, ChecksOutputRows) {
   expect(p, 0, 2, -2, true);
 }
 
-TEST_F(FindBadRow, AsksNothingOfGatheredTables) {
+TEST_F(FindBadRow, IgnoresGatheredTables) {
   RotateParams p = params();
   p.rows.gathered = true;
   p.rows.M = 0;
   EXPECT_FALSE(find_bad_row(p, 0, B * S).has_value());
 }
 
-TEST_F(FindBadRow, PassesOverPadding) {
+TEST_F(FindBadRow, IgnoresPadding) {
   const std::vector<int64_t> starts = {0, 1, 2};
   RotateParams p = params();
   p.B = 1;
@@ -624,4 +624,4 @@ TEST_F(FindBadRow, PassesOverPadding) {
 }
 
 }  // namespace
-}  // namespace fused_rope
+}  // namespace fused_rope::kernels

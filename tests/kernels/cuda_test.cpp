@@ -1,27 +1,26 @@
-// The CUDA kernel, compiled for the host, against the CPU kernel: which lanes, entries and rows its
-// threads touch. What only a GPU can show is tested in tests/python/test_cuda.py.
-#include "fused_rope/kernels/cuda.cuh"
-
+// The CUDA kernel, compiled for the host, against the CPU kernel: which elements, entries and rows
+// its threads access. tests/python/test_cuda.py tests what needs a GPU.
 #include <gtest/gtest.h>
 
 #include <map>
 #include <string>
 #include <vector>
 
-#include "fused_rope/kernels/cpu.h"
+#include "fused_rope/kernels/cpu/kernel.h"
+#include "fused_rope/kernels/cuda/launch.cuh"
 #include "reference.h"
 
-namespace fused_rope {
+namespace fused_rope::kernels {
 namespace {
 
 using testing::kDType;
 using testing::Random;
 
-constexpr int64_t kRows = 24;   // M
-constexpr int64_t kBeside = 3;  // heads of k beside q's, at most
-constexpr int64_t kGuard = 16;  // elements that nobody may touch around every tensor
+constexpr int64_t kRows = 24;           // M
+constexpr int64_t kMaxPackedHeads = 3;  // heads of k that follow q's in memory
+constexpr int64_t kGuard = 16;          // elements around every tensor that must not change
 
-// Memory that starts on a 64-byte boundary, full of random numbers.
+// Random numbers in memory aligned to 64 bytes.
 template <typename T>
 class Memory {
  public:
@@ -41,7 +40,7 @@ class Memory {
   std::vector<Line> lines_;
 };
 
-// A call drawn from its number: everything of RotateParams, in memory of its own.
+// A random call: every field of RotateParams, and the memory it points to.
 template <typename T, typename Table, Precision kPrecision>
 class Call {
  public:
@@ -56,7 +55,7 @@ class Call {
     p_.inverse = chance(2);
   }
 
-  // All memory after the call by `rotate`; the inputs are as they were before.
+  // Calls `rotate` on a copy of the inputs and returns all memory after it.
   template <typename F>
   std::vector<Memory<T>> run(const F& rotate) {
     std::vector<Memory<T>> memory = memory_;
@@ -80,7 +79,7 @@ class Call {
   DeviceFacts facts() { return {chance(2) ? 0 : int64_t{1} << 40, 1 + random_.below(132)}; }
 
  private:
-  struct Spot {
+  struct Location {
     size_t memory;
     int64_t first;
   };
@@ -102,14 +101,14 @@ class Call {
     if (style == 1 && P % 2 == 0 && P > 0) distance = P / 2;
     int64_t offset = chance(2) ? 0 : random_.below(p_.D - 2 * P + 1);
     if (chance(2)) offset = offset / kVector * kVector;
-    p_.lanes = {P, offset, distance};
+    p_.pairing = {P, offset, distance};
     p_.in_place = chance(3);
   }
 
-  // Strides of tables in memory of whole vectors, or a little off.
+  // Tables whose rows are aligned to vectors, or slightly misaligned.
   void draw_tables() {
     const int64_t step = chance(5) ? 2 : 1;
-    const int64_t P = p_.lanes.P;
+    const int64_t P = p_.pairing.P;
     const int64_t row = chance(2) ? (P + 15) / 16 * 16 * step : P * step + random_.below(3);
     TableParams t = {nullptr, 0, 0, 0, 0, step};
     const int64_t form = random_.below(3);
@@ -129,7 +128,7 @@ class Call {
     cos_ = Memory<Table>(size + kGuard, random_);
     sin_ = Memory<Table>(3 * size + kGuard, random_);
     p_.cos = p_.sin = t;
-    if (chance(4)) {  // sin takes other steps
+    if (chance(4)) {  // sin has other strides
       p_.sin = {nullptr, 2 * t.m, 2 * t.b, 2 * t.s, 2 * t.h, t.j};
     }
     p_.cos.data = cos_.data() + (chance(4) ? 1 : 0);
@@ -141,7 +140,7 @@ class Call {
     rows.M = kRows;
     if (rows.gathered) return;
     rows.offset = random_.below(4);
-    const int64_t axes = chance(4) && p_.lanes.P > 0 ? 1 + random_.below(3) : 0;
+    const int64_t axes = chance(4) && p_.pairing.P > 0 ? 1 + random_.below(3) : 0;
     if (axes > 0 || chance(3)) {
       rows.positions = integers(std::max<int64_t>(axes, 1) * p_.B * p_.S, -1, 12);
       rows.positions_a = p_.B * p_.S;
@@ -149,8 +148,8 @@ class Call {
       rows.positions_s = 1;
     }
     if (axes > 0) {
-      const int64_t run = chance(2) ? 16 : 1 + random_.below(3);  // pairs in a row of one axis
-      for (int64_t j = 0; j < p_.lanes.P; ++j) axes_.push_back(j / run % axes);
+      const int64_t group = chance(2) ? 16 : 1 + random_.below(3);  // consecutive pairs of one axis
+      for (int64_t j = 0; j < p_.pairing.P; ++j) axes_.push_back(j / group % axes);
       p_.axes = axes_.data();
     }
     if (p_.B == 1 && chance(2)) {
@@ -181,7 +180,7 @@ class Call {
     return {ints_.back().data(), false};
   }
 
-  // Strides of [B, S, H, D] in a random order of the first three, lanes side by side or apart.
+  // Strides of [B, S, H, D] in a random order of the first three, elements contiguous or strided.
   Strides draw_strides(int64_t B, int64_t S, int64_t H, int64_t* size) {
     constexpr int64_t kVector = kVectorBytes / sizeof(T);
     Strides strides = {};
@@ -211,19 +210,19 @@ class Call {
     return memory_.size() - 1;
   }
 
-  // Heads that a tensor's memory has room for: its own, and k's beside q's.
+  // Heads that a tensor's memory holds: its own, and k's after q's in a packed tensor.
   int64_t held_heads(const TensorParams& t) const {
-    return std::max<int64_t>(t.H + (packed_ ? std::max(kBeside, heads_) : 0), 1);
+    return std::max<int64_t>(t.H + (packed_ ? std::max(kMaxPackedHeads, heads_) : 0), 1);
   }
 
   void draw_tensor(int i) {
     TensorParams& t = p_.tensors[i];
     t.H = p_.per_head ? heads_ : random_.below(5);
-    const bool beside = i == 1 && p_.tensors[0].H > 0 && packed_;
+    const bool follows = i == 1 && p_.tensors[0].H > 0 && packed_;
     int64_t size = 0;
-    if (beside) {  // k goes on where q ends
+    if (follows) {  // k's heads follow q's
       t = p_.tensors[0];
-      t.H = p_.per_head ? heads_ : 1 + random_.below(kBeside);
+      t.H = p_.per_head ? heads_ : 1 + random_.below(kMaxPackedHeads);
       in_[1] = {in_[0].memory, in_[0].first + p_.tensors[0].H * t.in_strides.h};
     } else {
       packed_ = i == 0 && chance(2);
@@ -247,7 +246,7 @@ class Call {
       p_.rows.out_rows_limit = 2 * p_.B * p_.S;
       t.out_strides = draw_strides(1, p_.rows.out_rows_limit, std::max<int64_t>(t.H, 1), &size);
     } else {
-      if (beside && chance(2)) {  // k's output goes on where q's ends
+      if (follows && chance(2)) {  // k's output heads follow q's
         t.out_strides = p_.tensors[0].out_strides;
         out_[i] = {out_[0].memory, out_[0].first + p_.tensors[0].H * t.out_strides.h};
         return;
@@ -266,16 +265,16 @@ class Call {
   std::vector<Memory<T>> memory_;
   std::vector<std::vector<int64_t>> longs_;
   std::vector<std::vector<int32_t>> ints_;
-  Spot in_[kMaxTensors] = {}, out_[kMaxTensors] = {};
+  Location in_[kMaxTensors] = {}, out_[kMaxTensors] = {};
 };
 
-// What chooses the instance; sizes in bytes of lanes and entries.
-std::string name_of(const Plan& plan, size_t lane, size_t entry) {
-  constexpr const char* kRowNames[] = {"linear", "per head", "look-up", "sections", "axes"};
-  return std::string(kRowNames[static_cast<int>(plan.rows)]) +
+// The instance of a plan; sizes in bytes of elements and entries.
+std::string name_of(const Plan& plan, size_t element, size_t entry) {
+  constexpr const char* kRowNames[] = {"linear", "per head", "indexed", "sections", "axes"};
+  return std::string(kRowNames[static_cast<int>(plan.lookup)]) +
          (plan.arrangement == Arrangement::kPair ? " pair" : " adjacent") +
-         (plan.plain ? " plain" : "") + (plan.vector_tables ? " rows" : "") + " x" +
-         std::to_string(plan.vector) + ", " + std::to_string(lane) + "/" + std::to_string(entry);
+         (plan.full_head ? " full" : "") + (plan.vector_tables ? " rows" : "") + " x" +
+         std::to_string(plan.vector) + ", " + std::to_string(element) + "/" + std::to_string(entry);
 }
 
 template <typename T, typename Table, Precision kPrecision>
@@ -287,24 +286,24 @@ void check(std::map<std::string, int>& seen) {
     const PlanOverrides overrides = call.overrides();
     const DeviceFacts facts = call.facts();
     const auto on_gpu = [&](const RotateParams& given) {
-      const RotateParams p = are_neighbours(given) ? joined(given) : given;
+      const RotateParams p = are_adjacent(given) ? joined(given) : given;
       if (total_heads(p) == 0) return;
       const Plan plan = make_plan(p, facts, overrides);
       const std::string name = name_of(plan, sizeof(T), sizeof(Table));
       SCOPED_TRACE(name);
-      if (plan.units == 0) return;
+      if (plan.head_threads == 0) return;
       ++seen[name];
-      if (p.B * p.S * total_heads(p) * plan.units > int64_t{2} * plan.work)
+      if (p.B * p.S * total_heads(p) * plan.head_threads > int64_t{2} * plan.launch_threads)
         ++seen["in several launches"];
       if (p.count < given.count) ++seen[p.in_place ? "joined in place" : "joined"];
-      EXPECT_EQ((launch_rows<T, Table, kPrecision>(p, plan, nullptr)), cudaSuccess);
+      EXPECT_EQ((launch_lookup<T, Table, kPrecision>(p, plan, nullptr)), cudaSuccess);
     };
     const auto on_cpu = [](const RotateParams& p) { rotate_tokens(p, 0, p.B * p.S); };
     ASSERT_TRUE(call.run(on_gpu) == call.run(on_cpu));
   }
 }
 
-TEST(CudaKernel, HasTheBitsOfTheCpuKernel) {
+TEST(CudaKernel, IsBitwiseIdenticalToTheCpuKernel) {
   std::map<std::string, int> seen;
   check<BFloat16, float, Precision::kFp32>(seen);
   check<BFloat16, BFloat16, Precision::kModel>(seen);
@@ -312,27 +311,27 @@ TEST(CudaKernel, HasTheBitsOfTheCpuKernel) {
   check<float, float, Precision::kFp32>(seen);
   check<double, float, Precision::kFp32>(seen);
   for (const auto& [name, count] : seen) RecordProperty(name, count);
-  for (const char* name : {"linear pair plain rows x8, 2/4",
-                           "linear pair plain rows x4, 2/4",
-                           "linear pair plain rows x4, 2/2",
-                           "linear pair plain rows x2, 2/4",
-                           "linear pair plain rows x2, 2/2",
+  for (const char* name : {"linear pair full rows x8, 2/4",
+                           "linear pair full rows x4, 2/4",
+                           "linear pair full rows x4, 2/2",
+                           "linear pair full rows x2, 2/4",
+                           "linear pair full rows x2, 2/2",
                            "linear pair rows x8, 2/4",
                            "linear pair x8, 2/4",
                            "linear pair x1, 2/4",
-                           "linear adjacent plain rows x8, 2/4",
-                           "linear adjacent plain rows x4, 2/4",
-                           "linear adjacent plain rows x4, 2/2",
+                           "linear adjacent full rows x8, 2/4",
+                           "linear adjacent full rows x4, 2/4",
+                           "linear adjacent full rows x4, 2/2",
                            "linear adjacent x8, 2/4",
-                           "per head pair plain rows x8, 2/4",
+                           "per head pair full rows x8, 2/4",
                            "per head adjacent rows x8, 2/4",
-                           "look-up pair plain rows x8, 2/4",
-                           "look-up pair rows x8, 2/4",
-                           "look-up adjacent plain rows x8, 2/4",
-                           "sections pair plain rows x8, 2/4",
+                           "indexed pair full rows x8, 2/4",
+                           "indexed pair rows x8, 2/4",
+                           "indexed adjacent full rows x8, 2/4",
+                           "sections pair full rows x8, 2/4",
                            "sections adjacent rows x8, 2/4",
-                           "axes pair plain rows x8, 2/4",
-                           "axes adjacent plain rows x8, 2/4",
+                           "axes pair full rows x8, 2/4",
+                           "axes adjacent full rows x8, 2/4",
                            "joined",
                            "joined in place",
                            "in several launches"}) {
@@ -341,4 +340,4 @@ TEST(CudaKernel, HasTheBitsOfTheCpuKernel) {
 }
 
 }  // namespace
-}  // namespace fused_rope
+}  // namespace fused_rope::kernels

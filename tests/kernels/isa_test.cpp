@@ -1,14 +1,14 @@
-#include "fused_rope/kernels/isa.h"
+#include "fused_rope/kernels/cpu/isa.h"
 
 #include <gtest/gtest.h>
 
 #include <cstring>
 #include <optional>
 
-#include "fused_rope/kernels/cpu.h"
+#include "fused_rope/kernels/cpu/kernel.h"
 #include "reference.h"
 
-namespace fused_rope {
+namespace fused_rope::kernels {
 namespace {
 
 using testing::Random;
@@ -16,13 +16,13 @@ using testing::vector_isas;
 
 constexpr uint64_t kSeed = 4217;
 
-TEST(InstructionSets, TheBestIsOneThatTheMachineHas) {
+TEST(InstructionSets, BestIsSupportedByThisMachine) {
   EXPECT_TRUE(has(Isa::kBaseline));
   EXPECT_TRUE(has(best_isa()));
   EXPECT_EQ(vector_isas().empty(), best_isa() == Isa::kBaseline);
 }
 
-TEST(InstructionSets, RunOnNamesTheOneItRunsOn) {
+TEST(InstructionSets, RunOnPassesTheSetItRunsOn) {
   for (const Isa isa : {Isa::kBaseline, best_isa()}) {
     std::optional<Isa> ran;
     run_on(isa, [&](auto constant) { ran = constant(); });
@@ -30,7 +30,7 @@ TEST(InstructionSets, RunOnNamesTheOneItRunsOn) {
   }
 }
 
-// One conversion by itself: nothing here can be vectorised.
+// One scalar conversion, which cannot be vectorized.
 template <typename T>
 [[gnu::noinline]] uint32_t widened(uint16_t pattern) {
   return bits_of(widen(T{pattern}));
@@ -47,7 +47,7 @@ class Conversions : public ::testing::Test {};
 using HalfTypes = ::testing::Types<Float16, BFloat16>;
 TYPED_TEST_SUITE(Conversions, HalfTypes);
 
-TYPED_TEST(Conversions, WidenEveryPatternToTheSameBits) {
+TYPED_TEST(Conversions, WidenIdenticallyWithEveryInstructionSet) {
   std::vector<TypeParam> values(1 << 16);
   for (uint32_t i = 0; i < values.size(); ++i) values[i].bits = static_cast<uint16_t>(i);
   for (const Isa isa : vector_isas()) {
@@ -61,7 +61,7 @@ TYPED_TEST(Conversions, WidenEveryPatternToTheSameBits) {
   }
 }
 
-// Every 16 bit pattern with the fractions that decide how it is rounded, and any others.
+// Every upper half with the lower halves that decide its rounding, and random patterns.
 std::vector<uint32_t> float_patterns() {
   std::vector<uint32_t> patterns;
   for (uint32_t high = 0; high < 1 << 16; ++high) {
@@ -75,7 +75,7 @@ std::vector<uint32_t> float_patterns() {
   return patterns;
 }
 
-TYPED_TEST(Conversions, NarrowToTheSameBits) {
+TYPED_TEST(Conversions, NarrowIdenticallyWithEveryInstructionSet) {
   SCOPED_TRACE(kSeed);
   const std::vector<uint32_t> patterns = float_patterns();
   for (const Isa isa : vector_isas()) {
@@ -89,13 +89,13 @@ TYPED_TEST(Conversions, NarrowToTheSameBits) {
   }
 }
 
-// F16C's conversions against one conversion by itself.
-TEST(Float16Lanes, WidenEveryPatternToTheSameBitsButQuiet) {
+// F16C's conversions against scalar ones.
+TEST(F16cConversions, WidenAsScalarsButQuietNans) {
   if (!has(Isa::kAvx2)) GTEST_SKIP() << "needs F16C";
   std::vector<Float16> values(1 << 16);
   for (uint32_t i = 0; i < values.size(); ++i) values[i].bits = static_cast<uint16_t>(i);
   std::vector<float> got(values.size());
-  widen_lanes(values.data(), got.data(), static_cast<int64_t>(got.size()));
+  widen_array(values.data(), got.data(), static_cast<int64_t>(got.size()));
   for (uint32_t i = 0; i < got.size(); ++i) {
     const uint32_t expected = widened<Float16>(values[i].bits);
     const uint32_t quiet = std::isnan(float_of(expected)) ? 0x00400000u : 0;
@@ -103,25 +103,25 @@ TEST(Float16Lanes, WidenEveryPatternToTheSameBitsButQuiet) {
   }
 }
 
-TEST(Float16Lanes, NarrowToTheSameBits) {
+TEST(F16cConversions, NarrowAsScalars) {
   if (!has(Isa::kAvx2)) GTEST_SKIP() << "needs F16C";
   SCOPED_TRACE(kSeed);
   const std::vector<uint32_t> patterns = float_patterns();
   std::vector<float> values(patterns.size());
   std::memcpy(values.data(), patterns.data(), patterns.size() * sizeof(float));
   std::vector<Float16> got(patterns.size());
-  narrow_lanes(values.data(), got.data(), static_cast<int64_t>(got.size()));
+  narrow_array(values.data(), got.data(), static_cast<int64_t>(got.size()));
   for (size_t i = 0; i < got.size(); ++i) {
     ASSERT_EQ(got[i].bits, narrowed<Float16>(patterns[i])) << "of pattern " << patterns[i];
   }
 }
 
 template <typename T>
-class AnyBits : public ::testing::Test {
+class RandomBits : public ::testing::Test {
  protected:
   static constexpr int64_t H = 3, D = 2 * 67, P = 67;  // no multiple of a vector
 
-  // Heads of random bits, NaN, infinities and subnormals among them, rotated by random angles.
+  // Rotates heads of random bits, which include NaN, infinities and subnormals, by a random table.
   static std::vector<T> rotated(bool interleaved, Precision precision, Isa isa) {
     Random random(kSeed);
     std::vector<T> in(H * D), out(H * D);
@@ -135,7 +135,7 @@ class AnyBits : public ::testing::Test {
     RotateParams p = {};
     p.B = p.S = p.count = 1;
     p.D = D;
-    p.lanes = {P, 0, interleaved ? 1 : P};
+    p.pairing = {P, 0, interleaved ? 1 : P};
     p.cos = {cos.data(), 0, 0, 0, 0, 1};
     p.sin = {sin.data(), 0, 0, 0, 0, 1};
     p.rows.M = 1;
@@ -152,10 +152,10 @@ class AnyBits : public ::testing::Test {
 };
 
 using AllTypes = ::testing::Types<Float16, BFloat16, float, double>;
-TYPED_TEST_SUITE(AnyBits, AllTypes);
+TYPED_TEST_SUITE(RandomBits, AllTypes);
 
-// The payload of a NaN is the one thing that is not promised.
-TYPED_TEST(AnyBits, RotateToTheSameBits) {
+// All but the payloads of NaNs, which are unspecified.
+TYPED_TEST(RandomBits, RotateIdenticallyWithEveryInstructionSet) {
   SCOPED_TRACE(kSeed);
   for (const bool interleaved : {false, true}) {
     for (const Precision precision : {Precision::kFp32, Precision::kModel}) {
@@ -166,7 +166,7 @@ TYPED_TEST(AnyBits, RotateToTheSameBits) {
           const bool nan = std::isnan(testing::to_double(expected[i]));
           if (nan && std::isnan(testing::to_double(got[i]))) continue;
           ASSERT_EQ(std::memcmp(&got[i], &expected[i], sizeof(TypeParam)), 0)
-              << "lane " << i << ", interleaved " << interleaved << ", instruction set "
+              << "element " << i << ", interleaved " << interleaved << ", instruction set "
               << static_cast<int>(isa);
         }
       }
@@ -175,4 +175,4 @@ TYPED_TEST(AnyBits, RotateToTheSameBits) {
 }
 
 }  // namespace
-}  // namespace fused_rope
+}  // namespace fused_rope::kernels

@@ -8,7 +8,7 @@
 #include <immintrin.h>
 #endif
 
-namespace fused_rope {
+namespace fused_rope::kernels {
 namespace {
 
 using testing::decode;
@@ -16,7 +16,7 @@ using testing::Format;
 using testing::kFormat;
 using testing::round_to;
 
-// Subnormal operands and results of float32 arithmetic become zero while this lives.
+// Flushes subnormal operands and results of float32 arithmetic to zero during its lifetime.
 class FlushToZero {
  public:
 #if defined(__SSE2__)
@@ -31,8 +31,7 @@ class FlushToZero {
 #endif
 };
 
-// A float32 and what it must become; both as bits, because flush-to-zero changes the comparison of
-// subnormals.
+// A float32 and its expected conversion, as bits: flush-to-zero affects comparisons of subnormals.
 struct Sample {
   uint32_t value;
   uint16_t expected;
@@ -44,7 +43,7 @@ class HalfPrecision : public ::testing::Test {
  protected:
   static constexpr Format kType = kFormat<T>;
 
-  // Expects a conversion to be right for every sample, and names the first that is not.
+  // Expects every sample to be converted correctly, and prints the first that is not.
   static void expect_narrowed(const std::vector<Sample>& samples) {
     size_t wrong = 0;
     Sample first{};
@@ -65,7 +64,7 @@ class HalfPrecision : public ::testing::Test {
 
   static bool is_nan(uint16_t bits) { return std::isnan(decode(kType, bits)); }
 
-  // The pattern of a value of this type, found in the ordered list of all of them.
+  // The pattern of a value of this type, searched in the sorted list of all values.
   static uint16_t encode(double value) {
     static const std::vector<double> magnitudes = [] {
       std::vector<double> all;
@@ -87,7 +86,7 @@ class HalfPrecision : public ::testing::Test {
     return {bits_of(value), encode(round_to(kType, value)), false};
   }
 
-  // Every value, every midpoint between neighbours, and the float32 on each side of both.
+  // Every value, every midpoint between consecutive values, and the float32 on each side of both.
   static std::vector<Sample> edges() {
     std::vector<Sample> samples;
     for (uint32_t bits = 0; std::isfinite(decode(kType, static_cast<uint16_t>(bits))); ++bits) {
@@ -131,7 +130,7 @@ TYPED_TEST(HalfPrecision, WidensEveryPatternExactly) {
   check();
 }
 
-TYPED_TEST(HalfPrecision, NarrowsWhatItWidened) {
+TYPED_TEST(HalfPrecision, NarrowInvertsWiden) {
   for (uint32_t bits = 0; bits < 1 << 16; ++bits) {
     const auto pattern = static_cast<uint16_t>(bits);
     const uint16_t back = narrow<TypeParam>(widen(TypeParam{pattern})).bits;
@@ -149,7 +148,7 @@ TYPED_TEST(HalfPrecision, RoundsToNearestEven) {
   this->expect_narrowed(samples);
   if (!FlushToZero::kAvailable) return;
   SCOPED_TRACE("flush to zero");
-  std::vector<Sample> normal;  // what is subnormal in float32 may be flushed, in bfloat16 as well
+  std::vector<Sample> normal;  // subnormals of float32 may be flushed, in bfloat16 too
   for (const Sample& s : samples) {
     if ((s.value & 0x7f800000u) != 0 || (s.value & 0x7fffffffu) == 0) normal.push_back(s);
   }
@@ -157,7 +156,7 @@ TYPED_TEST(HalfPrecision, RoundsToNearestEven) {
   this->expect_narrowed(normal);
 }
 
-TYPED_TEST(HalfPrecision, RoundsAllOfFloat32) {
+TYPED_TEST(HalfPrecision, RoundsFloat32OfEveryExponent) {
   std::vector<Sample> samples;
   constexpr uint64_t kStep = 4099;  // a prime: all low bits and all exponents
   for (uint64_t bits = 0; bits < uint64_t{1} << 32; bits += kStep) {
@@ -175,14 +174,14 @@ TYPED_TEST(HalfPrecision, RoundsSpecialValues) {
     samples.push_back(this->sample(value));
     samples.push_back(this->sample(-value));
   }
-  // NaNs whose payload lies in the bits that are dropped must not become infinities.
+  // NaNs whose payload is only in dropped bits must not become infinities.
   for (const uint32_t nan : {0x7f800001u, 0xff800001u, 0x7fffffffu, 0xffffffffu, 0x7fc00000u}) {
     samples.push_back({nan, static_cast<uint16_t>(nan >> 16 & 0x8000u), true});
   }
   this->expect_narrowed(samples);
 }
 
-TEST(Numeric, VisitNamesTheTypeOfEveryDType) {
+TEST(Numeric, VisitPassesTheTypeOfEveryDType) {
   const auto name = [](DType dtype) {
     return visit(dtype, []<typename T>() { return std::pair(sizeof(T), sizeof(Wide<T>)); });
   };
@@ -196,4 +195,4 @@ TEST(Numeric, VisitNamesTheTypeOfEveryDType) {
 }
 
 }  // namespace
-}  // namespace fused_rope
+}  // namespace fused_rope::kernels

@@ -2,79 +2,23 @@
 
 #include <gtest/gtest.h>
 
-#include <limits>
-#include <set>
+#include <string>
 #include <vector>
 
+#include "calls.h"
 #include "reference.h"
 
-namespace fused_rope {
+namespace fused_rope::kernels {
 namespace {
 
-__extension__ using Exact = __int128;
+using testing::bhsd;
+using testing::bshd;
+using testing::call;
+using testing::gather;
+using testing::memory;
 
-// 16-byte aligned, never read.
-alignas(16) std::byte memory[64];
-
-constexpr DeviceFacts kSmallCache = {0, 132};              // everything is larger
-constexpr DeviceFacts kLargeCache = {INT64_MAX / 2, 132};  // nothing is
-
-Strides bshd(int64_t S, int64_t H, int64_t D) { return {S * H * D, H * D, D, 1}; }
-Strides bhsd(int64_t S, int64_t H, int64_t D) { return {H * S * D, D, S * D, 1}; }
-Strides sbhd(int64_t B, int64_t H, int64_t D) { return {H * D, B * H * D, D, 1}; }
-
-// A call with one contiguous bshd tensor and a float32 table of S rows, everything aligned.
-RotateParams call(int64_t B, int64_t S, int64_t H, int64_t D, int64_t R) {
-  RotateParams p = {};
-  p.B = B;
-  p.S = S;
-  p.D = D;
-  p.count = 1;
-  p.tensors[0] = {memory, memory, bshd(S, H, D), bshd(S, H, D), H, false};
-  p.lanes = {R / 2, 0, R / 2};
-  p.cos = p.sin = {memory, R / 2, 0, 0, 0, 1};
-  p.rows.M = S;
-  p.dtype = DType::kBFloat16;
-  p.table_dtype = DType::kFloat32;
-  return p;
-}
-
-// Gathered tables with these strides.
-void gather(RotateParams& p, const Strides& cos, const Strides& sin) {
-  p.rows.gathered = true;
-  p.cos = {memory, 0, cos.b, cos.s, cos.h, 1};
-  p.sin = {memory, 0, sin.b, sin.s, sin.h, 1};
-}
-
-TEST(Quotient, IsExactBelowTwoToThe31) {
-  constexpr uint32_t kEnd = uint32_t{1} << 31;
-  std::vector<uint32_t> divisors = {1, 2, 3, 5, 6, 7, 9, 10, 12, 16, 24, 32, 96, 127, 128, 641};
-  for (int bit = 8; bit < 31; ++bit) {
-    for (const int near : {-1, 0, 1}) divisors.push_back((uint32_t{1} << bit) + near);
-  }
-  divisors.insert(divisors.end(), {65537, 70001, 6700417, 1000000007, kEnd - 2, kEnd - 1});
-  constexpr uint64_t kSeed = 7;
-  SCOPED_TRACE(kSeed);
-  testing::Random random(kSeed);
-  for (int i = 0; i < 200; ++i) {
-    divisors.push_back(1 + static_cast<uint32_t>(random.below(kEnd - 1) >> random.below(31)));
-  }
-  for (const uint32_t divisor : divisors) {
-    const Quotient quotient(divisor);
-    std::vector<uint32_t> numbers = {0, 1, 2, divisor - 1, divisor, kEnd - 2, kEnd - 1};
-    const uint32_t largest = (kEnd - 1) / divisor * divisor;
-    numbers.insert(numbers.end(), {largest, largest - 1});
-    for (int i = 0; i < 200; ++i) {
-      const uint32_t n = static_cast<uint32_t>(random.below(kEnd));
-      numbers.insert(numbers.end(), {n, n / divisor * divisor});
-      if (n >= divisor) numbers.push_back(n / divisor * divisor - 1);
-    }
-    for (const uint32_t n : numbers)
-      ASSERT_EQ(quotient.of(n), n / divisor) << n << " / " << divisor;
-  }
-}
-
-TEST(Quotient, OfNothingIsByOne) { EXPECT_EQ(Quotient().of(12345), 12345u); }
+constexpr DeviceFacts kSmallCache = {0, 132};  // nothing fits in it
+constexpr DeviceFacts kLargeCache = {INT64_MAX / 2, 132};
 
 struct VectorCase {
   const char* name;
@@ -86,7 +30,7 @@ void PrintTo(const VectorCase& c, std::ostream* out) { *out << c.name; }
 
 class VectorWidth : public ::testing::TestWithParam<VectorCase> {};
 
-TEST_P(VectorWidth, FitsTheMemory) {
+TEST_P(VectorWidth, FollowsAlignmentAndStrides) {
   RotateParams p = call(2, 3, 4, 64, 32);
   GetParam().change(p);
   EXPECT_EQ(make_plan(p, kLargeCache).vector, GetParam().vector);
@@ -120,16 +64,16 @@ const VectorCase kVectorCases[] = {
      },
      8},
     {"ExpandedInput", [](RotateParams& p) { p.tensors[0].in_strides.h = 0; }, 8},
-    {"StridedLanes", [](RotateParams& p) { p.tensors[0].in_strides.d = 2; }, 1},
-    {"StridedOutputLanes", [](RotateParams& p) { p.tensors[0].out_strides.d = 64; }, 1},
-    {"OddOffset", [](RotateParams& p) { p.lanes.offset = 4; }, 1},
-    {"AlignedOffset", [](RotateParams& p) { p.lanes.offset = 32; }, 8},
-    {"ShortHalf", [](RotateParams& p) { p.lanes.P = p.lanes.distance = 12; }, 1},
-    {"Blocks", [](RotateParams& p) { p.lanes.distance = 8; }, 8},
-    {"ShortBlocks", [](RotateParams& p) { p.lanes.distance = 4; }, 1},
-    {"Interleaved", [](RotateParams& p) { p.lanes.distance = 1; }, 8},
-    {"InterleavedShort", [](RotateParams& p) { p.lanes = {12, 0, 1}; }, 8},
-    {"InterleavedOddSpan", [](RotateParams& p) { p.lanes = {6, 0, 1}; }, 1},
+    {"StridedElements", [](RotateParams& p) { p.tensors[0].in_strides.d = 2; }, 1},
+    {"StridedOutputElements", [](RotateParams& p) { p.tensors[0].out_strides.d = 64; }, 1},
+    {"OddOffset", [](RotateParams& p) { p.pairing.offset = 4; }, 1},
+    {"AlignedOffset", [](RotateParams& p) { p.pairing.offset = 32; }, 8},
+    {"ShortHalf", [](RotateParams& p) { p.pairing.P = p.pairing.distance = 12; }, 1},
+    {"Blocks", [](RotateParams& p) { p.pairing.distance = 8; }, 8},
+    {"ShortBlocks", [](RotateParams& p) { p.pairing.distance = 4; }, 1},
+    {"Interleaved", [](RotateParams& p) { p.pairing.distance = 1; }, 8},
+    {"InterleavedShort", [](RotateParams& p) { p.pairing = {12, 0, 1}; }, 8},
+    {"InterleavedOddSpan", [](RotateParams& p) { p.pairing = {6, 0, 1}; }, 1},
     {"OddHead", [](RotateParams& p) { p.D = 60; }, 1},
     {"OddHeadInPlace",
      [](RotateParams& p) {
@@ -171,17 +115,17 @@ INSTANTIATE_TEST_SUITE_P(Memory, VectorWidth, ::testing::ValuesIn(kVectorCases),
                          [](const auto& info) { return std::string(info.param.name); });
 
 TEST(VectorWidthOfType, IsSixteenBytes) {
-  for (const auto& [dtype, lanes] : {std::pair{DType::kFloat16, 8},
-                                     {DType::kBFloat16, 8},
-                                     {DType::kFloat32, 4},
-                                     {DType::kFloat64, 2}}) {
+  for (const auto& [dtype, elements] : {std::pair{DType::kFloat16, 8},
+                                        {DType::kBFloat16, 8},
+                                        {DType::kFloat32, 4},
+                                        {DType::kFloat64, 2}}) {
     RotateParams p = call(1, 2, 3, 64, 64);
     p.dtype = dtype;
-    EXPECT_EQ(make_plan(p, kLargeCache).vector, lanes);
+    EXPECT_EQ(make_plan(p, kLargeCache).vector, elements);
   }
 }
 
-TEST(VectorTables, FitTheirMemory) {
+TEST(VectorTables, NeedAlignedContiguousRows) {
   const auto fits = [](auto change) {
     RotateParams p = call(2, 3, 4, 64, 32);
     change(p);
@@ -200,68 +144,69 @@ TEST(VectorTables, FitTheirMemory) {
 TEST(Arrangement, IsAdjacentForInterleavedVectors) {
   RotateParams p = call(1, 1, 2, 64, 64);
   EXPECT_EQ(make_plan(p, kLargeCache).arrangement, Arrangement::kPair);
-  p.lanes.distance = 1;
+  p.pairing.distance = 1;
   EXPECT_EQ(make_plan(p, kLargeCache).arrangement, Arrangement::kAdjacent);
   p.tensors[0].in = memory + 2;
-  EXPECT_EQ(make_plan(p, kLargeCache).arrangement, Arrangement::kPair) << "of single lanes";
+  EXPECT_EQ(make_plan(p, kLargeCache).arrangement, Arrangement::kPair) << "single elements";
 }
 
-TEST(PlanOfRows, LooksUpOnlyWhatIsInMemory) {
+TEST(RowLookupOfPlan, IsIndexedWhenDeviceMemorySelectsRows) {
   const auto rows = [](auto change) {
     RotateParams p = call(2, 3, 4, 64, 64);
     change(p);
-    return make_plan(p, kLargeCache).rows;
+    return make_plan(p, kLargeCache).lookup;
   };
   const IndexParams numbers = {memory, true};
-  EXPECT_EQ(rows([](RotateParams&) {}), Rows::kLinear);
-  EXPECT_EQ(rows([](RotateParams& p) { p.rows.offset = 7; }), Rows::kLinear);
-  EXPECT_EQ(rows([](RotateParams& p) { p.rows.gathered = true; }), Rows::kLinear);
-  EXPECT_EQ(rows([](RotateParams& p) { p.sin.m += 8; }), Rows::kLookup) << "no step beside cos";
-  EXPECT_EQ(rows([](RotateParams& p) { p.sin.b += 8; }), Rows::kLookup);
-  EXPECT_EQ(rows([](RotateParams& p) { p.sin.s += 8; }), Rows::kLookup);
-  EXPECT_EQ(rows([](RotateParams& p) { p.sin.h += 8; }), Rows::kLookup);
-  EXPECT_EQ(rows([&](RotateParams& p) { p.rows.positions = numbers; }), Rows::kLookup);
-  EXPECT_EQ(rows([&](RotateParams& p) { p.rows.offsets = numbers; }), Rows::kLookup);
-  EXPECT_EQ(rows([&](RotateParams& p) { p.rows.cu_seqlens = numbers; }), Rows::kLookup);
-  EXPECT_EQ(rows([&](RotateParams& p) { p.rows.out_rows = numbers; }), Rows::kLookup);
+  EXPECT_EQ(rows([](RotateParams&) {}), RowLookup::kLinear);
+  EXPECT_EQ(rows([](RotateParams& p) { p.rows.offset = 7; }), RowLookup::kLinear);
+  EXPECT_EQ(rows([](RotateParams& p) { p.rows.gathered = true; }), RowLookup::kLinear);
+  EXPECT_EQ(rows([](RotateParams& p) { p.sin.m += 8; }), RowLookup::kIndexed)
+      << "no fixed distance from cos";
+  EXPECT_EQ(rows([](RotateParams& p) { p.sin.b += 8; }), RowLookup::kIndexed);
+  EXPECT_EQ(rows([](RotateParams& p) { p.sin.s += 8; }), RowLookup::kIndexed);
+  EXPECT_EQ(rows([](RotateParams& p) { p.sin.h += 8; }), RowLookup::kIndexed);
+  EXPECT_EQ(rows([&](RotateParams& p) { p.rows.positions = numbers; }), RowLookup::kIndexed);
+  EXPECT_EQ(rows([&](RotateParams& p) { p.rows.offsets = numbers; }), RowLookup::kIndexed);
+  EXPECT_EQ(rows([&](RotateParams& p) { p.rows.cu_seqlens = numbers; }), RowLookup::kIndexed);
+  EXPECT_EQ(rows([&](RotateParams& p) { p.rows.out_rows = numbers; }), RowLookup::kIndexed);
 }
 
-TEST(PlanOfRows, KnowsWhetherTheAxesOfAThreadDiffer) {
+TEST(RowLookupOfPlan, TellsWhetherThePairsOfAThreadHaveOneAxis) {
   const auto rows = [](int64_t distance, int64_t first_of_second_axis, int64_t offset = 0) {
     RotateParams p = call(2, 3, 4, 128, 64);
     int64_t axes[32];
     for (int64_t j = 0; j < 32; ++j) axes[j] = j >= first_of_second_axis;
     p.rows.positions = {memory, true};
     p.axes = axes;
-    p.lanes.distance = distance;
-    p.lanes.offset = offset;
-    return make_plan(p, kLargeCache).rows;
+    p.pairing.distance = distance;
+    p.pairing.offset = offset;
+    return make_plan(p, kLargeCache).lookup;
   };
-  EXPECT_EQ(rows(32, 8), Rows::kSections) << "eight pairs in each two vectors";
-  EXPECT_EQ(rows(32, 12), Rows::kAxes);
-  EXPECT_EQ(rows(32, 32), Rows::kSections) << "one axis";
-  EXPECT_EQ(rows(1, 12), Rows::kSections) << "four whole pairs in a vector";
-  EXPECT_EQ(rows(1, 10), Rows::kAxes);
-  EXPECT_EQ(rows(32, 11, 1), Rows::kSections) << "single lanes hold a pair";
+  EXPECT_EQ(rows(32, 8), RowLookup::kSections) << "eight pairs in each two vectors";
+  EXPECT_EQ(rows(32, 12), RowLookup::kAxes);
+  EXPECT_EQ(rows(32, 32), RowLookup::kSections) << "one axis";
+  EXPECT_EQ(rows(1, 12), RowLookup::kSections) << "four whole pairs in a vector";
+  EXPECT_EQ(rows(1, 10), RowLookup::kAxes);
+  EXPECT_EQ(rows(32, 11, 1), RowLookup::kSections) << "a thread with single elements has one pair";
 }
 
-TEST(Plan, GivesAThreadOneVectorOfWholePairsUnlessARowIsSharedByTwo) {
+TEST(Plan, GivesAThreadTwoVectorsOfWholePairsOnlyToShareALookup) {
   int64_t axes[32] = {};
-  const auto units = [&](int64_t distance, bool positions, const int64_t* pair_axes = nullptr) {
+  const auto threads = [&](int64_t distance, bool positions, const int64_t* pair_axes = nullptr) {
     RotateParams p = call(2, 3, 4, 64, 64);
-    p.lanes.distance = distance;
+    p.pairing.distance = distance;
     if (positions) p.rows.positions = {memory, true};
     p.axes = pair_axes;
-    return make_plan(p, kLargeCache).units;
+    return make_plan(p, kLargeCache).head_threads;
   };
-  EXPECT_EQ(units(32, false), 4) << "two vectors of eight lanes";
-  EXPECT_EQ(units(32, true), 4);
-  EXPECT_EQ(units(32, true, axes), 4);
-  EXPECT_EQ(units(1, false), 8);
-  EXPECT_EQ(units(1, true), 4);
-  EXPECT_EQ(units(1, true, axes), 8) << "one axis";
+  EXPECT_EQ(threads(32, false), 4) << "two vectors of eight elements";
+  EXPECT_EQ(threads(32, true), 4);
+  EXPECT_EQ(threads(32, true, axes), 4);
+  EXPECT_EQ(threads(1, false), 8);
+  EXPECT_EQ(threads(1, true), 4);
+  EXPECT_EQ(threads(1, true, axes), 8) << "one axis";
   axes[1] = 1;
-  EXPECT_EQ(units(1, true, axes), 4);
+  EXPECT_EQ(threads(1, true, axes), 4);
 }
 
 struct TableCase {
@@ -284,14 +229,14 @@ class TableBytes : public ::testing::TestWithParam<TableCase> {
   }
 };
 
-TEST_P(TableBytes, CountWhatIsReadOnce) {
+TEST_P(TableBytes, CountEveryRowOnce) {
   RotateParams p = params();
   EXPECT_EQ(table_bytes(p), GetParam().rows * 2 * 32 * 4);
   p.table_dtype = DType::kBFloat16;
   EXPECT_EQ(table_bytes(p), GetParam().rows * 2 * 32 * 2);
 }
 
-TEST_P(TableBytes, AreKeptUpToAShareOfTheCache) {
+TEST_P(TableBytes, AreKeptInAShareOfTheCache) {
   const RotateParams p = params();
   const auto l2_bytes = static_cast<int64_t>(kKeptShare * table_bytes(p));
   EXPECT_TRUE(make_plan(p, {l2_bytes, 132}).keeps_tables);
@@ -341,15 +286,15 @@ const TableCase kTableCases[] = {
 INSTANTIATE_TEST_SUITE_P(Rows, TableBytes, ::testing::ValuesIn(kTableCases),
                          [](const auto& info) { return std::string(info.param.name); });
 
-TEST(Plan, StreamsLanesBesideHeavyTables) {
+TEST(Plan, StreamsXWithLargeTables) {
   const auto streams = [](int64_t H, auto change) {
-    RotateParams p = call(2, 100, H, 64, 64);  // 128 bytes of lanes, 256 of cos and sin in a row
+    RotateParams p = call(2, 100, H, 64, 64);  // 128 bytes a head, 256 a row of cos and sin
     change(p);
     return make_plan(p, kSmallCache).streams;
   };
-  const auto as_it_is = [](RotateParams&) {};
-  EXPECT_FALSE(streams(10, as_it_is)) << "100 rows beside 2000 heads: a tenth";
-  EXPECT_TRUE(streams(9, as_it_is));
+  const auto unchanged = [](RotateParams&) {};
+  EXPECT_FALSE(streams(10, unchanged)) << "100 rows, 2000 heads: a tenth";
+  EXPECT_TRUE(streams(9, unchanged));
   EXPECT_FALSE(streams(5, [](RotateParams& p) { p.dtype = DType::kFloat32; }));
   EXPECT_FALSE(streams(5, [](RotateParams& p) {
     p.count = 2;
@@ -357,18 +302,18 @@ TEST(Plan, StreamsLanesBesideHeavyTables) {
   })) << "as many heads of k";
 }
 
-TEST(Plan, KeepsLanesThatFitInTheCache) {
+TEST(Plan, DoesNotStreamAnXThatFitsInTheCache) {
   const RotateParams p = call(2, 100, 5, 64, 64);
-  constexpr int64_t kLaneBytes = 2 * 100 * 5 * 64 * 2;
-  EXPECT_TRUE(make_plan(p, {kLaneBytes - 1, 132}).streams);
-  EXPECT_FALSE(make_plan(p, {kLaneBytes, 132}).streams);
+  constexpr int64_t kXBytes = 2 * 100 * 5 * 64 * 2;
+  EXPECT_TRUE(make_plan(p, {kXBytes - 1, 132}).streams);
+  EXPECT_FALSE(make_plan(p, {kXBytes, 132}).streams);
 }
 
-TEST(Plan, GivesBlocksWholeHeads) {
+TEST(Plan, MakesBlocksOfWholeHeads) {
   const auto threads = [](int64_t S, int64_t D, int64_t distance = 0) {
     RotateParams p = call(1, S, 32, D, D);
-    if (distance > 0) p.lanes.distance = distance;
-    return make_plan(p, kLargeCache).threads;
+    if (distance > 0) p.pairing.distance = distance;
+    return make_plan(p, kLargeCache).block_threads;
   };
   constexpr int64_t kMany = 4096;
   EXPECT_EQ(threads(kMany, 64), 128);
@@ -386,16 +331,16 @@ TEST(Plan, GivesBlocksWholeHeads) {
 
 struct VectorBytesCase {
   const char* name;
-  void (*change)(RotateParams&);  // of 32 heads of 128 lanes: one token more than run at once
+  void (*change)(RotateParams&);  // of 32 heads, D = 128, one more token than are resident at once
   int bytes;
-  int shortest;  // that an experiment may have
+  int shortest;  // that an override may select
 };
 
 void PrintTo(const VectorBytesCase& c, std::ostream* out) { *out << c.name; }
 
 class VectorBytes : public ::testing::TestWithParam<VectorBytesCase> {};
 
-TEST_P(VectorBytes, FollowShapeAndStrides) {
+TEST_P(VectorBytes, DependOnShapeAndStrides) {
   RotateParams p = call(1, 793, 32, 128, 128);
   p.rows.M = 4096;
   GetParam().change(p);
@@ -410,10 +355,10 @@ TEST_P(VectorBytes, FollowShapeAndStrides) {
   }
 }
 
-// 64 of every 256 bytes, of four times the tokens.
-void in_pieces(RotateParams& p) {
+// In place, 64 of every 256 bytes, with four times the tokens.
+void in_chunks(RotateParams& p) {
   p.S *= 4;
-  p.lanes.P = p.lanes.distance = 16;
+  p.pairing.P = p.pairing.distance = 16;
   p.in_place = true;
 }
 
@@ -421,63 +366,67 @@ void set_strides(TensorParams& t, const Strides& strides) {
   t.in_strides = t.out_strides = strides;
 }
 
-// Heads of 32 lanes, so that all of a head is a piece.
+// Heads with D = 32, so that the whole head is a chunk.
 void in_short_heads(RotateParams& p, const Strides& strides) {
-  in_pieces(p);
+  in_chunks(p);
   p.D = 32;
   set_strides(p.tensors[0], strides);
 }
 
-// Two tensors, the heads of one of them, `dense`, as close as if they had no gaps.
-void in_pieces_of_one(RotateParams& p, int dense) {
-  in_pieces(p);
+// Two tensors, one of them, `dense`, without gaps between chunks.
+void in_chunks_of_one(RotateParams& p, int dense) {
+  in_chunks(p);
   p.count = 2;
   p.tensors[1] = p.tensors[0];
   set_strides(p.tensors[dense], bshd(p.S, 32, 32));
 }
 
-constexpr int64_t kPieces = 4 * 793;  // tokens
+constexpr int64_t kChunkTokens = 4 * 793;
 
 const VectorBytesCase kVectorBytesCases[] = {
     {"Large", [](RotateParams&) {}, 8, 4},
     {"AllAtOnce", [](RotateParams& p) { p.S = 792; }, 16, 4},
     {"Float16", [](RotateParams& p) { p.dtype = DType::kFloat16; }, 8, 4},
     {"Float32", [](RotateParams& p) { p.dtype = DType::kFloat32; }, 16, 16},
-    {"Interleaved", [](RotateParams& p) { p.lanes.distance = 1; }, 16, 8},
-    {"Blocks", [](RotateParams& p) { p.lanes.distance = 32; }, 16, 16},
-    {"Copies", [](RotateParams& p) { p.lanes.P = p.lanes.distance = 32; }, 16, 16},
+    {"Interleaved", [](RotateParams& p) { p.pairing.distance = 1; }, 16, 8},
+    {"Blocks", [](RotateParams& p) { p.pairing.distance = 32; }, 16, 16},
+    {"Copies", [](RotateParams& p) { p.pairing.P = p.pairing.distance = 32; }, 16, 16},
     {"LookUps", [](RotateParams& p) { p.rows.positions = {memory, true}; }, 16, 16},
     {"PerHead", [](RotateParams& p) { p.per_head = true; }, 16, 16},
     {"Float64Entries", [](RotateParams& p) { p.table_dtype = DType::kFloat64; }, 8, 4},
     {"ShortEntries", [](RotateParams& p) { p.table_dtype = DType::kBFloat16; }, 8, 4},
     {"Streams", [](RotateParams& p) { p.S = 1 << 16, p.tensors[0].H = 1; }, 8, 4},
     {"SingleEntries", [](RotateParams& p) { p.cos.j = p.sin.j = 2; }, 16, 16},
-    {"Pieces", in_pieces, 4, 4},
-    {"PiecesAtOnce", [](RotateParams& p) { in_pieces(p), p.S -= 4; }, 16, 4},
-    {"PiecesAtTheEnd", [](RotateParams& p) { in_pieces(p), p.lanes.offset = 96; }, 4, 4},
-    {"PiecesOfFloat32", [](RotateParams& p) { in_pieces(p), p.dtype = DType::kFloat32; }, 16, 16},
-    {"LongPieces", [](RotateParams& p) { in_pieces(p), p.lanes.P = p.lanes.distance = 24; }, 8, 4},
-    {"InterleavedPieces", [](RotateParams& p) { in_pieces(p), p.lanes.distance = 1; }, 8, 8},
-    {"InterleavedPiecesAtOnce",
-     [](RotateParams& p) { in_pieces(p), p.S -= 4, p.lanes.distance = 1; }, 16, 8},
-    {"LongInterleavedPieces",
-     [](RotateParams& p) { in_pieces(p), p.lanes.P = 20, p.lanes.distance = 1; }, 16, 8},
-    {"PiecesOfHeadsApart",
+    {"Chunks", in_chunks, 4, 4},
+    {"ChunksAtOnce", [](RotateParams& p) { in_chunks(p), p.S -= 4; }, 16, 4},
+    {"ChunksAtTheEnd", [](RotateParams& p) { in_chunks(p), p.pairing.offset = 96; }, 4, 4},
+    {"ChunksOfFloat32", [](RotateParams& p) { in_chunks(p), p.dtype = DType::kFloat32; }, 16, 16},
+    {"LongChunks", [](RotateParams& p) { in_chunks(p), p.pairing.P = p.pairing.distance = 24; }, 8,
+     4},
+    {"InterleavedChunks", [](RotateParams& p) { in_chunks(p), p.pairing.distance = 1; }, 8, 8},
+    {"InterleavedChunksAtOnce",
+     [](RotateParams& p) { in_chunks(p), p.S -= 4, p.pairing.distance = 1; }, 16, 8},
+    {"LongInterleavedChunks",
+     [](RotateParams& p) { in_chunks(p), p.pairing.P = 20, p.pairing.distance = 1; }, 16, 8},
+    {"ChunksOfHeadsApart",
      [](RotateParams& p) {
-       in_pieces(p);
+       in_chunks(p);
        set_strides(p.tensors[0], bhsd(p.S, 32, 128));
      },
      4, 4},
-    {"PiecesOfTheSecondAlone", [](RotateParams& p) { in_pieces_of_one(p, 0), p.tensors[0].H = 0; },
+    {"ChunksOfTheSecondAlone", [](RotateParams& p) { in_chunks_of_one(p, 0), p.tensors[0].H = 0; },
      4, 4},
-    {"PiecesOfTheFirst", [](RotateParams& p) { in_pieces_of_one(p, 1); }, 4, 4},
-    {"HeadsApart", [](RotateParams& p) { in_short_heads(p, bshd(kPieces, 32, 64)); }, 4, 4},
-    {"HeadsLessApart", [](RotateParams& p) { in_short_heads(p, bshd(kPieces, 32, 56)); }, 8, 4},
-    {"HeadsSideBySide", [](RotateParams& p) { in_short_heads(p, bshd(kPieces, 32, 32)); }, 8, 4},
-    {"TokensSideBySide", [](RotateParams& p) { in_short_heads(p, bhsd(kPieces, 32, 32)); }, 8, 4},
+    {"ChunksOfTheFirst", [](RotateParams& p) { in_chunks_of_one(p, 1); }, 4, 4},
+    {"HeadsApart", [](RotateParams& p) { in_short_heads(p, bshd(kChunkTokens, 32, 64)); }, 4, 4},
+    {"HeadsLessApart", [](RotateParams& p) { in_short_heads(p, bshd(kChunkTokens, 32, 56)); }, 8,
+     4},
+    {"ContiguousHeads", [](RotateParams& p) { in_short_heads(p, bshd(kChunkTokens, 32, 32)); }, 8,
+     4},
+    {"ContiguousTokens", [](RotateParams& p) { in_short_heads(p, bhsd(kChunkTokens, 32, 32)); }, 8,
+     4},
     {"HeadsApartOutOfPlace",
      [](RotateParams& p) {
-       in_short_heads(p, bshd(kPieces, 32, 64));
+       in_short_heads(p, bshd(kChunkTokens, 32, 64));
        p.in_place = false;
      },
      8, 4},
@@ -486,50 +435,50 @@ const VectorBytesCase kVectorBytesCases[] = {
 INSTANTIATE_TEST_SUITE_P(Of, VectorBytes, ::testing::ValuesIn(kVectorBytesCases),
                          [](const auto& info) { return std::string(info.param.name); });
 
-TEST(Plan, TakesSizesWhoseProductDoesNotFit) {
+TEST(Plan, TakesSizesWhoseProductExceeds64Bits) {
   constexpr int64_t kHuge = int64_t{1} << 40;
   RotateParams p = call(1, 1, 1, 64, 64);
   p.B = p.S = p.tensors[0].H = kHuge;
   const Plan plan = make_plan(p, kLargeCache);
-  EXPECT_EQ(plan.threads, 128);
+  EXPECT_EQ(plan.block_threads, 128);
   EXPECT_FALSE(plan.streams);
 }
 
-TEST(Plan, KnowsHeadsWithTheirOwnRows) {
+TEST(RowLookupOfPlan, IsPerHeadForVectorsOfPerHeadTables) {
   RotateParams p = call(2, 3, 4, 64, 64);
-  EXPECT_EQ(make_plan(p, kLargeCache).rows, Rows::kLinear);
+  EXPECT_EQ(make_plan(p, kLargeCache).lookup, RowLookup::kLinear);
   p.per_head = true;
-  EXPECT_EQ(make_plan(p, kLargeCache).rows, Rows::kPerHead);
+  EXPECT_EQ(make_plan(p, kLargeCache).lookup, RowLookup::kPerHead);
   p.cos.j = 2;
-  EXPECT_EQ(make_plan(p, kLargeCache).rows, Rows::kLinear) << "one entry at a time";
+  EXPECT_EQ(make_plan(p, kLargeCache).lookup, RowLookup::kLinear) << "one entry at a time";
   p.rows.out_rows = {memory, true};
-  EXPECT_EQ(make_plan(p, kLargeCache).rows, Rows::kLookup);
+  EXPECT_EQ(make_plan(p, kLargeCache).lookup, RowLookup::kIndexed);
 }
 
-TEST(Plan, IsPlainWhereAllLanesRotateInOneSpan) {
-  const auto plain = [](int64_t R, int64_t distance, bool in_place) {
+TEST(Plan, HasFullHeadsWhenAllElementsRotateInOneBlock) {
+  const auto full_head = [](int64_t R, int64_t distance, bool in_place) {
     RotateParams p = call(2, 3, 4, 64, R);
-    p.lanes.distance = distance;
+    p.pairing.distance = distance;
     p.in_place = in_place;
-    return make_plan(p, kLargeCache).plain;
+    return make_plan(p, kLargeCache).full_head;
   };
-  EXPECT_TRUE(plain(64, 32, false));
-  EXPECT_TRUE(plain(64, 1, false));
-  EXPECT_FALSE(plain(64, 16, false)) << "two blocks";
-  EXPECT_FALSE(plain(32, 16, false)) << "threads that copy";
-  EXPECT_TRUE(plain(32, 16, true));
-  EXPECT_FALSE(plain(32, 8, true));
+  EXPECT_TRUE(full_head(64, 32, false));
+  EXPECT_TRUE(full_head(64, 1, false));
+  EXPECT_FALSE(full_head(64, 16, false)) << "two blocks";
+  EXPECT_FALSE(full_head(32, 16, false)) << "threads that copy";
+  EXPECT_TRUE(full_head(32, 16, true));
+  EXPECT_FALSE(full_head(32, 8, true));
 }
 
-struct NeighbourCase {
+struct AdjacentCase {
   const char* name;
   void (*change)(RotateParams&);  // of 5 heads and 2 in a packed tensor [2, 3, 9, 64]
   bool joined;
 };
 
-void PrintTo(const NeighbourCase& c, std::ostream* out) { *out << c.name; }
+void PrintTo(const AdjacentCase& c, std::ostream* out) { *out << c.name; }
 
-class Neighbours : public ::testing::TestWithParam<NeighbourCase> {
+class AdjacentTensors : public ::testing::TestWithParam<AdjacentCase> {
  protected:
   static RotateParams packed() {
     RotateParams p = call(2, 3, 5, 64, 64);
@@ -545,10 +494,10 @@ class Neighbours : public ::testing::TestWithParam<NeighbourCase> {
   }
 };
 
-TEST_P(Neighbours, AreOneTensor) {
+TEST_P(AdjacentTensors, AreJoined) {
   RotateParams p = packed();
   GetParam().change(p);
-  EXPECT_EQ(are_neighbours(p), GetParam().joined);
+  EXPECT_EQ(are_adjacent(p), GetParam().joined);
   if (!GetParam().joined) return;
   const RotateParams one = joined(p);
   EXPECT_EQ(one.count, 1);
@@ -557,11 +506,11 @@ TEST_P(Neighbours, AreOneTensor) {
 }
 
 constexpr Strides kElsewhere = {3 * 7 * 64, 7 * 64, 64, 1};
-const NeighbourCase kNeighbourCases[] = {
+const AdjacentCase kAdjacentCases[] = {
     {"Packed", [](RotateParams&) {}, true},
     {"OneToken",
      [](RotateParams& p) {
-       p.B = p.S = 1;  // whose strides say nothing
+       p.B = p.S = 1;  // so their strides do not matter
        p.tensors[1].in_strides.b = p.tensors[1].out_strides.s = 12345;
      },
      true},
@@ -573,20 +522,20 @@ const NeighbourCase kNeighbourCases[] = {
     {"OtherBatches", [](RotateParams& p) { p.tensors[1].in_strides.b += 64; }, false},
     {"OtherTokens", [](RotateParams& p) { p.tensors[1].in_strides.s += 64; }, false},
     {"OtherHeads", [](RotateParams& p) { p.tensors[1].in_strides.h += 64; }, false},
-    {"OtherLanes", [](RotateParams& p) { p.tensors[1].in_strides.d = 2; }, false},
+    {"OtherElements", [](RotateParams& p) { p.tensors[1].in_strides.d = 2; }, false},
     {"OtherOutputs", [](RotateParams& p) { p.tensors[1].out_strides = kElsewhere; }, false},
     {"Scattered", [](RotateParams& p) { p.tensors[1].scattered = true; }, false},
     {"RowsOfHeads", [](RotateParams& p) { p.per_head = true; }, false},
 };
 
-INSTANTIATE_TEST_SUITE_P(Are, Neighbours, ::testing::ValuesIn(kNeighbourCases),
+INSTANTIATE_TEST_SUITE_P(Cases, AdjacentTensors, ::testing::ValuesIn(kAdjacentCases),
                          [](const auto& info) { return std::string(info.param.name); });
 
-TEST(Plan, FollowsOverridesWithinReason) {
+TEST(Plan, ClampsOverrides) {
   const RotateParams p = call(2, 3, 4, 64, 64);
-  EXPECT_EQ(make_plan(p, kLargeCache, {.threads = 64}).threads, 64);
-  EXPECT_EQ(make_plan(p, kLargeCache, {.threads = 0}).threads, kWarp);
-  EXPECT_EQ(make_plan(p, kLargeCache, {.threads = 4096}).threads, kMaxThreads);
+  EXPECT_EQ(make_plan(p, kLargeCache, {.threads = 64}).block_threads, 64);
+  EXPECT_EQ(make_plan(p, kLargeCache, {.threads = 0}).block_threads, kWarp);
+  EXPECT_EQ(make_plan(p, kLargeCache, {.threads = 4096}).block_threads, kMaxBlockThreads);
   EXPECT_TRUE(make_plan(p, kLargeCache).keeps_tables);
   EXPECT_FALSE(make_plan(p, kLargeCache, {.keep = 0}).keeps_tables);
   EXPECT_FALSE(make_plan(p, kSmallCache).keeps_tables);
@@ -597,46 +546,16 @@ TEST(Plan, FollowsOverridesWithinReason) {
   EXPECT_TRUE(make_plan(p, kLargeCache, {.stream = 1}).streams);
 }
 
-TEST(Plan, HasLargerBlocksWhereAllRunAtOnce) {
+TEST(Plan, MakesLargerBlocksWhenAllAreResidentAtOnce) {
   const auto threads = [](int64_t S) {
-    return make_plan(call(1, S, 8, 128, 128), kLargeCache).threads;  // 64 threads for a token
+    return make_plan(call(1, S, 8, 128, 128), kLargeCache).block_threads;  // 64 threads for a token
   };
   EXPECT_EQ(threads(1), 128) << "less than a block for each multiprocessor";
   EXPECT_EQ(threads(2 * 132), 128);
   EXPECT_EQ(threads(3 * 132), 256);
   EXPECT_EQ(threads(24 * 132), 256);
-  EXPECT_EQ(threads(25 * 132), 128) << "more than fit";
+  EXPECT_EQ(threads(25 * 132), 128) << "more than are resident";
 }
-
-struct OrderCase {
-  const char* name;
-  int64_t B, S, H;
-  Strides strides;
-  std::array<Axis, 3> order;
-};
-
-void PrintTo(const OrderCase& c, std::ostream* out) { *out << c.name; }
-
-class Order : public ::testing::TestWithParam<OrderCase> {};
-
-TEST_P(Order, FollowsTheTensorsMemory) {
-  const OrderCase& c = GetParam();
-  RotateParams p = call(c.B, c.S, c.H, 64, 64);
-  p.count = 2;
-  p.tensors[1] = {memory, memory, c.strides, bshd(c.S, c.H, 64), c.H, false};
-  EXPECT_EQ(memory_order(p, p.tensors[1]), c.order) << "of k, whatever the memory of q";
-}
-
-const OrderCase kOrderCases[] = {
-    {"BSHD", 2, 5, 3, bshd(5, 3, 64), {kHead, kSequence, kBatch}},
-    {"BHSD", 2, 5, 3, bhsd(5, 3, 64), {kSequence, kHead, kBatch}},
-    {"SBHD", 2, 5, 3, sbhd(2, 3, 64), {kHead, kBatch, kSequence}},
-    {"OneHeadLast", 2, 5, 1, {320, 64, 1, 1}, {kSequence, kBatch, kHead}},
-    {"OneTokenLast", 4, 1, 8, {512, 7, 64, 1}, {kHead, kBatch, kSequence}},
-};
-
-INSTANTIATE_TEST_SUITE_P(Layouts, Order, ::testing::ValuesIn(kOrderCases),
-                         [](const auto& info) { return std::string(info.param.name); });
 
 struct HeadCase {
   int64_t D, R, offset;
@@ -655,49 +574,50 @@ class HeadCoverage : public ::testing::TestWithParam<HeadCase> {
   RotateParams params(DType dtype, bool aligned) const {
     const HeadCase& c = GetParam();
     RotateParams p = call(2, 3, 4, c.D, c.R);
-    const int64_t row = ceil_divide(c.D, 8) * 8;  // what stops vectors is the head, not its strides
+    const int64_t row = ceil_divide(c.D, 8) * 8;  // D, not the strides, decides whether vectors fit
     p.tensors[0].in_strides = p.tensors[0].out_strides = {12 * row, 4 * row, row, 1};
     if (!aligned) p.tensors[0].in = memory + size_of(dtype);
-    p.lanes = {c.R / 2, c.offset, c.interleaved ? 1 : c.R / 2 / c.blocks};
+    p.pairing = {c.R / 2, c.offset, c.interleaved ? 1 : c.R / 2 / c.blocks};
     p.dtype = dtype;
     p.in_place = c.in_place;
     return p;
   }
 
-  // The lanes that the plan's units touch: each takes a vector of first members and its partners,
-  // or vectors of the span as far apart as there are units; after them come as many as copy vectors
-  // outside the span.
-  static std::vector<int> touched(const RotateParams& p, const Plan& plan) {
+  // How often the plan's threads access each element. A rotating thread takes a vector of first
+  // elements and that of their partners, or vectors of whole pairs that are rotating_threads
+  // vectors apart; a copying thread takes vectors outside the rotated elements.
+  static std::vector<int> accesses(const RotateParams& p, const Plan& plan) {
     std::vector<int> count(p.D);
-    const auto take = [&](int64_t lane) {
-      for (int i = 0; i < plan.vector; ++i) ++count.at(lane + i);
+    const auto take = [&](int64_t first) {
+      for (int i = 0; i < plan.vector; ++i) ++count.at(first + i);
     };
-    for (int64_t unit = 0; unit < plan.rotating_units; ++unit) {
+    for (int64_t thread = 0; thread < plan.rotating_threads; ++thread) {
       if (plan.arrangement == Arrangement::kPair) {
-        take(p.lanes.first(unit * plan.vector));
-        take(p.lanes.first(unit * plan.vector) + p.lanes.distance);
+        take(p.pairing.first(thread * plan.vector));
+        take(p.pairing.first(thread * plan.vector) + p.pairing.distance);
       }
     }
-    const int each = vectors_of_thread(plan.arrangement, plan.rows);
-    const auto take_some = [&](int64_t units, const std::vector<int64_t>& vectors) {
-      EXPECT_EQ(units, ceil_divide(static_cast<int64_t>(vectors.size()), each));
-      for (int64_t unit = 0; unit < units; ++unit) {
-        take(vectors[unit]);
-        if (unit + units < static_cast<int64_t>(vectors.size())) take(vectors[unit + units]);
+    const int each = vectors_of_thread(plan.arrangement, plan.lookup);
+    const auto take_some = [&](int64_t threads, const std::vector<int64_t>& vectors) {
+      EXPECT_EQ(threads, ceil_divide(static_cast<int64_t>(vectors.size()), each));
+      for (int64_t thread = 0; thread < threads; ++thread) {
+        take(vectors[thread]);
+        if (thread + threads < static_cast<int64_t>(vectors.size()))
+          take(vectors[thread + threads]);
       }
     };
     std::vector<int64_t> inside, outside;
-    for (int64_t lane = 0; lane < p.D; lane += plan.vector) {
-      const bool rotated = lane >= p.lanes.offset && lane < p.lanes.end();
-      if (rotated || !p.in_place) (rotated ? inside : outside).push_back(lane);
+    for (int64_t d = 0; d < p.D; d += plan.vector) {
+      const bool rotated = d >= p.pairing.offset && d < p.pairing.end();
+      if (rotated || !p.in_place) (rotated ? inside : outside).push_back(d);
     }
-    if (plan.arrangement == Arrangement::kAdjacent) take_some(plan.rotating_units, inside);
-    take_some(plan.units - plan.rotating_units, outside);
+    if (plan.arrangement == Arrangement::kAdjacent) take_some(plan.rotating_threads, inside);
+    take_some(plan.head_threads - plan.rotating_threads, outside);
     return count;
   }
 };
 
-TEST_P(HeadCoverage, TouchesEveryLaneOnce) {
+TEST_P(HeadCoverage, AccessesEveryElementOnce) {
   for (const DType dtype : {DType::kBFloat16, DType::kFloat32, DType::kFloat64}) {
     for (const auto& [aligned, positions] :
          {std::pair{true, false}, {true, true}, {false, false}}) {
@@ -708,31 +628,31 @@ TEST_P(HeadCoverage, TouchesEveryLaneOnce) {
         SCOPED_TRACE(::testing::Message() << "size " << size_of(dtype) << " vector " << plan.vector
                                           << " positions " << positions);
         EXPECT_TRUE(aligned || plan.vector == 1);
-        const std::vector<int> count = touched(p, plan);
-        for (int64_t lane = 0; lane < p.D; ++lane) {
-          const bool rotated = lane >= p.lanes.offset && lane < p.lanes.end();
-          ASSERT_EQ(count[lane], rotated || !p.in_place) << "lane " << lane;
+        const std::vector<int> count = accesses(p, plan);
+        for (int64_t d = 0; d < p.D; ++d) {
+          const bool rotated = d >= p.pairing.offset && d < p.pairing.end();
+          ASSERT_EQ(count[d], rotated || !p.in_place) << "element " << d;
         }
       }
     }
   }
 }
 
-// The vectors of a thread hold whole pairs and lie in one span.
-TEST_P(HeadCoverage, KeepsPairsTogether) {
+// The vectors of a thread hold whole pairs of one block.
+TEST_P(HeadCoverage, KeepsPairsInOneThread) {
   for (const DType dtype : {DType::kBFloat16, DType::kFloat32, DType::kFloat64}) {
     for (const int bytes : {4, 8, 16}) {
       const RotateParams p = params(dtype, true);
       const Plan plan = make_plan(p, kLargeCache, {.vector = bytes});
-      EXPECT_EQ(plan.threads % kWarp, 0);
-      EXPECT_LE(plan.threads, kMaxThreads);
+      EXPECT_EQ(plan.block_threads % kWarp, 0);
+      EXPECT_LE(plan.block_threads, kMaxBlockThreads);
       if (plan.vector == 1) continue;
-      EXPECT_EQ(p.lanes.offset % plan.vector, 0);
+      EXPECT_EQ(p.pairing.offset % plan.vector, 0);
       if (plan.arrangement == Arrangement::kAdjacent) {
         EXPECT_EQ(plan.vector % 2, 0);
-        EXPECT_EQ(p.lanes.distance, 1);
+        EXPECT_EQ(p.pairing.distance, 1);
       } else {
-        EXPECT_EQ(p.lanes.distance % plan.vector, 0);
+        EXPECT_EQ(p.pairing.distance % plan.vector, 0);
       }
     }
   }
@@ -758,268 +678,5 @@ std::vector<HeadCase> head_cases() {
 
 INSTANTIATE_TEST_SUITE_P(Heads, HeadCoverage, ::testing::ValuesIn(head_cases()));
 
-TEST(Plan, CountsTheHeadsOfBothTensors) {
-  RotateParams p = call(2, 3, 5, 64, 64);
-  p.tensors[1] = p.tensors[0];
-  p.tensors[1].H = 2;
-  EXPECT_EQ(total_heads(p), 5);
-  p.count = 2;
-  EXPECT_EQ(total_heads(p), 7);
-}
-
-constexpr Strides kShort = {64, 64, 64, 1};
-
-std::vector<Runs> boxes_of(const RotateParams& p, const Box& whole, int units = 8,
-                           int work = kMaxWork) {
-  const TensorParams& t = p.tensors[0];
-  Plan plan = make_plan(p, kLargeCache, {.work = work});
-  plan.units = units;
-  std::vector<Runs> boxes;
-  for_each_box(walks_of(p, t, plan.rows), {memory_order(p, t), whole}, plan,
-               [&](const Runs& runs) { boxes.push_back(runs); });
-  return boxes;
-}
-
-// Of a contiguous tensor, whose table takes no steps.
-std::vector<Runs> boxes_of(const std::array<int64_t, 3>& size, int units) {
-  RotateParams p = call(size[kBatch], size[kSequence], size[kHead], 64, 64);
-  p.cos.m = p.sin.m = 0;
-  return boxes_of(p, {{0, 0, 0}, size}, units);
-}
-
-Exact volume(const Box& box) { return Exact{box.size[0]} * box.size[1] * box.size[2]; }
-
-bool meet(const Box& x, const Box& y) {
-  for (size_t i = 0; i < 3; ++i) {
-    if (x.first[i] + x.size[i] <= y.first[i] || y.first[i] + y.size[i] <= x.first[i]) return false;
-  }
-  return true;
-}
-
-struct WorkCase {
-  std::array<int64_t, 3> size;
-  int units;
-};
-
-void PrintTo(const WorkCase& c, std::ostream* out) {
-  *out << c.size[0] << " x " << c.size[1] << " x " << c.size[2] << " of " << c.units << " units";
-}
-
-class Boxes : public ::testing::TestWithParam<WorkCase> {};
-
-// Boxes inside the whole that do not meet and are together as large as it hold every index once.
-TEST_P(Boxes, HoldEveryIndexOnce) {
-  const Box whole = {{0, 0, 0}, GetParam().size};
-  const std::vector<Runs> boxes = boxes_of(GetParam().size, GetParam().units);
-  ASSERT_LE(boxes.size(), 4096u);
-  Exact total = 0;
-  for (size_t i = 0; i < boxes.size(); ++i) {
-    const Box& box = boxes[i].box;
-    for (size_t axis = 0; axis < 3; ++axis) {
-      EXPECT_GT(box.size[axis], 0);
-      EXPECT_GE(box.first[axis], 0);
-      EXPECT_LE(box.first[axis] + box.size[axis], whole.size[axis]);
-    }
-    EXPECT_LE(volume(box) * GetParam().units, Exact{kMaxWork});
-    total += volume(box);
-    for (size_t j = 0; j < i; ++j) ASSERT_FALSE(meet(box, boxes[j].box)) << i << " and " << j;
-  }
-  EXPECT_TRUE(total == volume(whole));
-}
-
-TEST_P(Boxes, AreFew) {
-  const Box whole = {{0, 0, 0}, GetParam().size};
-  const Exact least = (volume(whole) * GetParam().units + kMaxWork - 1) / kMaxWork;
-  EXPECT_TRUE(Exact{boxes_of(GetParam().size, GetParam().units).size()} <= 4 * least);
-}
-
-constexpr int64_t kHuge = int64_t{1} << 33;
-const WorkCase kWorkCases[] = {
-    {{1, 1, 1}, 1},
-    {{2, 3, 4}, 16},
-    {{70001, 3, 1}, 8},
-    {{1, 70001, 70001}, 1},
-    {{70001, 1, 70001}, 16},
-    {{70001, 70001, 8}, 16},
-    {{kHuge, 1, 1}, 1},
-    {{1, kHuge, 1}, 16},
-    {{1, 1, kHuge + 1}, 3},
-    {{3, kHuge / 3 + 1, 5}, 2},
-    {{1 << 20, 1 << 20, 1}, 1},
-    {{kMaxWork, 1, 1}, 1},
-    {{kMaxWork + 1, 1, 1}, 1},
-    {{1, 1, 1}, kMaxWork},
-    {{5, 7, 3}, kMaxWork / 4},
-    {{5, 7, 3}, kMaxWork},
-};
-
-INSTANTIATE_TEST_SUITE_P(Sizes, Boxes, ::testing::ValuesIn(kWorkCases));
-
-struct StrideCase {
-  const char* name;
-  void (*change)(RotateParams&, const Strides&);
-  int64_t size;  // bytes of what the strides count
-};
-
-void PrintTo(const StrideCase& c, std::ostream* out) { *out << c.name; }
-
-class BoxesOfHugeStrides : public ::testing::TestWithParam<StrideCase> {};
-
-// Along an axis whose steps do not fit in int32 a box has one coordinate; along others it is not
-// cut.
-TEST_P(BoxesOfHugeStrides, HoldOneCoordinate) {
-  const int64_t large = (int64_t{1} << 32) / GetParam().size;
-  const int64_t fits = INT32_MAX / 7 / GetParam().size;  // also for a run of all heads
-  const Box whole = {{0, 0, 0}, {5, 6, 7}};
-  for (const auto& [strides, count] : {std::pair{Strides{large, 64, 64, 1}, 5},
-                                       {Strides{64, large, 64, 1}, 6},
-                                       {Strides{64, 64, large, 1}, 7},
-                                       {Strides{large, 64, large, 1}, 35},
-                                       {Strides{fits, 64, 64, 1}, 1},
-                                       {Strides{64, 64, 64, large}, 1}}) {
-    RotateParams p = call(5, 6, 7, 64, 64);
-    p.tensors[0].in_strides = p.tensors[0].out_strides = kShort;
-    GetParam().change(p, strides);
-    const std::vector<Runs> boxes = boxes_of(p, whole);
-    EXPECT_EQ(static_cast<int>(boxes.size()), count);
-    Exact total = 0;
-    for (const auto& [order, box] : boxes) {
-      total += volume(box);
-      EXPECT_TRUE(box.size[0] == 1 || strides.b < large);
-      EXPECT_TRUE(box.size[1] == 1 || strides.s < large);
-      EXPECT_TRUE(box.size[2] == 1 || strides.h < large);
-    }
-    EXPECT_TRUE(total == volume(whole));
-  }
-}
-
-const StrideCase kStrideCases[] = {
-    {"Input", [](RotateParams& p, const Strides& s) { p.tensors[0].in_strides = s; }, 2},
-    {"Output", [](RotateParams& p, const Strides& s) { p.tensors[0].out_strides = s; }, 2},
-    {"GatheredCos", [](RotateParams& p, const Strides& s) { gather(p, s, kShort); }, 4},
-    {"GatheredSin", [](RotateParams& p, const Strides& s) { gather(p, kShort, s); }, 4},
-    {"Positions",
-     [](RotateParams& p, const Strides& s) {
-       p.rows.positions = {memory, true};
-       p.rows.positions_b = s.b;
-       p.rows.positions_s = s.s;
-       p.tensors[0].in_strides.h = 4 * s.h;  // as many bytes; positions have no heads
-     },
-     8},
-};
-
-INSTANTIATE_TEST_SUITE_P(Of, BoxesOfHugeStrides, ::testing::ValuesIn(kStrideCases),
-                         [](const auto& info) { return std::string(info.param.name); });
-
-TEST(StepsOfBoxes, FitInInt32ToTheByte) {
-  const auto boxes = [](const Strides& in, const Strides& out) {
-    RotateParams p = call(2, 2, 1, 64, 64);
-    p.tensors[0].in_strides = in;
-    p.tensors[0].out_strides = out;
-    return boxes_of(p, {{0, 0, 0}, {2, 2, 1}}).size();
-  };
-  const Strides near = {64, 32, 0, 1};
-  // The last multiple of 4 that fits, and the first that does not.
-  for (const int64_t bytes : {int64_t{INT32_MAX} - 3, int64_t{INT32_MAX} + 1}) {
-    const size_t count = bytes > INT32_MAX ? 2 : 1;
-    EXPECT_EQ(boxes({bytes / 2, 0, 0, 1}, near), count) << bytes;
-    for (const int sign : {1, -1})  // a run of two takes back twice its step
-      EXPECT_EQ(boxes(near, {0, sign * bytes / 4, 0, 1}), count) << sign * bytes;
-  }
-  EXPECT_EQ(boxes({-(int64_t{1} << 33), 32, 0, 1}, near), 2u);
-}
-
-// Heads after heads, runs after runs: no step is longer than a head, however large the tensor, and
-// halves of the slowest axis are as contiguous as the whole.
-TEST(BoxesOfHugeTensors, AreFewWhereMemoryIsContiguous) {
-  RotateParams p = call(8, 1 << 10, 32, 64, 64);
-  const int64_t h = int64_t{1} << 28;
-  p.tensors[0].in_strides = p.tensors[0].out_strides = {h << 15, h << 5, h, 1};
-  const Box whole = {{0, 0, 0}, {8, 1 << 10, 32}};
-  EXPECT_EQ(boxes_of(p, whole).size(), 1u);
-  EXPECT_EQ(boxes_of(p, whole, 8, 1 << 19).size(), 4u);
-}
-
-// The output of the other memory order: a run of heads takes back more than 32 bits.
-TEST(BoxesOfHugeTensors, AreCutAlongRunsThatAreTooLong) {
-  RotateParams p = call(1, 6, 8, 64, 64);
-  const int64_t h = int64_t{1} << 28;
-  p.tensors[0].in_strides = {0, 8 * 64, 64, 1};
-  p.tensors[0].out_strides = {0, 64, h, 1};
-  const std::vector<Runs> boxes = boxes_of(p, {{0, 0, 0}, {1, 6, 8}});
-  ASSERT_EQ(boxes.size(), 2u);
-  for (const Runs& runs : boxes) EXPECT_EQ(runs.box.size[kHead], 4);
-}
-
-// Whatever the strides: what a place adds to an address is what its coordinates add.
-TEST(Steps, LeadToEveryCoordinate) {
-  constexpr uint64_t kSeed = 7;
-  SCOPED_TRACE(kSeed);
-  testing::Random random(kSeed);
-  const auto chance = [&] { return random.below(4) == 0; };
-  const auto stride = [&] {
-    return chance() ? 0 : random.below(int64_t{1} << random.below(33)) + 1;
-  };
-  const auto strides = [&] { return Strides{stride(), stride(), stride(), 1}; };
-  for (int round = 0; round < 2000; ++round) {
-    const std::array<int64_t, 3> size = {1 + random.below(4), 1 + random.below(4),
-                                         1 + random.below(4)};
-    const Box whole = {{0, 0, 0}, size};
-    RotateParams p = call(size[kBatch], size[kSequence], size[kHead], 64, 64);
-    TensorParams& t = p.tensors[0];
-    t.in_strides = strides();
-    t.out_strides = strides();
-    t.scattered = chance();
-    if (chance()) {
-      p.rows.positions = {memory, true};
-      p.rows.positions_b = stride();
-      p.rows.positions_s = stride();
-    } else {
-      gather(p, strides(), strides());
-    }
-    const Walks walks = walks_of(p, t, make_plan(p, kLargeCache).rows);
-    Exact covered = 0;
-    for (const Runs& runs : boxes_of(p, whole, 8, 8 + static_cast<int>(random.below(500)))) {
-      covered += volume(runs.box);
-      const auto fast = static_cast<uint32_t>(runs.size(0));
-      const auto middle = static_cast<uint32_t>(runs.size(1));
-      for (uint32_t head = 0; head < runs.heads(); ++head) {
-        const Place place = {{head, head / fast, head / fast / middle}};
-        const uint32_t at[] = {head % fast, head / fast % middle, head / fast / middle};
-        for (const Walk& walk : walks) {
-          int64_t expected = 0;
-          for (size_t i = 0; i < 3; ++i) expected += at[i] * walk[runs.order[i]];
-          ASSERT_EQ(Steps(walk, runs).to(place), expected) << "round " << round;
-        }
-      }
-    }
-    ASSERT_TRUE(covered == volume(whole)) << "round " << round;
-  }
-}
-
-TEST(BoxesOfHugeRows, HoldOneTokenWhereNothingIsLookedUp) {
-  RotateParams p = call(5, 6, 7, 64, 64);
-  p.cos.m = p.sin.m = int64_t{1} << 30;
-  EXPECT_EQ(boxes_of(p, {{0, 0, 0}, {5, 6, 7}}).size(), 6u);
-  p.rows.positions = {memory, true};
-  EXPECT_EQ(boxes_of(p, {{0, 0, 0}, {5, 6, 7}}).size(), 1u);
-}
-
-TEST(BoxesOfHugeWork, NeverOverflow) {
-  // Sizes whose product exceeds 64 bits; only the first boxes are looked at.
-  struct Enough {};
-  int count = 0;
-  RotateParams p = call(1, 1, 1, 64, 64);
-  Plan plan = make_plan(p, kLargeCache);
-  plan.units = 16;
-  const Walks nowhere = {};
-  const Runs whole = {memory_order(p, p.tensors[0]), {{0, 0, 0}, {kHuge, kHuge, kHuge}}};
-  const auto look = [&](const Runs& runs) {
-    EXPECT_LE(volume(runs.box) * 16, Exact{kMaxWork});
-    if (++count == 1000) throw Enough();
-  };
-  EXPECT_THROW(for_each_box(nowhere, whole, plan, look), Enough);
-}
-
 }  // namespace
-}  // namespace fused_rope
+}  // namespace fused_rope::kernels

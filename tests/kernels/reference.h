@@ -1,5 +1,4 @@
-// What the kernel tests compare with: rounding in float64, pairs of lanes listed one by one,
-// complex multiplication.
+// What the kernel tests compare with: rounding in float64, and pairs listed one by one.
 #pragma once
 
 #include <cmath>
@@ -12,10 +11,10 @@
 #include <utility>
 #include <vector>
 
-#include "fused_rope/kernels/isa.h"
+#include "fused_rope/kernels/cpu/isa.h"
 #include "fused_rope/kernels/numeric.h"
 
-namespace fused_rope::testing {
+namespace fused_rope::kernels::testing {
 
 // A binary floating-point format with an implicit bit.
 struct Format {
@@ -39,7 +38,7 @@ constexpr DType kDType = std::is_same_v<T, Float16>    ? DType::kFloat16
                          : std::is_same_v<T, float>    ? DType::kFloat32
                                                        : DType::kFloat64;
 
-// The distance between the neighbours of `value` in a format.
+// The distance between consecutive values of a format at `value`.
 inline double ulp(const Format& format, double value) {
   const int exponent = value == 0 ? format.min_exponent : std::ilogb(value);
   return std::ldexp(1.0, std::max(exponent, format.min_exponent) - format.fraction_bits);
@@ -54,7 +53,7 @@ inline double round_to(const Format& format, double value) {
   return overflows ? std::copysign(std::numeric_limits<double>::infinity(), value) : rounded;
 }
 
-// The number that 16 bits stand for.
+// The value of a 16-bit pattern.
 inline double decode(const Format& format, uint16_t bits) {
   const double sign = bits >> 15 ? -1.0 : 1.0;
   const int exponent = (bits & 0x7fff) >> format.fraction_bits;
@@ -74,12 +73,12 @@ inline double to_double(float value) { return value; }
 inline double to_double(Float16 value) { return decode(kFormat<Float16>, value.bits); }
 inline double to_double(BFloat16 value) { return decode(kFormat<BFloat16>, value.bits); }
 
-// The lanes of every pair's two members, in the order of the table's columns.
-inline std::vector<std::pair<int64_t, int64_t>> pair_lanes(int64_t R, int64_t offset,
-                                                           bool interleaved, int64_t blocks) {
+// The indices of every pair's two elements, in the order of the table's columns.
+inline std::vector<std::pair<int64_t, int64_t>> pair_elements(int64_t R, int64_t offset,
+                                                              bool interleaved, int64_t blocks) {
   std::vector<std::pair<int64_t, int64_t>> pairs;
   if (interleaved) {
-    for (int64_t lane = offset; lane < offset + R; lane += 2) pairs.emplace_back(lane, lane + 1);
+    for (int64_t d = offset; d < offset + R; d += 2) pairs.emplace_back(d, d + 1);
     return pairs;
   }
   const int64_t half = R / blocks / 2;
@@ -99,7 +98,7 @@ inline std::vector<Isa> vector_isas() {
   return isas;
 }
 
-// Random numbers that repeat from run to run; tests print the seed with SCOPED_TRACE.
+// Reproducible random numbers; tests print the seed with SCOPED_TRACE.
 class Random {
  public:
   explicit Random(uint64_t seed) : engine_(seed) {}
@@ -112,4 +111,4 @@ class Random {
   std::mt19937_64 engine_;
 };
 
-}  // namespace fused_rope::testing
+}  // namespace fused_rope::kernels::testing

@@ -4,7 +4,7 @@
 
 #include "reference.h"
 
-namespace fused_rope {
+namespace fused_rope::kernels {
 namespace {
 
 using testing::kFormat;
@@ -16,7 +16,7 @@ using testing::ulp;
 constexpr int kSamples = 20000;
 constexpr uint64_t kSeed = 20240917;
 
-// A pair, an angle and a length, as numbers that T can hold.
+// A random pair, cosine and sine, all representable in T.
 template <typename T>
 struct Sample {
   explicit Sample(Random& random) {
@@ -54,13 +54,13 @@ TYPED_TEST(Rotation, IsComplexMultiplication) {
   }
 }
 
-TYPED_TEST(Rotation, InverseRestores) {
+TYPED_TEST(Rotation, InverseRestoresThePair) {
   SCOPED_TRACE(kSeed);
   Random random(kSeed);
   for (int i = 0; i < kSamples; ++i) {
     const Sample<TypeParam> x(random);
-    const auto turned = rotate_pair<TypeParam, Precision::kFp32>(x.a, x.b, x.c, x.s);
-    const auto back = rotate_pair<TypeParam, Precision::kFp32>(turned.a, turned.b, x.c, -x.s);
+    const auto rotated = rotate_pair<TypeParam, Precision::kFp32>(x.a, x.b, x.c, x.s);
+    const auto back = rotate_pair<TypeParam, Precision::kFp32>(rotated.a, rotated.b, x.c, -x.s);
     const double length = std::norm(std::complex<double>(x.c, x.s));  // not 1: c and s are rounded
     const double bound = 5 * ulp(kFormat<Wide<TypeParam>>, x.norm());
     ASSERT_NEAR(back.a, x.a * length, bound) << "sample " << i;
@@ -83,14 +83,14 @@ TYPED_TEST(Rotation, InverseIsTheTranspose) {
   }
 }
 
-TYPED_TEST(Rotation, MemberIsHalfOfAPair) {
+TYPED_TEST(Rotation, OfElementsIsThatOfThePair) {
   SCOPED_TRACE(kSeed);
   Random random(kSeed);
   for (int i = 0; i < kSamples; ++i) {
     const Sample<TypeParam> x(random);
     const auto pair = rotate_pair<TypeParam, Precision::kFp32>(x.a, x.b, x.c, x.s);
-    ASSERT_EQ(pair.a, (rotate_member<TypeParam, Precision::kFp32>(x.a, x.b, x.c, -x.s)));
-    ASSERT_EQ(pair.b, (rotate_member<TypeParam, Precision::kFp32>(x.b, x.a, x.c, x.s)));
+    ASSERT_EQ(pair.a, (rotate_element<TypeParam, Precision::kFp32>(x.a, x.b, x.c, -x.s)));
+    ASSERT_EQ(pair.b, (rotate_element<TypeParam, Precision::kFp32>(x.b, x.a, x.c, x.s)));
   }
 }
 
@@ -111,7 +111,7 @@ class ModelRotation : public ::testing::Test {};
 using HalfTypes = ::testing::Types<Float16, BFloat16>;
 TYPED_TEST_SUITE(ModelRotation, HalfTypes);
 
-// Eager PyTorch: x * cos + turned * sin, a rounding to T after each of the three operations.
+// Eager PyTorch: x * cos + rotate_half(x) * sin, with a rounding to T after each operation.
 TYPED_TEST(ModelRotation, RoundsAsEagerPyTorch) {
   SCOPED_TRACE(kSeed);
   Random random(kSeed);
@@ -136,4 +136,4 @@ TYPED_TEST(ModelRotation, RoundsTheTable) {
 }
 
 }  // namespace
-}  // namespace fused_rope
+}  // namespace fused_rope::kernels

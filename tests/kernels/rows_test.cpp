@@ -6,7 +6,7 @@
 #include <optional>
 #include <vector>
 
-namespace fused_rope {
+namespace fused_rope::kernels {
 namespace {
 
 constexpr int64_t kLeast = std::numeric_limits<int64_t>::min();
@@ -14,15 +14,15 @@ constexpr int64_t kMost = std::numeric_limits<int64_t>::max();
 
 constexpr std::nullopt_t kCopied = std::nullopt;
 
-// The row that a token reads, if any.
+// The row that a token reads, or none.
 std::optional<int64_t> read_row(const RowParams& rows, int64_t b, int64_t s, int64_t axis = 0) {
   const Row row = table_row(rows, b, s, axis);
   return row.copied ? std::nullopt : std::optional(row.index);
 }
 
-// Tests that read integers of both widths.
+// Indices of both integer types.
 template <typename Int>
-class Rows : public ::testing::Test {
+class IndexTypes : public ::testing::Test {
  protected:
   static IndexParams index(const std::vector<Int>& values) {
     return {values.data(), sizeof(Int) == 8};
@@ -39,7 +39,7 @@ class Rows : public ::testing::Test {
 };
 
 using Ints = ::testing::Types<int32_t, int64_t>;
-TYPED_TEST_SUITE(Rows, Ints);
+TYPED_TEST_SUITE(IndexTypes, Ints);
 
 TEST(TableRow, IsTheTokensIndexWithoutPositions) {
   RowParams rows = {};
@@ -50,13 +50,13 @@ TEST(TableRow, IsTheTokensIndexWithoutPositions) {
   EXPECT_EQ(read_row(rows, 3, 7), -1) << "a sum of -1 is out of range, not a copy";
 }
 
-TEST(TableRow, LooksNothingUpForGatheredTables) {
+TEST(TableRow, NeedsNoLookupInGatheredTables) {
   RowParams rows = {};
   rows.gathered = true;
   EXPECT_EQ(read_row(rows, 3, 7), 0);
 }
 
-TEST(TableRow, BoundsAreThoseOfTheTable) {
+TEST(TableRow, IsValidWithinTheTable) {
   EXPECT_FALSE(is_row(-1, 4));
   EXPECT_TRUE(is_row(0, 4));
   EXPECT_TRUE(is_row(3, 4));
@@ -65,7 +65,7 @@ TEST(TableRow, BoundsAreThoseOfTheTable) {
   EXPECT_FALSE(is_row(kLeast, kMost));
 }
 
-TYPED_TEST(Rows, ReadsPositionsThroughTheirStrides) {
+TYPED_TEST(IndexTypes, ReadsPositionsThroughTheirStrides) {
   const std::vector<TypeParam> values = {10, -9, 11, -9, 12, -9, 20, -9, 21, -9, -1, -9};
   RowParams rows = {};
   rows.positions = this->index(values);
@@ -79,7 +79,7 @@ TYPED_TEST(Rows, ReadsPositionsThroughTheirStrides) {
   EXPECT_EQ(read_row(rows, 5, 1), 11);
 }
 
-TYPED_TEST(Rows, AddsOffsetsToPositions) {
+TYPED_TEST(IndexTypes, AddsOffsetsToPositions) {
   const std::vector<TypeParam> positions = {3, -1, -2};
   const std::vector<TypeParam> offsets = {100, -77, 200};
   RowParams rows = {};
@@ -97,7 +97,7 @@ TYPED_TEST(Rows, AddsOffsetsToPositions) {
   EXPECT_EQ(read_row(rows, 1, 1), kCopied);
 }
 
-TYPED_TEST(Rows, AddsOffsetsToTokenIndices) {
+TYPED_TEST(IndexTypes, AddsOffsetsToTokenIndices) {
   const std::vector<TypeParam> offsets = {100, 0, -3};
   RowParams rows = {};
   rows.offsets = this->index(offsets);
@@ -108,7 +108,7 @@ TYPED_TEST(Rows, AddsOffsetsToTokenIndices) {
   EXPECT_EQ(read_row(rows, 2, 0), -3);
 }
 
-TYPED_TEST(Rows, CountsFromTheStartOfEachSequence) {
+TYPED_TEST(IndexTypes, CountsFromTheStartOfEachSequence) {
   const std::vector<TypeParam> starts = {0, 0, 0, 3, 3, 4, 9, 9, 9};  // empty ones at both ends
   const RowParams rows = this->packed(starts);
   for (int64_t t = 0; t < 3; ++t) EXPECT_EQ(read_row(rows, 0, t), t) << t;
@@ -117,7 +117,7 @@ TYPED_TEST(Rows, CountsFromTheStartOfEachSequence) {
   for (int64_t t = 9; t < 12; ++t) EXPECT_EQ(read_row(rows, 0, t), kCopied) << "padding " << t;
 }
 
-TYPED_TEST(Rows, FindsTheSequenceOfEveryToken) {
+TYPED_TEST(IndexTypes, FindsTheSequenceOfEveryToken) {
   for (const std::vector<TypeParam>& starts : {std::vector<TypeParam>{0, 1},
                                                {0, 5},
                                                {0, 2, 5},
@@ -128,7 +128,7 @@ TYPED_TEST(Rows, FindsTheSequenceOfEveryToken) {
     int64_t token = 0;
     for (int64_t n = 0; n < rows.N; ++n) {
       for (; token < starts[n + 1]; ++token) {
-        const InSequence found = locate_token(rows, token);
+        const SequencePosition found = locate_token(rows, token);
         EXPECT_EQ(found.sequence, n) << "token " << token << " of N=" << rows.N;
         EXPECT_EQ(found.position, token - starts[n]) << "token " << token << " of N=" << rows.N;
       }
@@ -136,7 +136,7 @@ TYPED_TEST(Rows, FindsTheSequenceOfEveryToken) {
   }
 }
 
-TYPED_TEST(Rows, ReadsCuSeqlensThroughItsStride) {
+TYPED_TEST(IndexTypes, ReadsCuSeqlensThroughItsStride) {
   const std::vector<TypeParam> starts = {0, -9, 2, -9, 5, -9};
   RowParams rows = this->packed(starts);
   rows.cu_seqlens_stride = 2;
@@ -146,7 +146,7 @@ TYPED_TEST(Rows, ReadsCuSeqlensThroughItsStride) {
   EXPECT_EQ(read_row(rows, 0, 5), kCopied);
 }
 
-TYPED_TEST(Rows, OffsetsBelongToSequences) {
+TYPED_TEST(IndexTypes, ReadsOneOffsetPerSequence) {
   const std::vector<TypeParam> starts = {0, 2, 2, 4};
   const std::vector<TypeParam> offsets = {10, 20, 30};
   RowParams rows = this->packed(starts);
@@ -159,7 +159,7 @@ TYPED_TEST(Rows, OffsetsBelongToSequences) {
   EXPECT_EQ(read_row(rows, 0, 4), kCopied);
 }
 
-TYPED_TEST(Rows, BesidePositionsSequencesOnlyChooseOffsetsAndPadding) {
+TYPED_TEST(IndexTypes, WithPositionsSequencesOnlySelectOffsetsAndPadding) {
   const std::vector<TypeParam> starts = {0, 2, 3};
   const std::vector<TypeParam> offsets = {10, 20};
   const std::vector<TypeParam> positions = {5, -1, 7, 8};
@@ -174,7 +174,7 @@ TYPED_TEST(Rows, BesidePositionsSequencesOnlyChooseOffsetsAndPadding) {
   EXPECT_EQ(read_row(rows, 0, 3), kCopied);
 }
 
-TYPED_TEST(Rows, NoSequencesMeansAllPadding) {
+TYPED_TEST(IndexTypes, TreatsAllTokensAsPaddingWithoutSequences) {
   for (const std::vector<TypeParam>& starts : {std::vector<TypeParam>{0}, {0, 0, 0}}) {
     const RowParams rows = this->packed(starts);
     EXPECT_EQ(read_row(rows, 0, 0), kCopied) << "N=" << rows.N;
@@ -182,7 +182,7 @@ TYPED_TEST(Rows, NoSequencesMeansAllPadding) {
   }
 }
 
-TYPED_TEST(Rows, EachAxisHasPositionsOfItsOwn) {
+TYPED_TEST(IndexTypes, ReadsThePositionsOfEachAxis) {
   // [A=2, B=2, S=2]
   const std::vector<TypeParam> positions = {0, 1, 2, 3, 4, -1, 6, 7};
   RowParams rows = {};
@@ -196,7 +196,7 @@ TYPED_TEST(Rows, EachAxisHasPositionsOfItsOwn) {
   EXPECT_EQ(read_row(rows, 1, 1, 1), 7);
 }
 
-TYPED_TEST(Rows, OutputRowsAreReadThroughTheirStrides) {
+TYPED_TEST(IndexTypes, ReadsOutputRowsThroughTheirStrides) {
   const std::vector<TypeParam> values = {5, 6, -1, 8};
   RowParams rows = {};
   rows.out_rows = this->index(values);
@@ -218,8 +218,8 @@ TEST(TableRow, DoesNotTruncateInt64) {
   }
 }
 
-// No pair of a position and an offset whose true sum is out of range may come back as a row.
-TEST(TableRow, AbsurdSumsStayOutOfRange) {
+// A position and an offset whose exact sum is out of range must not wrap around to a row.
+TEST(TableRow, StaysOutOfRangeWhenTheSumOverflows) {
   constexpr int64_t kRows = int64_t{1} << 31;
   std::vector<int64_t> absurd = {0, 5, -2, -5, kRows, -kRows};
   for (const int64_t near : {0, 1, 2, 1000}) {
@@ -250,4 +250,4 @@ TEST(TableOffset, CountsEntriesBeyondInt32) {
 }
 
 }  // namespace
-}  // namespace fused_rope
+}  // namespace fused_rope::kernels

@@ -1,5 +1,5 @@
-// Element types, the type each is computed in, and exact conversions between them. Free of torch;
-// the host needs no CUDA.
+// Element types, the type each is computed in, and conversions between them. The host side needs
+// no CUDA.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@
 #define FUSED_ROPE_HOST_DEVICE inline
 #endif
 
-namespace fused_rope {
+namespace fused_rope::kernels {
 
 enum class DType { kFloat16, kBFloat16, kFloat32, kFloat64 };
 
@@ -52,8 +52,8 @@ FUSED_ROPE_HOST_DEVICE float widen(Float16 value) {
 #if defined(__CUDA_ARCH__)
   return __half2float(__ushort_as_half(value.bits));
 #else
-  // Selects instead of branches, and no float32 subnormal on the way: vectorises, and survives
-  // flush-to-zero.
+  // Selects instead of branches, so that it vectorizes; no float32 subnormal in between, so that it
+  // is right under flush-to-zero.
   const uint32_t magnitude = value.bits & 0x7fffu;
   const uint32_t normal = (magnitude << 13) + (112u << 23);
   const uint32_t subnormal =
@@ -92,7 +92,7 @@ FUSED_ROPE_HOST_DEVICE Float16 to_float16(float value) {
 #endif
 }
 
-// value rounded to T, to nearest even.
+// Rounds value to T, to nearest even.
 template <typename T, typename V>
 FUSED_ROPE_HOST_DEVICE T narrow(V value) {
   if constexpr (std::is_same_v<T, Float16>) {
@@ -104,7 +104,7 @@ FUSED_ROPE_HOST_DEVICE T narrow(V value) {
   }
 }
 
-// Calls f.operator()<T>() with the element type that dtype names.
+// Calls f.operator()<T>() with the element type of dtype.
 template <typename F>
 decltype(auto) visit(DType dtype, F&& f) {
   switch (dtype) {
@@ -123,4 +123,4 @@ constexpr int size_of(DType dtype) {
   return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
 }
 
-}  // namespace fused_rope
+}  // namespace fused_rope::kernels

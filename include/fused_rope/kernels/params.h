@@ -1,11 +1,14 @@
-// RotateParams: one call as plain data. The border between PyTorch and the kernels; strides in
-// elements.
+// RotateParams: one call as plain data, the interface between PyTorch and the kernels. Strides are
+// in elements.
 #pragma once
 
-#include "fused_rope/kernels/lanes.h"
-#include "fused_rope/kernels/rotation.h"
+#include <array>
+#include <utility>
 
-namespace fused_rope {
+#include "fused_rope/kernels/pairing.h"
+#include "fused_rope/types.h"
+
+namespace fused_rope::kernels {
 
 constexpr int kMaxTensors = 2;       // q and k
 constexpr int kMaxAxes = 8;          // of M-RoPE positions
@@ -26,13 +29,13 @@ struct TensorParams {
 };
 
 // cos or sin: entry (m, b, s, h, j) of shared [M, P], per-token [B, S, P] or per-head [B, S, H, P]
-// tables; strides of absent dimensions are 0.
+// tables. The strides of absent dimensions are 0.
 struct TableParams {
   const void* data;
   int64_t m, b, s, h, j;
 };
 
-// Integers in memory, int32 or int64; data is null when the argument is absent.
+// An int32 or int64 tensor; data is null when the argument is absent.
 struct IndexParams {
   const void* data;
   bool is_int64;
@@ -44,14 +47,14 @@ FUSED_ROPE_HOST_DEVICE int size_of(const IndexParams& index) { return index.is_i
 struct RowParams {
   IndexParams positions;  // [A, B, S]; absent: the token's index in its sequence
   int64_t positions_a, positions_b, positions_s;
-  IndexParams offsets;  // [B], or [N] beside cu_seqlens
+  IndexParams offsets;  // [B], or [N] with cu_seqlens
   int64_t offsets_stride;
   IndexParams cu_seqlens;  // [N + 1]
   int64_t cu_seqlens_stride;
   int64_t N;
   int64_t offset;
   int64_t M;             // rows of a shared table
-  bool gathered;         // per-token and per-head tables: nothing to look up
+  bool gathered;         // per-token and per-head tables: no row to look up
   IndexParams out_rows;  // [B, S]
   int64_t out_rows_b, out_rows_s;
   int64_t out_rows_limit;  // rows of the scattered output
@@ -61,7 +64,7 @@ struct RotateParams {
   int64_t B, S, D;
   int count;  // tensors: 1 for rotate, 2 for rotate_qk
   TensorParams tensors[kMaxTensors];
-  Lanes lanes;
+  Pairing pairing;
   TableParams cos, sin;
   RowParams rows;
   const int64_t* axes;  // [P] on the host, the axis of each pair's position; null without M-RoPE
@@ -72,4 +75,35 @@ struct RotateParams {
   bool per_head;  // the table differs between heads
 };
 
-}  // namespace fused_rope
+inline int64_t total_heads(const RotateParams& p) {
+  return p.tensors[0].H + (p.count > 1 ? p.tensors[1].H : 0);
+}
+
+// Whether device memory says which row of the table, or of the output, belongs to a token.
+inline bool has_lookups(const RowParams& rows) {
+  return rows.positions.data != nullptr || rows.offsets.data != nullptr ||
+         rows.cu_seqlens.data != nullptr || rows.out_rows.data != nullptr;
+}
+
+// The dimensions that number the heads of a tensor.
+enum Axis { kBatch, kSequence, kHead };
+
+// Input strides, by Axis.
+inline std::array<int64_t, 3> in_strides_of(const TensorParams& t) {
+  return {t.in_strides.b, t.in_strides.s, t.in_strides.h};
+}
+
+// The axes of a tensor from the smallest stride to the largest: in this order neighboring threads
+// access neighboring memory.
+inline std::array<Axis, 3> memory_order(const RotateParams& p, const TensorParams& t) {
+  const std::array<int64_t, 3> sizes = {p.B, p.S, t.H};
+  const std::array<int64_t, 3> strides = in_strides_of(t);
+  const auto stride = [&](Axis axis) { return sizes[axis] <= 1 ? INT64_MAX : strides[axis]; };
+  std::array<Axis, 3> order = {kHead, kSequence, kBatch};
+  for (const int i : {0, 1, 0}) {  // a stable sort of three
+    if (stride(order[i + 1]) < stride(order[i])) std::swap(order[i], order[i + 1]);
+  }
+  return order;
+}
+
+}  // namespace fused_rope::kernels

@@ -1,14 +1,10 @@
-// The formula: the only place of the library where a rotation is written, host and device, forward
-// and backward.
+// The rotation of a pair, written once for host and device, forward and backward.
 #pragma once
 
 #include "fused_rope/kernels/numeric.h"
+#include "fused_rope/types.h"
 
-namespace fused_rope {
-
-// kFp32: rounded in Wide<T> after every product and sum, to T once at the end.
-// kModel: the table, every product and the sum rounded to T, as eager PyTorch does in T.
-enum class Precision { kFp32, kModel };
+namespace fused_rope::kernels {
 
 template <typename T>
 struct Pair {
@@ -16,8 +12,7 @@ struct Pair {
   Wide<T> b;
 };
 
-// value as the arithmetic of T sees it: a table entry or a product, rounded to T where the policy
-// asks for it.
+// A table entry or a product as the precision has it: rounded to T in kModel, unchanged in kFp32.
 template <typename T, Precision kPrecision, typename V>
 FUSED_ROPE_HOST_DEVICE Wide<T> rounded(V value) {
   if constexpr (kPrecision == Precision::kModel) {
@@ -27,8 +22,8 @@ FUSED_ROPE_HOST_DEVICE Wide<T> rounded(V value) {
   }
 }
 
-// Products and sums that no compiler may contract into an FMA. On the host, -ffp-contract=off sees
-// to that.
+// Products and sums that the compiler must not contract into an FMA: CPU and CUDA results are
+// bitwise identical. On the host, -ffp-contract=off prevents contraction.
 template <typename V>
 FUSED_ROPE_HOST_DEVICE V multiply(V x, V y) {
 #if defined(__CUDA_ARCH__)
@@ -55,17 +50,17 @@ FUSED_ROPE_HOST_DEVICE V add(V x, V y) {
 #endif
 }
 
-// One member of a pair: own * c + partner * s. The first member of a pair takes -s, the second s.
+// One element of a pair: own * c + partner * s, with -s for the first element and s for the second.
 template <typename T, Precision kPrecision>
-FUSED_ROPE_HOST_DEVICE Wide<T> rotate_member(Wide<T> own, Wide<T> partner, Wide<T> c, Wide<T> s) {
+FUSED_ROPE_HOST_DEVICE Wide<T> rotate_element(Wide<T> own, Wide<T> partner, Wide<T> c, Wide<T> s) {
   return add(rounded<T, kPrecision>(multiply(own, c)),
              rounded<T, kPrecision>(multiply(partner, s)));
 }
 
-// (a, b) -> (a*c - b*s, b*c + a*s). Inverse and backward are the same call with s negated.
+// (a, b) -> (a*c - b*s, b*c + a*s). The inverse, which is also the backward, negates s.
 template <typename T, Precision kPrecision>
 FUSED_ROPE_HOST_DEVICE Pair<T> rotate_pair(Wide<T> a, Wide<T> b, Wide<T> c, Wide<T> s) {
-  return {rotate_member<T, kPrecision>(a, b, c, -s), rotate_member<T, kPrecision>(b, a, c, s)};
+  return {rotate_element<T, kPrecision>(a, b, c, -s), rotate_element<T, kPrecision>(b, a, c, s)};
 }
 
-}  // namespace fused_rope
+}  // namespace fused_rope::kernels

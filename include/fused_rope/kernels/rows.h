@@ -1,13 +1,15 @@
-// Which table row a token reads, if any, and which output row it is written to.
+// Which table row a token reads, or none, and which output row it is written to.
 #pragma once
 
-#include "fused_rope/kernels/cache.h"
 #include "fused_rope/kernels/params.h"
+#if defined(__CUDACC__)
+#include "fused_rope/kernels/cuda/memory.cuh"
+#endif
 
-namespace fused_rope {
+namespace fused_rope::kernels {
 
-// What a token reads or writes: nothing is rotated where `copied`; `index` is not yet known to be
-// in range.
+// The table row of a token; a `copied` token is not rotated. The index may be out of range:
+// check it with is_row.
 struct Row {
   int64_t index;
   bool copied;
@@ -17,30 +19,18 @@ FUSED_ROPE_HOST_DEVICE bool is_row(int64_t index, int64_t rows) {
   return index >= 0 && index < rows;
 }
 
-// Every thread waits for these numbers, and the next layer reads them again: they stay in the L2
-// cache.
+// On the device it stays in L2: every thread waits for it, and the next layer reads it again.
 FUSED_ROPE_HOST_DEVICE int64_t load_index(const IndexParams& index, int64_t i) {
   const char* at = static_cast<const char*>(index.data) + i * size_of(index);
-#if __CUDA_ARCH__ >= 800
-  if (index.is_int64) {
-    int64_t value;
-    asm volatile("ld.global.L2::cache_hint.s64 %0, [%1], %2;"
-                 : "=l"(value)
-                 : "l"(at), "l"(kLastInL2));
-    return value;
-  }
-  int32_t value;
-  asm volatile("ld.global.L2::cache_hint.s32 %0, [%1], %2;"
-               : "=r"(value)
-               : "l"(at), "l"(kLastInL2));
-  return value;
+#if defined(__CUDA_ARCH__)
+  return index.is_int64 ? load_kept<int64_t>(at) : load_kept<int32_t>(at);
 #else
   return index.is_int64 ? *reinterpret_cast<const int64_t*>(at)
                         : *reinterpret_cast<const int32_t*>(at);
 #endif
 }
 
-// A sum that saturates: absurd terms must not wrap around to a row.
+// A saturating sum: a position and an offset must not wrap around to a valid row.
 FUSED_ROPE_HOST_DEVICE int64_t add_rows(int64_t x, int64_t y) {
   const auto sum = static_cast<int64_t>(static_cast<uint64_t>(x) + static_cast<uint64_t>(y));
   const bool overflowed = ((x ^ sum) & (y ^ sum)) < 0;
@@ -51,14 +41,14 @@ FUSED_ROPE_HOST_DEVICE int64_t sequence_start(const RowParams& rows, int64_t n) 
   return load_index(rows.cu_seqlens, n * rows.cu_seqlens_stride);
 }
 
-// A sequence, and a token's place in it.
-struct InSequence {
+// A sequence of a packed batch and the position of a token in it.
+struct SequencePosition {
   int64_t sequence, position;
 };
 
-// Token t in the last sequence that starts at or before it; empty ones before it are passed over.
-FUSED_ROPE_HOST_DEVICE InSequence locate_token(const RowParams& rows, int64_t t) {
-  InSequence found = {0, t - sequence_start(rows, 0)};
+// Finds the last sequence that starts at or before token t, which is never an empty one.
+FUSED_ROPE_HOST_DEVICE SequencePosition locate_token(const RowParams& rows, int64_t t) {
+  SequencePosition found = {0, t - sequence_start(rows, 0)};
   int64_t end = rows.N;
   while (end - found.sequence > 1) {
     const int64_t middle = found.sequence + ((end - found.sequence) >> 1);
@@ -72,15 +62,15 @@ FUSED_ROPE_HOST_DEVICE InSequence locate_token(const RowParams& rows, int64_t t)
   return found;
 }
 
-// The row of a shared table that a token reads. Asks the token for what is needed only: b(), s()
-// and position(), what positions in memory say of it. Gathered tables have nothing to look up.
-// Every number is put to use where it is loaded: what another basic block waits for, the compiler
-// lets wait for the lanes that are on their way as well.
+// The row of a shared table that a token reads. A Token has b(), s() and position(), its entry of
+// `positions`; each is called only where needed. Gathered tables have no row to look up.
+// Consume each load in its own basic block; otherwise ptxas shares its scoreboard with the loads of
+// x, and the row waits for them.
 template <typename Token>
 FUSED_ROPE_HOST_DEVICE Row table_row(const RowParams& rows, const Token& token) {
   if (rows.gathered) return {0, false};
   const bool packed = rows.cu_seqlens.data != nullptr;
-  InSequence here = {0, 0};
+  SequencePosition here = {0, 0};
   if (packed) {
     const int64_t s = token.s();
     if (rows.N == 0 || s >= sequence_start(rows, rows.N)) return {0, true};
@@ -100,7 +90,7 @@ FUSED_ROPE_HOST_DEVICE Row table_row(const RowParams& rows, const Token& token) 
   return {index, false};
 }
 
-// Token (b, s), and the axis of positions that is meant.
+// Token (b, s) and an axis of positions.
 struct Token {
   const RowParams& rows;
   int64_t b_index, s_index, axis;
@@ -118,15 +108,15 @@ FUSED_ROPE_HOST_DEVICE Row table_row(const RowParams& rows, int64_t b, int64_t s
   return table_row(rows, Token{rows, b, s, axis});
 }
 
-// The row of a scattered output that token (b, s) is written to; -1 means nowhere.
+// The row of a scattered output that token (b, s) is written to, or -1 for none.
 FUSED_ROPE_HOST_DEVICE int64_t output_row(const RowParams& rows, int64_t b, int64_t s) {
   return load_index(rows.out_rows, b * rows.out_rows_b + s * rows.out_rows_s);
 }
 
-// Offset, in entries, of pair 0 of the table row that (m, b, s, h) selects.
+// Offset in entries of pair 0 in row m of the table of (b, s, h).
 FUSED_ROPE_HOST_DEVICE int64_t table_offset(const TableParams& table, int64_t m, int64_t b,
                                             int64_t s, int64_t h) {
   return m * table.m + b * table.b + s * table.s + h * table.h;
 }
 
-}  // namespace fused_rope
+}  // namespace fused_rope::kernels

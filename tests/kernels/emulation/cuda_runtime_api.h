@@ -1,5 +1,5 @@
-// As much of CUDA as the kernel's header needs to be compiled for the host, where threads run one
-// after another: its addressing is tested on machines without a GPU or nvcc.
+// The part of CUDA that the kernel's headers need to compile for the host, where threads run one
+// after another. So the addressing is tested without a GPU or nvcc.
 #pragma once
 
 #include "fused_rope/kernels/numeric.h"
@@ -22,31 +22,31 @@ inline Index blockIdx, blockDim, threadIdx;
 inline int __ffs(uint32_t bits) { return __builtin_ffs(static_cast<int>(bits)); }
 
 struct __nv_bfloat162 {
-  fused_rope::BFloat16 x, y;
+  fused_rope::kernels::BFloat16 x, y;
 };
 inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
-  return {fused_rope::to_bfloat16(x), fused_rope::to_bfloat16(y)};
+  return {fused_rope::kernels::to_bfloat16(x), fused_rope::kernels::to_bfloat16(y)};
 }
-inline uint16_t __bfloat16_as_ushort(fused_rope::BFloat16 x) { return x.bits; }
+inline uint16_t __bfloat16_as_ushort(fused_rope::kernels::BFloat16 x) { return x.bits; }
 
 struct __half2 {
-  fused_rope::Float16 x, y;
+  fused_rope::kernels::Float16 x, y;
 };
 inline __half2 __floats2half2_rn(float x, float y) {
-  return {fused_rope::to_float16(x), fused_rope::to_float16(y)};
+  return {fused_rope::kernels::to_float16(x), fused_rope::kernels::to_float16(y)};
 }
-inline uint16_t __half_as_ushort(fused_rope::Float16 x) { return x.bits; }
+inline uint16_t __half_as_ushort(fused_rope::kernels::Float16 x) { return x.bits; }
 
-namespace fused_rope {
+namespace fused_rope::kernels {
 
-template <typename Work, typename Axes>
-cudaError_t enqueue(void (*kernel)(Work, Axes), unsigned blocks, int threads, cudaStream_t,
-                    const Work& work, const Axes& axes) {
+template <typename Params, typename Axes>
+cudaError_t enqueue(void (*kernel)(Params, Axes), unsigned blocks, int threads, cudaStream_t,
+                    const Params& params, const Axes& axes) {
   blockDim.x = static_cast<unsigned>(threads);
   for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
-    for (threadIdx.x = 0; threadIdx.x < blockDim.x; ++threadIdx.x) kernel(work, axes);
+    for (threadIdx.x = 0; threadIdx.x < blockDim.x; ++threadIdx.x) kernel(params, axes);
   }
   return cudaSuccess;
 }
 
-}  // namespace fused_rope
+}  // namespace fused_rope::kernels

@@ -1,10 +1,10 @@
-#include "fused_rope/kernels/lanes.h"
+#include "fused_rope/kernels/pairing.h"
 
 #include <gtest/gtest.h>
 
 #include "reference.h"
 
-namespace fused_rope {
+namespace fused_rope::kernels {
 namespace {
 
 struct Span {
@@ -19,33 +19,33 @@ void PrintTo(const Span& span, std::ostream* out) {
        << " blocks=" << span.blocks;
 }
 
-class LaneMap : public ::testing::TestWithParam<Span> {
+class PairingOf : public ::testing::TestWithParam<Span> {
  protected:
-  Lanes lanes() const {
+  Pairing pairing() const {
     const Span& span = GetParam();
     return {span.P, span.offset, span.interleaved ? 1 : span.P / span.blocks};
   }
 };
 
-TEST_P(LaneMap, PairsAreThoseOfTheDefinition) {
+TEST_P(PairingOf, FindsTheElementsOfEveryPair) {
   const Span& span = GetParam();
-  const auto pairs = testing::pair_lanes(2 * span.P, span.offset, span.interleaved, span.blocks);
+  const auto pairs = testing::pair_elements(2 * span.P, span.offset, span.interleaved, span.blocks);
   ASSERT_EQ(static_cast<int64_t>(pairs.size()), span.P);
   for (int64_t j = 0; j < span.P; ++j) {
-    EXPECT_EQ(lanes().first(j), pairs[j].first) << "pair " << j;
-    EXPECT_EQ(lanes().first(j) + lanes().distance, pairs[j].second) << "pair " << j;
+    EXPECT_EQ(pairing().first(j), pairs[j].first) << "pair " << j;
+    EXPECT_EQ(pairing().first(j) + pairing().distance, pairs[j].second) << "pair " << j;
   }
 }
 
-TEST_P(LaneMap, NamesEveryRotatedLaneOnce) {
+TEST_P(PairingOf, CoversEveryRotatedElementOnce) {
   const Span& span = GetParam();
   std::vector<int> seen(span.offset + 2 * span.P + 8);
   for (int64_t j = 0; j < span.P; ++j) {
-    ++seen.at(lanes().first(j));
-    ++seen.at(lanes().first(j) + lanes().distance);
+    ++seen.at(pairing().first(j));
+    ++seen.at(pairing().first(j) + pairing().distance);
   }
-  for (int64_t lane = 0; lane < static_cast<int64_t>(seen.size()); ++lane) {
-    EXPECT_EQ(seen[lane], lane >= span.offset && lane < lanes().end()) << "lane " << lane;
+  for (int64_t d = 0; d < static_cast<int64_t>(seen.size()); ++d) {
+    EXPECT_EQ(seen[d], d >= span.offset && d < pairing().end()) << "element " << d;
   }
 }
 
@@ -62,7 +62,7 @@ std::vector<Span> spans() {
   return all;
 }
 
-INSTANTIATE_TEST_SUITE_P(Spans, LaneMap, ::testing::ValuesIn(spans()));
+INSTANTIATE_TEST_SUITE_P(Spans, PairingOf, ::testing::ValuesIn(spans()));
 
 }  // namespace
-}  // namespace fused_rope
+}  // namespace fused_rope::kernels

@@ -1,24 +1,21 @@
-// The instruction sets that the CPU kernel is compiled for. One is chosen at run time: a library
-// built once serves every machine of its architecture.
+// Instruction sets that the CPU kernel is compiled for. One is chosen at run time, so that one
+// build of the library runs on every machine of its architecture.
 #pragma once
 
 #include <type_traits>
 
-// Functions, not files, are compiled for an instruction set, and take in all that they call
-// (flatten). What stays outside is code for every machine, so the linker cannot merge a copy of an
-// inline function that needs AVX-512 into code that runs without.
+// Single functions are compiled for an instruction set and inline all that they call (flatten). If
+// whole files were, the linker could merge an inline function that needs AVX-512 into baseline
+// code.
 #if defined(__x86_64__)
 #define FUSED_ROPE_AVX2 gnu::target("avx2,f16c")
 #define FUSED_ROPE_AVX512 gnu::target("avx2,f16c,avx512f,avx512bw,avx512dq,avx512vl")
 #endif
 
-namespace fused_rope {
+namespace fused_rope::kernels {
 
-enum class Isa {
-  kBaseline,
-  kAvx2,
-  kAvx512
-};  // kBaseline: what the compiler assumes without being told
+// kBaseline is what the compiler targets by default.
+enum class Isa { kBaseline, kAvx2, kAvx512 };
 
 // Whether this machine has an instruction set.
 inline bool has(Isa isa) {
@@ -55,7 +52,7 @@ template <typename F>
 }
 #endif
 
-// Calls f(IsaConstant<isa>()), compiled for an instruction set that this machine has.
+// Calls f(IsaConstant<isa>()), compiled for `isa`, which this machine must have.
 template <typename F>
 void run_on(Isa isa, const F& f) {
   switch (isa) {
@@ -70,4 +67,4 @@ void run_on(Isa isa, const F& f) {
   }
 }
 
-}  // namespace fused_rope
+}  // namespace fused_rope::kernels

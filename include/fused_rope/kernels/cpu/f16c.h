@@ -1,5 +1,5 @@
-// Conversions of float16 lanes side by side by x86's own instructions, to the bits of numeric.h.
-// Compilers before GCC 14 do not vectorise to them by themselves.
+// Conversions of float16 arrays by F16C instructions, bitwise identical to those of numeric.h.
+// Compilers before GCC 14 do not vectorize scalar conversions to them.
 #pragma once
 
 #include "fused_rope/kernels/numeric.h"
@@ -11,10 +11,10 @@
 #define FUSED_ROPE_F16C
 #endif
 
-namespace fused_rope {
+namespace fused_rope::kernels {
 
-// A signalling NaN comes out quiet, as it would of the first product.
-[[FUSED_ROPE_F16C]] inline void widen_lanes(const Float16* from, float* to, int64_t n) {
+// Quiets signaling NaNs, as the first product would.
+[[FUSED_ROPE_F16C]] inline void widen_array(const Float16* from, float* to, int64_t n) {
   int64_t i = 0;
 #if defined(__x86_64__)
   for (; i + 8 <= n; i += 8) {
@@ -25,11 +25,11 @@ namespace fused_rope {
   for (; i < n; ++i) to[i] = widen(from[i]);
 }
 
-[[FUSED_ROPE_F16C]] inline void narrow_lanes(const float* from, Float16* to, int64_t n) {
+[[FUSED_ROPE_F16C]] inline void narrow_array(const float* from, Float16* to, int64_t n) {
   int64_t i = 0;
 #if defined(__x86_64__)
-  // The instruction keeps a NaN's payload. As integers, NaNs lie above these two, one for each
-  // sign, and nothing else does.
+  // The instruction keeps a NaN's payload, numeric.h drops it. As integers, only NaNs are above
+  // these two, one for each sign.
   const __m128i nan = _mm_set1_epi16(0x7e00);
   const __m128i negative_nan = _mm_set1_epi16(static_cast<int16_t>(0xfe00));
   for (; i + 8 <= n; i += 8) {
@@ -41,4 +41,4 @@ namespace fused_rope {
   for (; i < n; ++i) to[i] = narrow<Float16>(from[i]);
 }
 
-}  // namespace fused_rope
+}  // namespace fused_rope::kernels

@@ -1,0 +1,31 @@
+// Division by a divisor that is known on the host before a launch.
+#pragma once
+
+#include "fused_rope/kernels/numeric.h"
+
+namespace fused_rope::kernels {
+
+// floor(n / divisor) by multiplication and shift (Granlund and Montgomery 1994). Exact for n < 2^31
+// and 1 <= divisor < 2^31. By default it divides by one.
+struct FastDivmod {
+  uint32_t multiplier = 0;
+  uint32_t shift = 0;
+
+  FastDivmod() = default;
+  explicit FastDivmod(int64_t divisor) {
+    const auto d = static_cast<uint32_t>(divisor);
+    while ((uint64_t{1} << shift) < d) ++shift;
+    multiplier =
+        static_cast<uint32_t>(((uint64_t{1} << 32) * ((uint64_t{1} << shift) - d)) / d + 1);
+  }
+
+  FUSED_ROPE_HOST_DEVICE uint32_t div(uint32_t n) const {
+#if defined(__CUDA_ARCH__)
+    return (__umulhi(n, multiplier) + n) >> shift;
+#else
+    return static_cast<uint32_t>((((uint64_t{n} * multiplier) >> 32) + n) >> shift);
+#endif
+  }
+};
+
+}  // namespace fused_rope::kernels
