@@ -22,7 +22,7 @@ format: build  # rewrite the sources in the project's style
 	scripts/lint.sh --fix
 lint: build  # formatting, ruff, mypy
 	scripts/lint.sh
-sanitize: build  # the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
+sanitize: build  # the C++ tests under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
 	scripts/sanitize.sh
 sanitize-gpu: build  # compute-sanitizer's four tools over every kind of kernel; needs a GPU
 	scripts/sanitize_gpu.sh

@@ -1,9 +1,16 @@
 #!/usr/bin/env bash
-# The CPU's C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer.
+# The CPU's C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer, and those that share modules among threads
+# under ThreadSanitizer.
 source "$(dirname "$0")/common.sh"
 export PATH=$PWD/.venv/bin:$PATH
 
-cmake -S . -B build-sanitize -G Ninja -DPython_EXECUTABLE="$PWD/.venv/bin/python" \
-  -DFUSED_ROPE_SANITIZE=ON -DFUSED_ROPE_TESTS=ON -DFUSED_ROPE_CUDA=OFF
-cmake --build build-sanitize
+# build FOLDER SANITIZE TARGET
+build() {
+  cmake -S . -B "$1" -G Ninja -DPython_EXECUTABLE="$PWD/.venv/bin/python" \
+    -DFUSED_ROPE_SANITIZE="$2" -DFUSED_ROPE_TESTS=ON -DFUSED_ROPE_CUDA=OFF
+  cmake --build "$1" --target "$3"
+}
+build build-sanitize ON all
 ctest --test-dir build-sanitize --output-on-failure
+build build-sanitize-thread thread fused_rope_thread_tests
+ctest --test-dir build-sanitize-thread --output-on-failure -R '^threads$'

@@ -44,6 +44,8 @@ int main() {
     report("rotate_", [&] { fused_rope::rotate_(q, cos, sin); });
     report("rotate_qk", [&] { fused_rope::rotate_qk(q, k, cos, sin); });
     report("rotate_qk_", [&] { fused_rope::rotate_qk_(q, k, cos, sin); });
+    fused_rope::RotaryEmbedding rope(2);
+    report("RotaryEmbedding", [&] { rope(q, k); });
   }
   const auto leaf = torch::randn({1, 1, 1, 2}, torch::requires_grad());
   report("torch::neg, recorded", [&] { leaf.neg(); });

@@ -4,7 +4,6 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/stack.h>
 #include <ATen/ops/where.h>
 #include <c10/core/InferenceMode.h>
 
@@ -222,20 +221,20 @@ bool varies(const RopeScaling& scaling) {
   return scaling.rope_type() == RopeType::kDynamic || scaling.rope_type() == RopeType::kLongRope;
 }
 
-at::Tensor varying_constants(int64_t rotary_dim, double base, const RopeScaling& scaling) {
+std::tuple<at::Tensor, at::Tensor> varying_constants(int64_t rotary_dim, double base,
+                                                     const RopeScaling& scaling) {
   const at::Tensor usual = std::get<0>(frequencies(rotary_dim, base, scaling));
   const c10::InferenceMode no_inference_tensors(false);
   if (scaling.rope_type() == RopeType::kLongRope) {
     const auto longer = static_cast<int64_t>(need_trained(scaling)) + 1;
-    return at::stack({usual, std::get<0>(frequencies(rotary_dim, base, scaling, longer))});
+    return {usual, std::get<0>(frequencies(rotary_dim, base, scaling, longer))};
   }
-  const at::Tensor lanes = at::arange(0, rotary_dim, 2, usual.options());
-  return at::stack({usual, lanes / -static_cast<double>(std::max<int64_t>(rotary_dim - 2, 1))});
+  const at::Tensor elements = at::arange(0, rotary_dim, 2, usual.options());
+  return {usual, elements / -static_cast<double>(std::max<int64_t>(rotary_dim - 2, 1))};
 }
 
-at::Tensor varying_frequencies(const at::Tensor& rows, const at::Tensor& constants,
-                               const RopeScaling& scaling) {
-  const at::Tensor usual = constants[0], other = constants[1];
+at::Tensor varying_frequencies(const at::Tensor& rows, const at::Tensor& usual,
+                               const at::Tensor& other, const RopeScaling& scaling) {
   const double trained = need_trained(scaling);
   if (scaling.rope_type() == RopeType::kLongRope) return at::where(rows > trained, other, usual);
   const double factor = need_factor(scaling);

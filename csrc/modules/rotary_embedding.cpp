@@ -1,18 +1,18 @@
 #include "fused_rope/rotary_embedding.h"
 
 #include <ATen/TensorOperators.h>
+#include <ATen/TracerMode.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/searchsorted.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
-#include <c10/core/InferenceMode.h>
 
 #include <algorithm>
-#include <cmath>
 #include <ostream>
 #include <utility>
 
+#include "modules/tables.h"
 #include "modules/varying.h"
 
 namespace fused_rope {
@@ -33,6 +33,8 @@ void check(const RotaryEmbeddingOptions& o) {
       o.blocks() >= 1 && R / 2 % o.blocks() == 0 && !(o.blocks() > 1 && o.interleaved()),
       "RotaryEmbedding: expected blocks that divide P=", R / 2,
       ", and only 1 with interleaved, got blocks=", o.blocks(), ", interleaved=", o.interleaved());
+  TORCH_CHECK_VALUE(o.max_seq_len() >= 0, "RotaryEmbedding: expected max_seq_len >= 0, got ",
+                    o.max_seq_len());
   if (o.axes().has_value()) {
     TORCH_CHECK_VALUE(static_cast<int64_t>(o.axes()->size()) == R / 2,
                       "RotaryEmbedding: expected axes of P=", R / 2, " ints, got ",
@@ -89,52 +91,73 @@ RotaryEmbeddingImpl::RotaryEmbeddingImpl(RotaryEmbeddingOptions options)
   reset();
 }
 
+RotaryEmbeddingImpl::RotaryEmbeddingImpl(const RotaryEmbeddingImpl& other)
+    : Cloneable(other),
+      options(other.options),
+      tables_(std::make_shared<TableCache>(*other.tables_)) {}
+
+RotaryEmbeddingImpl& RotaryEmbeddingImpl::operator=(const RotaryEmbeddingImpl& other) {
+  auto tables = std::make_shared<TableCache>(*other.tables_);
+  Cloneable::operator=(other);
+  options = other.options;
+  tables_ = std::move(tables);
+  return *this;
+}
+
 std::tuple<at::Tensor, at::Tensor> RotaryEmbeddingImpl::forward(
     const at::Tensor& q, const at::Tensor& k, const RotaryEmbeddingForwardOptions& where) {
   const Rotation rotation = prepare(q, where);
-  return rotate_qk(q, k, rotation.cos, rotation.sin, rotation.options);
+  return rotate_qk(q, k, rotation.table->cos, rotation.table->sin, rotation.options);
 }
 
 at::Tensor RotaryEmbeddingImpl::rotate(const at::Tensor& q,
                                        const RotaryEmbeddingForwardOptions& where) {
   const Rotation rotation = prepare(q, where);
-  return fused_rope::rotate(q, rotation.cos, rotation.sin, rotation.options);
+  return fused_rope::rotate(q, rotation.table->cos, rotation.table->sin, rotation.options);
 }
 
-void RotaryEmbeddingImpl::reserve(int64_t rows) {
-  const bool stale = is_long(rows) != long_;
-  if (stale) choose_frequencies(rows);
-  const int64_t here = cos.size(0);
-  if (rows > here || stale) build(rows > here ? std::max(rows, 2 * here) : here, cos.device());
+at::Tensor RotaryEmbeddingImpl::cos() const { return tables_->current()->cos; }
+
+at::Tensor RotaryEmbeddingImpl::sin() const { return tables_->current()->sin; }
+
+std::tuple<at::Tensor, at::Tensor> RotaryEmbeddingImpl::table() const {
+  const auto current = tables_->current();
+  return {current->cos, current->sin};
 }
 
-// Also what clone() calls, on a copy that has a table already.
+void RotaryEmbeddingImpl::reserve(int64_t rows) { tables_->reserve(rows); }
+
+// clone() calls this too, on a copy that has tables already.
 void RotaryEmbeddingImpl::reset() {
   check(options);
-  choose_frequencies(0);
-  varying_ = at::Tensor();
-  if (cos.defined()) {
-    build(std::max(options.max_seq_len(), cos.size(0)), cos.device());
-  } else {
-    build(options.max_seq_len(), options.device());
-  }
+  tables_ = tables_ == nullptr
+                ? std::make_shared<TableCache>(options, options.device())
+                : std::make_shared<TableCache>(options, cos().device(), tables_.get());
 }
 
-void RotaryEmbeddingImpl::to(at::Device device, at::ScalarType, bool) { move(device); }
+std::shared_ptr<torch::nn::Module> RotaryEmbeddingImpl::clone(
+    const std::optional<at::Device>& device) const {
+  auto copy = Cloneable::clone(device);
+  if (device.has_value()) copy->to(*device);
+  return copy;
+}
+
+void RotaryEmbeddingImpl::to(at::Device device, at::ScalarType, bool) { to(device); }
 
 void RotaryEmbeddingImpl::to(at::ScalarType, bool) {}
 
-void RotaryEmbeddingImpl::to(at::Device device, bool) { move(device); }
+void RotaryEmbeddingImpl::to(at::Device device, bool) { tables_->move(device); }
 
 void RotaryEmbeddingImpl::pretty_print(std::ostream& stream) const {
   stream << "fused_rope::RotaryEmbedding(head_dim=" << options.head_dim()
-         << ", rotary_dim=" << rotary_dim_of(options) << ", rows=" << cos.size(0)
+         << ", rotary_dim=" << rotary_dim_of(options) << ", rows=" << cos().size(0)
          << ", base=" << options.base() << ")";
 }
 
-// Makes the table right for this call and says what the operator is to do.
+// Takes the table of this call, which stays the same until the call ends, and the operator's
+// options.
 RotaryEmbeddingImpl::Rotation RotaryEmbeddingImpl::prepare(const at::Tensor& q,
-                                                           const Where& where) {
+                                                           const Where& where) const {
   TORCH_CHECK_VALUE(q.dim() > 0 && q.size(-1) == options.head_dim(),
                     "RotaryEmbedding: expected q with D=", options.head_dim(), ", got ", q.sizes());
   const auto& positions = where.positions();
@@ -142,7 +165,6 @@ RotaryEmbeddingImpl::Rotation RotaryEmbeddingImpl::prepare(const at::Tensor& q,
   if (!positions.has_value() && !where.cu_seqlens().has_value() && !where.offsets().has_value()) {
     rows = q.size(sequence_dim(options.layout())) + where.offset();
   }
-  move(q.device());
 
   auto rotation = RotateOptions()
                       .layout(options.layout())
@@ -154,35 +176,40 @@ RotaryEmbeddingImpl::Rotation RotaryEmbeddingImpl::prepare(const at::Tensor& q,
   if (needs_rows_of_its_own(q, rows, where)) {
     return with_rows_of_its_own(q, where, std::move(rotation));
   }
-  if (rows.has_value()) reserve(*rows);
   rotation.positions(positions)
       .offset(where.offset())
       .offsets(where.offsets())
       .cu_seqlens(where.cu_seqlens());
-  return {cos, sin, std::move(rotation)};
+  return {tables_->take(q.device(), rows), std::move(rotation)};
 }
 
 // Whether the frequencies of a call for `rows`, where they are known, are no table's. Meta tensors
-// ask for shapes, and without Python they lack some of the functions that would compute rows.
+// ask for shapes, and without Python they lack some of the functions that would compute rows. A
+// trace must not record the frequencies of its example.
 bool RotaryEmbeddingImpl::needs_rows_of_its_own(const at::Tensor& q, std::optional<int64_t> rows,
                                                 const Where& where) const {
   const bool to_be_refused = where.cu_seqlens().has_value() && options.layout() != Layout::kTHD;
-  if (!varying_.defined() || q.is_meta() || q.numel() == 0 || to_be_refused) return false;
-  if (!rows.has_value()) return true;
-  return options.scaling().rope_type() == RopeType::kDynamic && is_past_training(*rows);
+  if (!varies(options.scaling()) || q.is_meta() || q.numel() == 0 || to_be_refused) return false;
+  if (!rows.has_value() || at::tracer::impl::is_dispatch_enabled()) return true;
+  return options.scaling().rope_type() == RopeType::kDynamic &&
+         static_cast<double>(*rows) > *options.scaling().original_max_position_embeddings();
 }
 
 // A table of a row for each token (and axis), computed on the device, and positions that name them.
 RotaryEmbeddingImpl::Rotation RotaryEmbeddingImpl::with_rows_of_its_own(
     const at::Tensor& q, const Where& where, RotateOptions rotation) const {
+  const auto constants = tables_->constants(q.device());
   const at::Tensor positions =
       positions_of(q.size(sequence_dim(options.layout())), where, q.device());
-  const at::Tensor inv_freq = varying_frequencies(positions.max() + 1, varying_, options.scaling());
+  const at::Tensor inv_freq = varying_frequencies(positions.max() + 1, constants->first,
+                                                  constants->second, options.scaling());
   const at::Tensor angle = positions.reshape({-1, 1}).to(at::kDouble) * inv_freq;
   const at::Tensor numbers =
       at::arange(positions.numel(), positions.options()).view(positions.sizes());
   rotation.positions(at::where(positions < 0, positions, numbers));
-  return {(angle.cos() * scale_).to(at::kFloat), (angle.sin() * scale_).to(at::kFloat),
+  const double scale = tables_->scale();
+  return {std::make_shared<Table>((angle.cos() * scale).to(at::kFloat),
+                                  (angle.sin() * scale).to(at::kFloat)),
           std::move(rotation)};
 }
 
@@ -194,39 +221,6 @@ bool RotaryEmbeddingImpl::positions_have_axes(const at::Tensor& positions,
   const bool one_for_all =
       positions.dim() == 2 && (positions.size(0) == 1 || positions.size(0) == B);
   return !one_for_all;
-}
-
-bool RotaryEmbeddingImpl::is_past_training(int64_t rows) const {
-  return static_cast<double>(rows) >
-         options.scaling().original_max_position_embeddings().value_or(HUGE_VAL);
-}
-
-// Whether the table for so many rows is longrope's other one.
-bool RotaryEmbeddingImpl::is_long(int64_t rows) const {
-  return options.scaling().rope_type() == RopeType::kLongRope && is_past_training(rows);
-}
-
-void RotaryEmbeddingImpl::choose_frequencies(int64_t rows) {
-  at::Tensor inv_freq;
-  std::tie(inv_freq, scale_) = frequencies(rotary_dim_of(options) / options.blocks(),
-                                           options.base(), options.scaling(), rows);
-  const c10::InferenceMode no_inference_tensors(false);
-  inv_freq_ = inv_freq.repeat({options.blocks()});
-  long_ = is_long(rows);
-}
-
-void RotaryEmbeddingImpl::move(at::Device device) {
-  if (device != cos.device()) build(cos.size(0), device);
-}
-
-void RotaryEmbeddingImpl::build(int64_t rows, at::Device device) {
-  std::tie(cos, sin) = cos_sin_table(inv_freq_, rows, /*first=*/0, scale_, at::kFloat, device);
-  if (varies(options.scaling()) && (!varying_.defined() || varying_.device() != device)) {
-    const at::Tensor constants = varying_constants(rotary_dim_of(options) / options.blocks(),
-                                                   options.base(), options.scaling());
-    const c10::InferenceMode no_inference_tensors(false);
-    varying_ = constants.repeat({1, options.blocks()}).to(device, /*non_blocking=*/true);
-  }
 }
 
 }  // namespace fused_rope

@@ -9,6 +9,7 @@
 
 #include "fused_rope/ops.h"
 #include "ops/arguments.h"
+#include "ops/transfer.h"
 
 namespace fused_rope {
 namespace {
@@ -68,18 +69,18 @@ TensorPair build(const at::Tensor& inv_freq, c10::SymInt sym_rows, c10::SymInt s
     }
   });
   const at::Device target = device.value_or(inv_freq.device());
-  const auto finish = [&](const at::Tensor& table) {
-    const at::Tensor host = table.to(dtype);
-    // From pageable memory even a non-blocking copy waits for what the stream has yet to do.
-    return (target.is_cuda() ? host.pin_memory() : host).to(target, /*non_blocking=*/true);
-  };
-  return {finish(cos), finish(sin)};
+  return {to_device(cos.to(dtype), target), to_device(sin.to(dtype), target)};
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fused_rope, CompositeExplicitAutograd, m) {
   m.impl("cos_sin_table", TORCH_FN(build));
+}
+
+at::Tensor to_device(const at::Tensor& host, at::Device device) {
+  // From pageable memory even a non-blocking copy synchronizes with the stream.
+  return (device.is_cuda() ? host.pin_memory() : host).to(device, /*non_blocking=*/true);
 }
 
 TensorPair cos_sin_table(const at::Tensor& inv_freq, int64_t rows, int64_t first, double scale,

@@ -41,7 +41,7 @@ enum class RopeType {
 //   kLlama3         factor, low_freq_factor, high_freq_factor, original_max_position_embeddings
 //   kProportional   or also partial_rotary_factor, factor
 //   kHalfTruncated  (R/4 frequencies from 1 down to 1/base, then R/4 zeros)
-//   kAxial          (the frequencies of R/2 lanes, once for each of two axes)
+//   kAxial          (the frequencies of R/2 elements, once for each of two axes)
 //
 //   RopeScaling(RopeType::kYarn).factor(8).original_max_position_embeddings(4096)
 struct RopeScaling {
@@ -63,8 +63,8 @@ struct RopeScaling {
   TORCH_ARG(double, partial_rotary_factor) = 1;
 };
 
-// The inverse frequencies of R lanes, float64 [P] on the CPU, and the factor that scales cosine and
-// sine. `rows` says how many positions are in use, on which kDynamic and kLongRope depend.
+// The inverse frequencies of R elements, float64 [P] on the CPU, and the factor that scales cosine
+// and sine. `rows` says how many positions are in use, on which kDynamic and kLongRope depend.
 // ValueError for an R that does not fit, a key that is missing or a list of another length than P.
 FUSED_ROPE_API std::tuple<at::Tensor, double> frequencies(int64_t rotary_dim, double base = 10000.0,
                                                           const RopeScaling& scaling = {},

@@ -1,4 +1,4 @@
-// A libtorch module that owns a table, picks its rows and calls the operators: the C++ form of
+// A libtorch module that has a table, picks its rows and calls the operators: the C++ form of
 // Python's fused_rope.RotaryEmbedding, with the same numbers.
 //
 // Letters: B batch, S sequence length, T packed tokens, N packed sequences, H heads, D head_dim, R
@@ -9,6 +9,7 @@
 #include <torch/nn/pimpl.h>
 
 #include <iosfwd>
+#include <memory>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -22,7 +23,7 @@ struct RotaryEmbeddingOptions {
   RotaryEmbeddingOptions(int64_t head_dim) : head_dim_(head_dim) {}  // NOLINT
 
   TORCH_ARG(int64_t, head_dim);
-  // R, even; all lanes from rotary_offset on where not given.
+  // R, even; all elements from rotary_offset on where not given.
   TORCH_ARG(std::optional<int64_t>, rotary_dim);
   TORCH_ARG(int64_t, rotary_offset) = 0;
   // M, to begin with.
@@ -32,12 +33,12 @@ struct RotaryEmbeddingOptions {
   TORCH_ARG(RopeScaling, scaling);
   TORCH_ARG(Layout, layout) = Layout::kBSHD;
   TORCH_ARG(bool, interleaved) = false;
-  // Halves inside each of this many spans, each with the frequencies of R/blocks lanes.
+  // Halves inside each of this many spans, each with the frequencies of R/blocks elements.
   TORCH_ARG(int64_t, blocks) = 1;
   // M-RoPE: the position axis that each of the P pairs follows.
   TORCH_ARG(std::optional<std::vector<int64_t>>, axes);
   TORCH_ARG(Precision, precision) = Precision::kFp32;
-  // Where the table lies to begin with.
+  // The table's first device.
   TORCH_ARG(at::Device, device) = at::kCPU;
 };
 
@@ -57,17 +58,25 @@ struct RotaryEmbeddingForwardOptions {
   TORCH_ARG(std::optional<at::Tensor>, cu_seqlens);
 };
 
-// The table is computed in float64 and kept in float32. It is neither parameter nor buffer:
-// to(dtype) leaves its numbers alone, save and load know nothing of it, to(device) moves it, and so
-// does a call with q elsewhere. Where the rows are known on the host (no tensor says where tokens
-// are) it grows by itself; otherwise it has max_seq_len rows until reserve(rows). After a change of
-// `options`, reset() builds it anew.
+struct Table;
+class TableCache;
+
+// The table is computed in float64 and kept in float32. It is neither a parameter nor a buffer:
+// to(dtype) does not change it, save and load skip it, to(device) moves it. A call with q on
+// another device adds a copy there, and devices may alternate. Where the rows are known on the host
+// (no tensor says where tokens are) the table grows by itself; otherwise it has max_seq_len rows
+// until reserve(rows).
 //
-// The frequencies of dynamic and longrope scaling follow from the largest position of the very
-// call, and from nothing before it. Where only the device knows that position, and wherever they
-// change from row to row (dynamic, past the trained length), the call computes a row for each of
-// its tokens on the device, in float64, without waiting: then no row is too far, and positions need
-// no reserve().
+// A table never changes once it exists. A call takes one and keeps it until it ends; growth makes
+// another. So threads may share a module: forward, rotate, reserve, to, clone and the accessors may
+// run at the same time; a change of `options`, reset() and assignment may not. Modules of the same
+// numbers share memory: one table on the host and one copy on each device, until the last of them
+// goes. A table that a CUDA graph was captured with lives as long as the module.
+//
+// The frequencies of dynamic and longrope scaling follow from the largest position of the current
+// call alone. Where only the device knows that position, and wherever they change from row to row
+// (dynamic, past the trained length), the call computes a row for each of its tokens on the device,
+// in float64, without synchronizing: then any position is valid, and positions need no reserve().
 //
 //   fused_rope::RotaryEmbedding rope(RotaryEmbeddingOptions(64).layout(Layout::kBHSD).base(5e5));
 //   const auto [q_rotated, k_rotated] = rope(q, k);
@@ -75,6 +84,8 @@ class FUSED_ROPE_API RotaryEmbeddingImpl : public torch::nn::Cloneable<RotaryEmb
  public:
   // ValueError where sizes do not fit each other or the scaling lacks a key.
   explicit RotaryEmbeddingImpl(RotaryEmbeddingOptions options);
+  RotaryEmbeddingImpl(const RotaryEmbeddingImpl& other);
+  RotaryEmbeddingImpl& operator=(const RotaryEmbeddingImpl& other);
 
   // q [B, S, H, D] in the order of the layout, or [T, H, D]; k the same with any number of heads.
   // Both rotated; neither is changed. Throws as rotate_qk.
@@ -84,47 +95,46 @@ class FUSED_ROPE_API RotaryEmbeddingImpl : public torch::nn::Cloneable<RotaryEmb
   // q alone, for query-only layers.
   at::Tensor rotate(const at::Tensor& q, const RotaryEmbeddingForwardOptions& where = {});
 
-  // Makes sure that the table has `rows` rows, wanted before tensors say where tokens are and
-  // before a CUDA graph.
+  // Makes sure that the table has `rows` rows on every device it is on. Needed before tensors say
+  // where tokens are, and before the capture of a CUDA graph, which cannot build a table.
   void reserve(int64_t rows);
 
+  // float32 [M, P], to be read only: other modules may share the memory. The table of the last
+  // call, on the device that the module was moved to since. table() is one pair even while other
+  // threads make the table grow.
+  at::Tensor cos() const;
+  at::Tensor sin() const;
+  std::tuple<at::Tensor, at::Tensor> table() const;
+
+  // Applies changed `options`.
   void reset() override;
+  // The copy is on `device`, if given; else where this module is.
+  std::shared_ptr<torch::nn::Module> clone(
+      const std::optional<at::Device>& device = std::nullopt) const override;
   void to(at::Device device, at::ScalarType dtype, bool non_blocking = false) override;
   void to(at::ScalarType dtype, bool non_blocking = false) override;
+  // Frees this module's tables on other devices.
   void to(at::Device device, bool non_blocking = false) override;
   void pretty_print(std::ostream& stream) const override;
 
   RotaryEmbeddingOptions options;
-  // float32 [M, P].
-  at::Tensor cos, sin;
 
  private:
   // What the operator is called with.
   struct Rotation {
-    at::Tensor cos, sin;
+    std::shared_ptr<const Table> table;
     RotateOptions options;
   };
   using Where = RotaryEmbeddingForwardOptions;
 
-  Rotation prepare(const at::Tensor& q, const Where& where);
+  Rotation prepare(const at::Tensor& q, const Where& where) const;
   bool needs_rows_of_its_own(const at::Tensor& q, std::optional<int64_t> rows,
                              const Where& where) const;
   Rotation with_rows_of_its_own(const at::Tensor& q, const Where& where,
                                 RotateOptions rotation) const;
-  bool is_past_training(int64_t rows) const;
-  bool is_long(int64_t rows) const;
-  void choose_frequencies(int64_t rows);
   bool positions_have_axes(const at::Tensor& positions, const at::Tensor& q) const;
-  void move(at::Device device);
-  void build(int64_t rows, at::Device device);
 
-  // float64 [P], and the factor of cosine and sine.
-  at::Tensor inv_freq_;
-  double scale_ = 1.0;
-  // float64 [2, P] beside the table, where frequencies vary; and whether inv_freq_ is of a text
-  // that is longer than the trained length.
-  at::Tensor varying_;
-  bool long_ = false;
+  std::shared_ptr<TableCache> tables_;
 };
 
 // A shared handle to RotaryEmbeddingImpl, as all of libtorch's modules.

@@ -81,7 +81,7 @@ Tensors rotate_all(const Tensors& given) {
   Tensors result;
   for (const auto& [name, options] : all()) {
     RotaryEmbedding rope(options);
-    result.insert(name + ".table", torch::stack({rope->cos, rope->sin}));
+    result.insert(name + ".table", torch::stack({rope->cos(), rope->sin()}));
     const auto add = [&, &name = name](const char* how, const Where& where) {
       const auto [q_rotated, k_rotated] = rope(q, k, where);
       result.insert(name + how, torch::cat({q_rotated, k_rotated}, /*dim=*/2));

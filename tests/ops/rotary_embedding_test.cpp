@@ -1,5 +1,8 @@
 #include "fused_rope/rotary_embedding.h"
 
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <torch/csrc/jit/frontend/tracer.h>
+#include <torch/csrc/jit/runtime/graph_executor.h>
 #include <torch/nn/modules/container/sequential.h>
 #include <torch/nn/modules/linear.h>
 #include <torch/serialize.h>
@@ -192,12 +195,12 @@ TEST_P(Module, IsRotateQkByItsTable) {
   for (const auto dtype : {at::kFloat, at::kBFloat16, at::kDouble}) {
     const at::Tensor q = randn({2, 8, 17, 64}, dtype), k = randn({2, 2, 17, 64}, dtype);
     RotaryEmbedding rope = make(Options(64).layout(Layout::kBHSD));
-    EXPECT_TRUE(at::allclose(rope->cos, cos, 0, 1e-7));
+    EXPECT_TRUE(at::allclose(rope->cos(), cos, 0, 1e-7));
     for (const int64_t offset : {0, 100}) {
       const auto [q_rotated, k_rotated] = rope(q, k, offset);
       const auto o = RotateOptions().layout(Layout::kBHSD).offset(offset);
-      expect_rotated(q_rotated, q, rope->cos, rope->sin, o);
-      expect_rotated(k_rotated, k, rope->cos, rope->sin, o);
+      expect_rotated(q_rotated, q, rope->cos(), rope->sin(), o);
+      expect_rotated(k_rotated, k, rope->cos(), rope->sin(), o);
       expect_same_bits(rope->rotate(q, offset), q_rotated);
     }
   }
@@ -219,7 +222,7 @@ TEST_P(Module, TakesEveryOption) {
   RotaryEmbedding rope = make(options);
   const at::Tensor twice = series(12, 100).repeat({2});
   const auto [cos, sin] = cos_sin_table(twice, 30, 0, 1, at::kFloat, GetParam());
-  EXPECT_TRUE(at::allclose(rope->cos, cos, 0, 1e-7));
+  EXPECT_TRUE(at::allclose(rope->cos(), cos, 0, 1e-7));
   const auto o = RotateOptions()
                      .layout(Layout::kTHD)
                      .positions(positions)
@@ -227,11 +230,11 @@ TEST_P(Module, TakesEveryOption) {
                      .rotary_offset(16)
                      .blocks(2)
                      .precision(Precision::kModel);
-  expect_rotated(rope->rotate(q, Where().positions(positions)), q, rope->cos, rope->sin, o);
+  expect_rotated(rope->rotate(q, Where().positions(positions)), q, rope->cos(), rope->sin(), o);
 
   RotaryEmbedding neighbours = make(Options(40).layout(Layout::kTHD).interleaved(true));
   const auto pairs = RotateOptions().layout(Layout::kTHD).interleaved(true);
-  expect_rotated(neighbours->rotate(q), q, neighbours->cos, neighbours->sin, pairs);
+  expect_rotated(neighbours->rotate(q), q, neighbours->cos(), neighbours->sin(), pairs);
 }
 
 TEST_P(Module, SharesOnePositionAmongTheAxes) {
@@ -250,11 +253,11 @@ TEST_P(Module, KnowsWhereTokensAre) {
   const at::Tensor q = randn({30, 2, 8}), starts = integers({0, 10, 30});
   RotaryEmbedding packed = make(Options(8).layout(Layout::kTHD));
   const auto o = RotateOptions().layout(Layout::kTHD).cu_seqlens(starts);
-  expect_rotated(packed->rotate(q, Where().cu_seqlens(starts)), q, packed->cos, packed->sin, o);
+  expect_rotated(packed->rotate(q, Where().cu_seqlens(starts)), q, packed->cos(), packed->sin(), o);
 
   const at::Tensor step = randn({2, 1, 4, 8}), lengths = integers({17, 90}, at::kInt);
   RotaryEmbedding rope = make(Options(8));
-  expect_rotated(rope->rotate(step, Where().offsets(lengths)), step, rope->cos, rope->sin,
+  expect_rotated(rope->rotate(step, Where().offsets(lengths)), step, rope->cos(), rope->sin(),
                  RotateOptions().offsets(lengths));
 }
 
@@ -262,21 +265,21 @@ TEST_P(Module, ScalesItsTable) {
   RotaryEmbedding rope = make(Options(32).scaling(yarn()).max_seq_len(50));
   const auto [inv_freq, factor] = frequencies(32, 1e4, yarn());
   const auto [cos, sin] = cos_sin_table(inv_freq, 50, 0, factor, at::kFloat, GetParam());
-  expect_same_bits(rope->cos, cos);
-  expect_same_bits(rope->sin, sin);
+  expect_same_bits(rope->cos(), cos);
+  expect_same_bits(rope->sin(), sin);
 }
 
 TEST_P(Module, GrowsWhereRowsAreKnown) {
   const at::Tensor q = randn({1, 7, 2, 8});
   RotaryEmbedding rope = make(Options(8).max_seq_len(4)), roomy = make(Options(8));
   expect_same_bits(rope->rotate(q), roomy->rotate(q));
-  EXPECT_EQ(rope->cos.size(0), 8);
+  EXPECT_EQ(rope->cos().size(0), 8);
   expect_same_bits(rope->rotate(q, 94), roomy->rotate(q, 94));
-  EXPECT_EQ(rope->cos.size(0), 101);
+  EXPECT_EQ(rope->cos().size(0), 101);
   rope->reserve(50);
-  EXPECT_EQ(rope->cos.size(0), 101);
+  EXPECT_EQ(rope->cos().size(0), 101);
   rope->reserve(102);
-  EXPECT_EQ(rope->cos.size(0), 202);
+  EXPECT_EQ(rope->cos().size(0), 202);
   const at::Tensor positions = integers({201, 0, 1, 2, 3, 4, -1});
   expect_same_bits(rope->rotate(q, Where().positions(positions)),
                    roomy->rotate(q, Where().positions(positions)));
@@ -360,7 +363,7 @@ TEST_P(Varying, SurvivesMovesAndClones) {
   const at::Tensor x = randn({1, 7, 2, 32}), positions = at::arange(90, 97).to(GetParam());
   for (const RopeScaling& scaling : {dynamic(), longrope()}) {
     RotaryEmbedding rope(Options(32).scaling(scaling).device(at::kMeta));
-    EXPECT_TRUE(rope->cos.is_meta());
+    EXPECT_TRUE(rope->cos().is_meta());
     rope->rotate(x.to(at::kMeta), Where().positions(positions.to(at::kMeta)));
     const auto copy = std::dynamic_pointer_cast<RotaryEmbeddingImpl>(rope->clone());
     for (RotaryEmbeddingImpl* module : {rope.get(), copy.get()}) {
@@ -380,29 +383,29 @@ TEST(ModuleOnTheHost, RefusesRowsItDoesNotHave) {
 
 TEST_P(Module, KeepsItsTableThroughCasts) {
   RotaryEmbedding rope = make(Options(16));
-  const at::Tensor cos = rope->cos;
+  const at::Tensor cos = rope->cos();
   torch::nn::Sequential model(torch::nn::Linear(16, 16));
   model->register_module("rope", rope.ptr());
   model->to(at::kBFloat16);
   model->to(GetParam(), at::kHalf);
-  expect_same_bits(rope->cos, cos);
-  EXPECT_EQ(rope->cos.scalar_type(), at::kFloat);
-  EXPECT_EQ(rope->cos.device(), GetParam());
+  expect_same_bits(rope->cos(), cos);
+  EXPECT_EQ(rope->cos().scalar_type(), at::kFloat);
+  EXPECT_EQ(rope->cos().device(), GetParam());
   EXPECT_TRUE(rope->parameters().empty());
   EXPECT_TRUE(rope->buffers().empty());
   std::stringstream stream;
   torch::save(rope, stream);
   RotaryEmbedding other = make(Options(16));
   torch::load(other, stream);
-  expect_same_bits(other->cos, cos);
+  expect_same_bits(other->cos(), cos);
 }
 
 TEST_P(Module, FollowsQ) {
   RotaryEmbedding rope(Options(16));
   const at::Tensor q = randn({1, 5, 2, 16}), here = rope->rotate(q);
-  EXPECT_EQ(rope->cos.device(), GetParam());
+  EXPECT_EQ(rope->cos().device(), GetParam());
   const at::Tensor on_host = rope->rotate(q.cpu());
-  EXPECT_TRUE(rope->cos.is_cpu());
+  EXPECT_TRUE(rope->cos().is_cpu());
   expect_same_bits(here, on_host);
   EXPECT_EQ(rope->rotate(q.to(at::kMeta)).sizes(), q.sizes());
   rope->to(GetParam());
@@ -417,8 +420,143 @@ TEST_P(Module, IsDifferentiable) {
   const at::Tensor gradient = randn({2, 1, 5, 16});
   (q_rotated.sum() + (k_rotated * gradient).sum()).backward();
   const auto o = RotateOptions().layout(Layout::kBHSD).offset(3).inverse(true);
-  expect_rotated(q.grad(), at::ones_like(q), rope->cos, rope->sin, o);
-  expect_rotated(k.grad(), gradient, rope->cos, rope->sin, o);
+  expect_rotated(q.grad(), at::ones_like(q), rope->cos(), rope->sin(), o);
+  expect_rotated(k.grad(), gradient, rope->cos(), rope->sin(), o);
+}
+
+// Two forward calls of different lengths before one backward, as checkpointing makes them.
+TEST_P(Module, KeepsTheTableOfACallThatHasEnded) {
+  for (const RopeScaling& scaling : {RopeScaling(), dynamic(), longrope()}) {
+    RotaryEmbedding rope = make(Options(32).scaling(scaling).max_seq_len(4));
+    const at::Tensor kept = rope->cos(), before = kept.clone();
+    const at::Tensor q = randn({1, 3, 2, 32}).requires_grad_();
+    const at::Tensor longer = randn({1, 90, 2, 32}).requires_grad_();
+    const at::Tensor first = rope->rotate(q), second = rope->rotate(longer);
+    rope->to(at::kMeta);
+    rope->to(GetParam());
+    (first.sum() + second.sum()).backward();
+    expect_same_bits(kept, before);
+    RotaryEmbedding fresh = make(Options(32).scaling(scaling).max_seq_len(4));
+    const at::Tensor again = q.detach().requires_grad_();
+    fresh->rotate(again).sum().backward();
+    expect_same_bits(q.grad(), again.grad());
+  }
+}
+
+TEST_P(Module, KeepsItsTablesWhereDevicesOrRegimesAlternate) {
+  RotaryEmbedding rope(Options(32).scaling(longrope()).max_seq_len(40));
+  const at::Tensor q = randn({1, 9, 2, 32}), elsewhere = q.to(at::kMeta);
+  const auto address_after = [&](const at::Tensor& x, int64_t offset) {
+    rope->rotate(x, offset);
+    EXPECT_EQ(rope->cos().device(), x.device());
+    return rope->cos().const_data_ptr();
+  };
+  const void* usual = address_after(q, 0);
+  const void* longer = address_after(q, 31);
+  EXPECT_NE(usual, longer);
+  for (int i = 0; i < 2; ++i) {
+    address_after(elsewhere, i);
+    EXPECT_EQ(address_after(q, 31), longer);
+    address_after(q.cpu(), 0);
+    EXPECT_EQ(address_after(q, 0), usual);
+  }
+}
+
+TEST_P(Module, SharesItsTableWithModulesOfTheSameNumbers) {
+  const Options options = Options(48).base(1234).max_seq_len(100);
+  std::optional<c10::weak_intrusive_ptr<c10::StorageImpl>> memory;
+  {
+    std::vector<RotaryEmbedding> layers;
+    for (int i = 0; i < 5; ++i) layers.push_back(make(options));
+    layers.push_back(make(Options(options).max_seq_len(60)));
+    layers.push_back(make(Options(64).rotary_dim(48).layout(Layout::kBHSD).base(1234)));
+    const auto expect_shared = [&](size_t count) {
+      for (size_t i = 0; i < count; ++i) {
+        EXPECT_EQ(layers[i]->sin().const_data_ptr(), layers[0]->sin().const_data_ptr());
+      }
+    };
+    expect_shared(6);
+    EXPECT_EQ(layers[5]->cos().size(0), 60);
+    EXPECT_EQ(layers[6]->cos().size(0), 2048);
+    const at::Tensor q = randn({1, 70, 2, 48});
+    for (RotaryEmbedding& layer : layers) layer->reserve(5000);
+    expect_shared(7);
+    if (GetParam().is_cpu()) {
+      RotaryEmbedding few = make(Options(options).max_seq_len(60));
+      EXPECT_THROW(few->rotate(q, Where().positions(at::arange(70))), c10::IndexError);
+    }
+    for (const Options& other : {Options(options).base(1235), Options(options).rotary_dim(46),
+                                 Options(options).blocks(2)}) {
+      EXPECT_NE(make(other)->cos().storage().data(), layers[0]->cos().storage().data());
+    }
+    memory = layers[0]->cos().storage().getWeakStorageImpl();
+    EXPECT_FALSE(memory->expired());
+  }
+  EXPECT_TRUE(memory->expired());
+}
+
+struct Attention : torch::nn::Cloneable<Attention> {
+  explicit Attention(const Options& options) : options(options) { reset(); }
+  void reset() override { rope = register_module("rope", RotaryEmbedding(options)); }
+  Options options;
+  RotaryEmbedding rope{nullptr};
+};
+
+TEST_P(Module, MayBeClonedToAnotherDevice) {
+  for (const RopeScaling& scaling : {RopeScaling(), dynamic(), longrope()}) {
+    Attention model(Options(32).scaling(scaling).max_seq_len(40));
+    RotaryEmbedding rope = model.rope;
+    rope->reserve(50);
+    for (const at::Device device : {GetParam(), at::Device(at::kMeta)}) {
+      const auto copy = model.clone(device);
+      const auto own =
+          std::dynamic_pointer_cast<RotaryEmbeddingImpl>(copy->named_children()["rope"]);
+      ASSERT_NE(own, nullptr);
+      EXPECT_EQ(own->cos().device(), device);
+      EXPECT_TRUE(rope->cos().is_cpu());
+      const at::Tensor q = randn({1, 9, 2, 32}), positions = at::arange(9).to(GetParam()) + 30;
+      expect_same_bits(own->rotate(q, Where().positions(positions)),
+                       make(Options(32).scaling(scaling).max_seq_len(80))
+                           ->rotate(q, Where().positions(positions)));
+    }
+  }
+}
+
+TEST_P(Module, HasCopiesThatAreItsOwn) {
+  RotaryEmbedding rope = make(Options(16).max_seq_len(4));
+  RotaryEmbeddingImpl copy(*rope), assigned(Options(8));
+  assigned = *rope;
+  for (RotaryEmbeddingImpl* other : {&copy, &assigned}) {
+    expect_same_bits(other->cos(), rope->cos());
+    other->reserve(100);
+    other->to(at::kMeta);
+    EXPECT_TRUE(other->cos().is_meta());
+  }
+  EXPECT_EQ(rope->cos().device(), GetParam());
+  EXPECT_EQ(rope->cos().size(0), 4);
+}
+
+TEST_P(Module, StaysAsItWasWhereGrowthThrows) {
+  for (const RopeScaling& scaling : {RopeScaling(), dynamic(), longrope()}) {
+    RotaryEmbedding rope = make(Options(32).scaling(scaling).max_seq_len(4));
+    const at::Tensor q = randn({1, 3, 2, 32});
+    EXPECT_THROW(rope->reserve(int64_t{1} << 40), c10::ValueError);
+    if (scaling.rope_type() != RopeType::kDynamic) {  // whose long calls need no table
+      EXPECT_THROW(rope->rotate(q, int64_t{1} << 40), c10::ValueError);
+    }
+    EXPECT_EQ(rope->cos().size(0), 4);
+    rope->rotate(q, Where().positions(integers({0, 1, 3})));
+    rope->rotate(q, 4);
+    EXPECT_EQ(rope->cos().size(0), 8);
+  }
+}
+
+TEST_P(Module, StaysAsItWasWhereAResetThrows) {
+  RotaryEmbedding rope = make(Options(16).max_seq_len(4));
+  const at::Tensor cos = rope->cos();
+  rope->options.scaling(RopeType::kLinear);
+  EXPECT_THROW(rope->reset(), c10::ValueError);
+  EXPECT_EQ(rope->cos().const_data_ptr(), cos.const_data_ptr());
 }
 
 TEST_P(Module, MayBeCloned) {
@@ -426,22 +564,114 @@ TEST_P(Module, MayBeCloned) {
   rope->reserve(9);
   const auto copy = std::dynamic_pointer_cast<RotaryEmbeddingImpl>(rope->clone());
   ASSERT_NE(copy, nullptr);
-  expect_same_bits(copy->cos, rope->cos);
+  expect_same_bits(copy->cos(), rope->cos());
   copy->options.base(100);
   copy->reset();
-  EXPECT_FALSE(at::equal(copy->cos, rope->cos));
+  EXPECT_FALSE(at::equal(copy->cos(), rope->cos()));
 }
 
-TEST_P(Module, TrainsAfterInferenceMode) {
-  RotaryEmbedding rope = make(Options(16).max_seq_len(2));
-  {
-    const c10::InferenceMode inference;
-    rope->rotate(randn({1, 5, 2, 16}));
-    EXPECT_FALSE(rope->cos.is_inference());
+// All that a module keeps: its tables, and what positions on the device read.
+class MadeUnderModes : public Module {
+ protected:
+  // `first` makes everything under a mode; afterwards the module trains with the usual numbers.
+  template <typename Call>
+  void expect_plain_after(const Call& under_mode) {
+    int i = 0;
+    for (const RopeScaling& scaling : {RopeScaling(), dynamic(), longrope()}) {
+      // A base of its own, for rows that no other module has computed.
+      const Options options = Options(32).base(1e4 + ++i).scaling(scaling).max_seq_len(4);
+      const at::Tensor q = randn({1, 5, 2, 32}).requires_grad_();
+      const at::Tensor positions = integers({3, 1, 0, 2, 2});
+      RotaryEmbedding rope{nullptr};
+      const at::Tensor x = q.detach();
+      under_mode([&] {
+        rope = make(options);
+        rope->rotate(x);
+        rope->rotate(x, 60);
+        rope->rotate(x, Where().positions(positions));
+      });
+      EXPECT_FALSE(rope->cos().is_inference());
+      RotaryEmbedding fresh = make(options);
+      const at::Tensor again = q.detach().requires_grad_();
+      for (const Where& where : {Where(), Where(60), Where().positions(positions)}) {
+        expect_same_bits(rope->rotate(q, where), fresh->rotate(again, where));
+        rope->rotate(q, where).sum().backward();
+        fresh->rotate(again, where).sum().backward();
+        expect_same_bits(q.grad(), again.grad());
+      }
+    }
   }
-  const at::Tensor q = randn({1, 5, 2, 16}).requires_grad_();
-  rope->rotate(q).sum().backward();
-  EXPECT_TRUE(q.grad().defined());
+};
+FUSED_ROPE_ON_DEVICES(MadeUnderModes);
+
+TEST_P(MadeUnderModes, Inference) {
+  expect_plain_after([](const auto& calls) {
+    const c10::InferenceMode inference;
+    calls();
+  });
+}
+
+using torch::jit::tracer::trace;
+
+torch::jit::Stack as_stack(const at::Tensor& x) { return {c10::IValue(x)}; }
+
+std::shared_ptr<torch::jit::tracer::TracingState> traced(const at::Tensor& example,
+                                                         RotaryEmbedding& rope) {
+  return trace(
+             as_stack(example),
+             [&](const torch::jit::Stack& inputs) {
+               return torch::jit::Stack{c10::IValue(rope->rotate(inputs[0].toTensor()))};
+             },
+             [](const at::Tensor&) { return std::string(); })
+      .first;
+}
+
+TEST_P(MadeUnderModes, Tracer) {
+  expect_plain_after([&](const auto& calls) {
+    trace(
+        as_stack(randn({1})),
+        [&](const torch::jit::Stack& inputs) {
+          calls();
+          return inputs;
+        },
+        [](const at::Tensor&) { return std::string(); });
+  });
+}
+
+// A mode without kernels: whatever reached it would throw.
+TEST_P(Module, MakesItsTablesOutsideTheCallersModes) {
+  for (const RopeScaling& scaling : {RopeScaling(), dynamic(), longrope()}) {
+    const Options options = Options(32).base(777).scaling(scaling).max_seq_len(4);
+    RotaryEmbedding rope{nullptr};
+    std::shared_ptr<torch::nn::Module> copy;
+    {
+      const c10::impl::IncludeDispatchKeyGuard mode(c10::DispatchKey::TESTING_ONLY_GenericMode);
+      EXPECT_ANY_THROW(at::ones({1}));
+      rope = make(options);
+      rope->reserve(100);
+      rope->to(at::kMeta);
+      rope->to(GetParam());
+      copy = rope->clone();
+    }
+    const at::Tensor q = randn({1, 9, 2, 32});
+    expect_same_bits(rope->rotate(q), make(options)->rotate(q));
+    expect_same_bits(std::dynamic_pointer_cast<RotaryEmbeddingImpl>(copy)->rotate(q, 50),
+                     make(options)->rotate(q, 50));
+  }
+}
+
+// The frequencies of the example's length are no constants of the trace.
+TEST_P(Module, IsTracedWithoutItsExamplesFrequencies) {
+  for (const RopeScaling& scaling : {dynamic(), longrope()}) {
+    RotaryEmbedding rope = make(Options(32).scaling(scaling).max_seq_len(128));
+    const at::Tensor example = randn({1, 9, 2, 32}), longer = randn({1, 70, 2, 32});
+    torch::jit::GraphExecutor traced_rotate(traced(example, rope)->graph, "rotate");
+    torch::jit::Stack stack = as_stack(example);
+    traced_rotate.run(stack);
+    EXPECT_TRUE(at::allclose(stack[0].toTensor(), rope->rotate(example), 0, 2e-6));
+    stack = as_stack(longer);
+    EXPECT_ANY_THROW(traced_rotate.run(stack));
+  }
 }
 
 TEST(ModuleOptions, AreChecked) {
