@@ -357,6 +357,15 @@ class Growing(Plain):
         return super().forward(x, position_ids)
 
 
+class Registering(Plain):
+    """It keeps the longest positions that it was given."""
+
+    def forward(self, x, position_ids):
+        last = getattr(self, "last", torch.tensor(0, device=x.device))
+        self.register_buffer("last", torch.maximum(last, position_ids.max()))
+        return super().forward(x, position_ids + (self.last > 50).long())
+
+
 class Absolute(Plain):
     def forward(self, x, position_ids):
         return super().forward(x, position_ids.abs())
@@ -376,6 +385,7 @@ def instances(cls, device, change):
         (Unscaled, lambda r: setattr(r, "attention_scaling", 2.0)),
         (Noisy, lambda r: r.train()),
         (Growing, lambda r: setattr(r, "max_seq_len_cached", 4)),
+        (Registering, lambda r: None),
         (Absolute, lambda r: None),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
@@ -393,7 +403,9 @@ def test_another_instance_decides_nothing(cls, change, late, rows, device):
         ours(rotary, x, ids[0], None)
         change(rotary)
     for p in ids:
+        keys = list(rotary.state_dict())
         got, want = ours(rotary, x, p, None), own(x, p)
+        assert list(rotary.state_dict()) == keys
         for a, b in zip(rotary(x, p) if got is None else got, want, strict=True):
             same(a, b)
 

@@ -319,7 +319,8 @@ class Tables:
         options = [] if layer_type is None else [layer_type]
         try:  # on a copy, so that a module whose state follows the positions keeps it
             copied = copy.copy(module)
-            copied._buffers = dict(module._buffers)
+            for name in _REGISTRIES:
+                vars(copied)[name] = copy.copy(vars(module)[name])
             theirs = self._original(copied, x, ids, *options)
         except Exception:  # of any kind: the module takes other positions
             return None
@@ -364,6 +365,8 @@ class Tables:
 _captured: weakref.WeakKeyDictionary[torch.nn.Module, dict[int, _ConfigFrequencies]]
 _captured = weakref.WeakKeyDictionary()
 
+_REGISTRIES = "_buffers", "_non_persistent_buffers_set", "_parameters", "_modules"
+
 # A setting that changes at every step must not fill the memory.
 _SETTINGS_PER_MODULE = 16
 _SETTING_TYPES = frozenset((bool, int, float, str, type(None)))
@@ -376,7 +379,8 @@ def _settings(module: torch.nn.Module) -> Key:
 
 def _same_state(copied: torch.nn.Module, module: torch.nn.Module) -> bool:
     """Whether a forward of the copy left the settings and buffers that the module has."""
-    same = all(copied._buffers.get(name) is buffer for name, buffer in module._buffers.items())
+    ours, theirs = copied._buffers, module._buffers
+    same = ours.keys() == theirs.keys() and all(ours[name] is theirs[name] for name in theirs)
     return same and _settings(copied) == _settings(module)
 
 
