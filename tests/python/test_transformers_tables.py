@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 transformers = pytest.importorskip("transformers")
 
 from fused_rope.compat.transformers import patch, patching, unpatch  # noqa: E402
-from fused_rope.frequencies import config_arguments, frequencies  # noqa: E402
+from fused_rope.frequencies import frequencies  # noqa: E402
+from fused_rope.hf_config import config_arguments  # noqa: E402
 from test_transformers import SIZES as SMALL  # noqa: E402
 
 MODERN = int(transformers.__version__.split(".")[0]) >= 5

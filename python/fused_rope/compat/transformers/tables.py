@@ -25,8 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...frequencies import config_arguments, frequencies
+from ...frequencies import frequencies
 from ...functional import cos_sin_table
+from ...hf_config import config_arguments
 
 __all__ = ["RECIPES", "Recipe", "Tables", "rotary_modules"]
 
@@ -241,7 +242,7 @@ def _exact_frequencies(module: torch.nn.Module, inv_freq: Tensor, layer_type: st
     """
     held = inv_freq.double().cpu()
     try:
-        said = config_arguments(module.config, layer_type)
+        said = config_arguments(module.config, layer_type, interleaved=False)
         exact, _ = frequencies(said["rotary_dim"], said["base"], said["scaling"])
     except Exception:  # whatever it is, the module's are right
         return held
