@@ -8,8 +8,8 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from .frequencies import config_arguments
 from .functional import rotate, rotate_qk
+from .hf_config import config_arguments, listed_order
 from .scaled_frequencies import ScaledFrequencies
 from .table_cache import TableCache
 from .tracing import fake_mode_of
@@ -79,6 +79,8 @@ class RotaryEmbedding(torch.nn.Module):
         >>> q_next, k_next = rope(q[:, :, :1], k[:, :, :1], offset=100)
     """
 
+    _listed: tuple[int, ...] | None = None
+
     def __init__(
         self,
         head_dim: int,
@@ -132,25 +134,46 @@ class RotaryEmbedding(torch.nn.Module):
         *,
         layer_type: str | None = None,
         layout: str = "bhsd",
+        interleaved: bool | None = None,
+        max_seq_len: int | None = None,
         device: torch.device | str | None = None,
     ) -> RotaryEmbedding:
         """The embedding that a Hugging Face config describes, transformers 4.57 or 5.
 
+        It rotates as the model's own code does: frequencies, attention factor, pairing, rotary_dim
+        and axes (docs/from_config.md lists the models). What neither the config nor its model_type
+        determines is an error, never a guess.
+
+        max_seq_len is the config's max_position_embeddings, but at most 2048: tables grow by
+        themselves where the host knows the rows. Positions given as a tensor beyond that need
+        `reserve(rows)` or `max_seq_len`.
+
         Args:
-            hf_config: a config with rope_parameters, or with rope_theta and rope_scaling.
+            hf_config: a config with rope_parameters, or with rope_theta and rope_scaling, or its
+                `to_dict()`. Of a composed config pass the part that rotates, `config.text_config`.
             layer_type: which of the config's layer types, where their rotary parameters differ.
             layout: order of q's and k's dimensions.
-            device: where the table lies; None for the default device.
+            interleaved: pairs are neighbors (True) or halves (False); None for the pairing of the
+                config's model_type. A model_type that is not one of transformers' needs it.
+            max_seq_len: the fewest rows of a table.
+            device: where `cos` and `sin` are; None for the default device.
 
         Raises:
-            ValueError: as the constructor; or the layer types differ and none of them is named.
+            ValueError: as the constructor; the config has no rotary parameters, or several models
+                or layer types of which none is named; an unknown model_type, rope_type or key of
+                the rotary parameters; a rotation that this module does not compute.
 
         Example:
             >>> from transformers import LlamaConfig
             >>> RotaryEmbedding.from_config(LlamaConfig()).head_dim
             128
         """
-        return cls(layout=layout, device=device, **config_arguments(hf_config, layer_type))
+        arguments = config_arguments(
+            hf_config, layer_type, interleaved=interleaved, max_seq_len=max_seq_len
+        )
+        rope = cls(layout=layout, device=device, **arguments)
+        rope._listed = listed_order(hf_config)
+        return rope
 
     @overload
     def forward(
@@ -249,11 +272,18 @@ class RotaryEmbedding(torch.nn.Module):
                 parts.append(f"{name}={getattr(self, name)!r}")
         return ", ".join(parts)
 
+    @property
+    def _inv_freq(self) -> Tensor:
+        """The frequencies of one block, in the order of the model's own buffer."""
+        inv_freq = self._tables.frequencies.inv_freq[: self.rotary_dim // 2 // self.blocks]
+        return inv_freq if self._listed is None else inv_freq[list(self._listed)]
+
     def _check(self) -> None:
         D, R, o = self.head_dim, self.rotary_dim, self.rotary_offset
         if R % 2 or R < 0 or o < 0 or o + R > D:
+            odd = f"head_dim {D} is odd: pass an even rotary_dim; " if D % 2 and R == D else ""
             raise ValueError(
-                "RotaryEmbedding: expected an even rotary_dim R, rotary_offset o >= 0 and "
+                f"RotaryEmbedding: {odd}expected an even rotary_dim R, rotary_offset o >= 0 and "
                 f"o + R <= head_dim, got R={R}, o={o}, head_dim={D}"
             )
         if self.blocks < 1 or (R // 2) % self.blocks or (self.blocks > 1 and self.interleaved):

@@ -52,8 +52,11 @@ def frequencies(
                              original_max_position_embeddings
             proportional     optional partial_rotary_factor, factor
             half_truncated   (R/4 frequencies from 1 down to 1/base, then R/4 zeros)
-            axial            (the frequencies of R/2 lanes, once for each of two axes)
+            axial            (the frequencies of R/2 elements, once for each of two axes)
             ===============  =====================================================================
+
+            Every kind but dynamic and longrope takes pair_order too, P ints: pair j then has the
+            frequency of number pair_order[j].
         rows: how many positions are in use; only dynamic and longrope depend on it. None means no
             more than original_max_position_embeddings.
 
@@ -73,6 +76,8 @@ def frequencies(
     scaling = {} if scaling is None else scaling
     kind = rope_type(scaling)
     inv_freq, factor = _KINDS[kind](rotary_dim, float(base), _Keys(kind, scaling), rows)
+    if scaling.get("pair_order") is not None:
+        inv_freq = _reordered(kind, inv_freq, scaling["pair_order"])
     with torch.inference_mode(False):
         return torch.tensor(inv_freq, dtype=torch.float64, device="cpu"), factor
 
@@ -117,68 +122,13 @@ def mrope_axes(sections: Sequence[int], interleaved: bool = False) -> tuple[int,
     return tuple(j % A if j < A * sections[j % A] else 0 for j in range(sum(sections)))
 
 
-def config_arguments(config: Any, layer_type: str | None = None) -> dict[str, Any]:
-    """What a Hugging Face config says, as keyword arguments of `fused_rope.RotaryEmbedding`.
-
-    Reads `rope_theta`, `rope_scaling` and `partial_rotary_factor` (transformers 4) or
-    `rope_parameters` (5), of one layer type where it has several.
-
-    Raises:
-        ValueError: the config's layer types differ, and `layer_type` names none of them.
-    """
-    parameters = getattr(config, "rope_parameters", None)
-    if parameters is None:
-        scaling = _version_4_scaling(config)
-    elif any(isinstance(value, Mapping) for value in parameters.values()):
-        if layer_type not in parameters:
-            known = ", ".join(map(repr, parameters))
-            raise ValueError(f"from_config: expected layer_type in {known}, got {layer_type!r}")
-        scaling = dict(parameters[layer_type])
-    else:
-        scaling = dict(parameters)
-
-    config = _of_layer_type(config, layer_type)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    length = config.max_position_embeddings
-    kind = rope_type(scaling)
-    if kind == "dynamic":
-        scaling["original_max_position_embeddings"] = length
-    elif kind in ("yarn", "longrope"):
-        trained = scaling.get("original_max_position_embeddings") or length
-        scaling["original_max_position_embeddings"] = trained
-        scaling["factor"] = scaling.get("factor") or length / trained
-    # p-RoPE turns a part of the pairs, the other kinds a part of the lanes.
-    part = scaling.get("partial_rotary_factor") or 1.0
-    sections = scaling.get("mrope_section")
-    return {
-        "head_dim": head_dim,
-        "rotary_dim": head_dim if kind == "proportional" else int(head_dim * part),
-        "max_seq_len": length,
-        "base": scaling.get("rope_theta", 10000.0),
-        "scaling": scaling,
-        "axes": mrope_axes(sections, scaling.get("mrope_interleaved", False)) if sections else None,
-    }
-
-
-def _of_layer_type(config: Any, layer_type: str | None) -> Any:
-    """The config of one layer type, where these differ in more than their parameters (Gemma 4)."""
-    try:
-        return config if layer_type is None else config.per_layer_config[layer_type]
-    except (AttributeError, KeyError, ValueError):
-        return config
-
-
-def _version_4_scaling(config: Any) -> dict[str, Any]:
-    """transformers 4 keeps base, partial factor and longrope's length beside the scaling."""
-    scaling = dict(getattr(config, "rope_scaling", None) or {})
-    scaling["rope_theta"] = config.rope_theta
-    scaling["partial_rotary_factor"] = getattr(config, "partial_rotary_factor", None)
-    if rope_type(scaling) == "longrope":
-        length = config.max_position_embeddings
-        trained = getattr(config, "original_max_position_embeddings", None)
-        scaling["original_max_position_embeddings"] = trained or length
-        scaling["factor"] = length / trained if trained else scaling.get("factor")
-    return scaling
+def _reordered(kind: str, inv_freq: list[float], order: Sequence[int]) -> list[float]:
+    P = len(inv_freq)
+    if kind in ("dynamic", "longrope"):
+        raise ValueError(f"frequencies: rope_type {kind!r} takes no pair_order")
+    if len(order) != P or not all(0 <= number < P for number in order):
+        raise ValueError(f"frequencies: expected pair_order of P={P} ints in [0, P), got {order}")
+    return [inv_freq[number] for number in order]
 
 
 class _Keys:

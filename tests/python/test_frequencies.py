@@ -1,11 +1,11 @@
 """Inverse frequencies: Hugging Face's numbers, papers' formulas, and no influence from outside."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
-from fused_rope.frequencies import config_arguments, frequencies, mrope_axes
+from fused_rope.frequencies import frequencies, mrope_axes
+from fused_rope.hf_config import config_arguments
 
 R = 64
 LISTS = {
@@ -169,38 +169,11 @@ def test_mrope_axes():
             mrope_axes(bad)
 
 
-def test_configs_of_both_generations():
-    old = SimpleNamespace(
-        hidden_size=256,
-        num_attention_heads=4,
-        max_position_embeddings=4096,
-        rope_theta=1e6,
-        rope_scaling={"type": "mrope", "mrope_section": [2, 3, 3]},
-        partial_rotary_factor=0.25,
-    )
-    got = config_arguments(old)
-    assert (got["head_dim"], got["rotary_dim"], got["base"], got["max_seq_len"]) == (
-        64,
-        16,
-        1e6,
-        4096,
-    )
-    assert got["axes"] == mrope_axes([2, 3, 3])
-    layers = {
-        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
-        "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
-    }
-    new = SimpleNamespace(head_dim=64, max_position_embeddings=4096, rope_parameters=layers)
-    assert config_arguments(new, "full_attention")["base"] == 1e6
-    assert config_arguments(new, "sliding_attention")["scaling"]["rope_type"] == "default"
-    with pytest.raises(ValueError, match="layer_type"):
-        config_arguments(new)
-    phi = SimpleNamespace(
-        head_dim=R,
-        max_position_embeddings=128,
-        original_max_position_embeddings=32,
-        rope_theta=1e4,
-        rope_scaling={"type": "longrope", **LISTS},
-    )
-    scaling = config_arguments(phi)["scaling"]
-    assert scaling["factor"] == 4.0 and scaling["original_max_position_embeddings"] == 32
+def test_pair_order():
+    inv_freq, _ = frequencies(8, scaling={"pair_order": [0, 2, 1, 3]})
+    assert inv_freq.tolist() == default(8)[[0, 2, 1, 3]].tolist()
+    for order in ([0, 1, 2], [0, 1, 2, 4]):
+        with pytest.raises(ValueError, match="pair_order"):
+            frequencies(8, scaling={"pair_order": order})
+    with pytest.raises(ValueError, match="pair_order"):
+        frequencies(R, scaling={**SCALINGS[5], "pair_order": list(range(R // 2))})

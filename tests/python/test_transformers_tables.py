@@ -27,7 +27,8 @@ from torch.utils.checkpoint import (
 transformers = pytest.importorskip("transformers")
 
 from fused_rope.compat.transformers import patch, patching, tables, unpatch  # noqa: E402
-from fused_rope.frequencies import config_arguments, frequencies  # noqa: E402
+from fused_rope.frequencies import frequencies  # noqa: E402
+from fused_rope.hf_config import config_arguments  # noqa: E402
 from test_transformers import SIZES as SMALL  # noqa: E402
 
 MODERN = int(transformers.__version__.split(".")[0]) >= 5
@@ -764,7 +765,7 @@ def frequencies_are(request, device, monkeypatch):
 
 
 def exact_frequencies(rotary, layer_type=None):
-    said = config_arguments(rotary.config, layer_type)
+    said = config_arguments(rotary.config, layer_type, interleaved=False)
     return frequencies(said["rotary_dim"], said["base"], said["scaling"])[0]
 
 

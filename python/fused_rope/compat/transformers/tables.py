@@ -30,8 +30,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...frequencies import config_arguments, frequencies
+from ...frequencies import frequencies
 from ...functional import cos_sin_table
+from ...hf_config import config_arguments
 from ...tracing import is_capturing, outside_modes
 
 __all__ = ["RECIPES", "Recipe", "Tables", "is_recorded", "rotary_modules"]
@@ -179,7 +180,7 @@ class _ConfigFrequencies:
     ) -> _ConfigFrequencies | None:
         """On the CPU; None where the config does not tell."""
         try:
-            said = config_arguments(module.config, layer_type)
+            said = config_arguments(module.config, layer_type, interleaved=False)
             values, _ = frequencies(said["rotary_dim"], said["base"], said["scaling"])
         except Exception:  # of any kind: the module's own are right
             return None
