@@ -8,6 +8,11 @@
 #include <algorithm>
 #include <string>
 
+#if defined(FUSED_ROPE_WITH_CUDA)
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAStream.h>
+#endif
+
 #include "modules/varying.h"
 #include "ops/transfer.h"
 
@@ -24,15 +29,15 @@ c10::Stream current_stream(at::Device device) {
   return c10::impl::VirtualGuardImpl(device.type()).getStream(device);
 }
 
-// Streams of torch before 2.13 do not say so.
-template <typename Stream>
-bool is_capturing(const Stream& stream) {
-  if constexpr (requires { stream.is_capturing(); }) return stream.is_capturing();
+bool is_captured([[maybe_unused]] at::Device device) {
+#if defined(FUSED_ROPE_WITH_CUDA)
+  if (!device.is_cuda()) return false;
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  C10_CUDA_CHECK(cudaStreamIsCapturing(c10::cuda::getCurrentCUDAStream(device.index()), &status));
+  return status != cudaStreamCaptureStatusNone;
+#else
   return false;
-}
-
-bool is_captured(at::Device device) {
-  return device.is_cuda() && is_capturing(current_stream(device));
+#endif
 }
 
 // The device of tensors that are made on `device`: "cuda" is the current one.

@@ -103,6 +103,9 @@ class Recipe:
 def _scaled(
     function: Callable[..., Tensor], angles: Tensor, scale: float, dtype: torch.dtype
 ) -> Tensor:
+    if torch._C._len_torch_dispatch_stack():  # a mode may save results, which out= would write to
+        values = function(angles)
+        return (values if scale == 1 else values * scale).to(dtype)
     out = torch.empty_like(angles, dtype=dtype)
     return function(angles, out=out) if scale == 1 else torch.mul(function(angles), scale, out=out)
 
