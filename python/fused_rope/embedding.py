@@ -16,7 +16,7 @@ from .frequencies import (
     varying_constants,
     varying_frequencies,
 )
-from .functional import cos_sin_table, rotate, rotate_qk
+from .functional import cos_sin_table, nested_error, refuse_scripting, rotate, rotate_qk
 
 __all__ = ["RotaryEmbedding"]
 
@@ -80,6 +80,8 @@ class RotaryEmbedding(torch.nn.Module):
 
     cos: Tensor
     sin: Tensor
+
+    __prepare_scriptable__ = refuse_scripting
 
     def __init__(
         self,
@@ -188,6 +190,8 @@ class RotaryEmbedding(torch.nn.Module):
         Raises:
             ValueError, TypeError, IndexError: as `fused_rope.rotate_qk`.
         """
+        if q.is_nested:
+            raise nested_error("RotaryEmbedding")
         if q.shape[-1] != self.head_dim:
             raise ValueError(
                 f"RotaryEmbedding: expected q with D={self.head_dim}, got {tuple(q.shape)}"
