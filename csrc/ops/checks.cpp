@@ -1,5 +1,6 @@
 #include "ops/checks.h"
 
+#include <ATen/FunctionalTensorWrapper.h>
 #include <ATen/MemoryOverlap.h>
 #include <c10/core/InferenceMode.h>
 
@@ -46,6 +47,8 @@ void check_tensors(const Call& call) {
   const int64_t rank = call.layout == Layout::kTHD ? 3 : 4;
   for (int i = 0; i < call.count(); ++i) {
     const at::Tensor& tensor = *call.inputs[i];
+    TORCH_CHECK_TYPE(!tensor.is_nested(), call.op, ": expected ", call.name(i), " to be dense, ",
+                     kNestedAdvice);
     TORCH_CHECK_TYPE(is_rotatable(tensor.scalar_type()), call.op, ": expected ", call.name(i),
                      " of dtype float16, bfloat16, float32 or float64, got ", dtype_name(tensor));
     TORCH_CHECK_TYPE(tensor.scalar_type() == x.scalar_type(), call.op, ": expected ", call.name(i),
@@ -111,7 +114,10 @@ void check_gathered(const Call& call) {
 void check_span(const Call& call, const Extents& x, int64_t P) {
   const Arguments& a = call.arguments;
   TORCH_CHECK_VALUE(2 * P <= x.D, call.op, ": expected cos with P <= D/2 columns, D=", x.D,
-                    ", got ", call.cos.sizes());
+                    ", got ", call.cos.sizes(),
+                    x.D % 2 == 0 ? ""
+                                 : c10::str("; D is odd, so at most P=", x.D / 2,
+                                            " pairs fit and one element of each head is copied"));
   TORCH_CHECK_VALUE(a.rotary_offset <= x.D - 2 * P, call.op,
                     ": expected rotary_offset + R <= D, R=", 2 * P, ", D=", x.D,
                     ", got rotary_offset=", a.rotary_offset);
@@ -173,21 +179,39 @@ void check_per_token(const Call& call, const Extents& x) {
       " with B=", x.B, ", S=", x.S, per_head ? c10::str(", H=", x.H) : "", ", got ", sizes);
 }
 
+// Whether two tensors provably share memory. Tensors without data, as tracers have them, are told
+// apart by their place in one storage.
+bool overlaps(const at::Tensor& x, const at::Tensor& y) {
+  if (!at::functionalization::impl::isFunctionalTensor(x)) {
+    const auto status = at::get_overlap_status(x, y);
+    return status == at::MemOverlapStatus::Full || status == at::MemOverlapStatus::Partial;
+  }
+  const c10::TensorImpl *a = x.unsafeGetTensorImpl(), *b = y.unsafeGetTensorImpl();
+  if (a == b) return true;
+  if (!a->unsafe_storage().is_alias_of(b->unsafe_storage())) return false;
+  if (!a->is_non_overlapping_and_dense_or_false()) return false;
+  if (!b->is_non_overlapping_and_dense_or_false()) return false;
+  const auto precedes = [](const c10::SymInt& from, const c10::SymInt& to) {
+    return TORCH_GUARD_OR_FALSE(from.sym_lt(to));
+  };
+  const c10::SymInt &a_begin = a->sym_storage_offset(), &b_begin = b->sym_storage_offset();
+  return precedes(0, a->sym_numel()) && precedes(0, b->sym_numel()) &&
+         precedes(a_begin, b_begin + b->sym_numel()) && precedes(b_begin, a_begin + a->sym_numel());
+}
+
 // What is written must have a place for every element, and must not be an inference tensor that
 // others still trust.
 void check_writable(const Call& call, const char* name, const at::Tensor& tensor) {
   TORCH_CHECK(at::has_internal_overlap(tensor) != at::MemOverlap::Yes, call.op, ": expected ", name,
-              " whose elements have memory of their own, got strides ", tensor.strides());
+              " whose elements have memory of their own, got strides ", tensor.sym_strides());
   TORCH_CHECK(!tensor.is_inference() || c10::InferenceMode::is_enabled(), call.op, ": expected ",
               name, " to be no inference tensor outside inference mode, got one");
 }
 
 void check_apart(const Call& call, const char* name, const at::Tensor& tensor,
                  const char* other_name, const at::Tensor& other) {
-  const auto overlap = at::get_overlap_status(tensor, other);
-  TORCH_CHECK(overlap != at::MemOverlapStatus::Full && overlap != at::MemOverlapStatus::Partial,
-              call.op, ": expected ", name, " in memory apart from ", other_name,
-              ", got overlapping tensors");
+  TORCH_CHECK(!overlaps(tensor, other), call.op, ": expected ", name, " in memory apart from ",
+              other_name, ", got overlapping tensors");
 }
 
 // The i-th output, written by out_rows.

@@ -32,6 +32,12 @@ struct Call {
   const char* out_name(int i) const { return count() == 1 ? "out" : i == 0 ? "q_out" : "k_out"; }
 };
 
+// What to do with a nested tensor, for messages.
+inline constexpr char kNestedAdvice[] =
+    "got a nested tensor: pass the values() of a jagged one with layout=\"thd\" and its offsets() "
+    "as "
+    "cu_seqlens";
+
 // As many tensors as a call has inputs.
 using Outputs = std::array<const at::Tensor*, kernels::kMaxTensors>;
 

@@ -59,7 +59,7 @@ std::optional<at::Tensor> narrow(const at::Tensor& table, const WideTables& form
     columns = (columns + 1) / 2;
     strides[form.dims - 1] *= 2;
   } else if (form.width == "either") {
-    if (columns != D && columns != D / 2) return std::nullopt;
+    if (columns != D / 2 && (columns != D || D % 2 != 0)) return std::nullopt;
     columns = D / 2;
   } else if (form.width != "half") {
     columns /= 2;

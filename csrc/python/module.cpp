@@ -1,6 +1,7 @@
 // fused_rope._C: a short way from Python to the operators, and facts of the build. The only file
 // that knows pybind11. Arguments are read by hand: pybind11's own reading of sixteen of them takes
 // as long as all that an operator does before its launch.
+#include <ATen/PythonTorchFunctionTLS.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -30,9 +31,15 @@ class Reader {
   // Borrowed: the caller holds the arguments.
   const at::Tensor& tensor(const char* name) {
     PyObject* object = next(name);
-    if (!THPVariable_Check(object)) refuse(name, "a Tensor", object);
+    if (!THPVariable_CheckExact(object)) {
+      if (!THPVariable_Check(object)) refuse(name, "a Tensor", object);
+      has_subclass_ = true;
+    }
     return THPVariable_Unpack(object);
   }
+
+  // Whether a tensor read so far is of a subclass, which may have a __torch_function__.
+  bool has_subclass() const { return has_subclass_; }
 
   OptionalTensor optional_tensor(const char* name) {
     return skip_none(name) ? std::nullopt : OptionalTensor(tensor(name));
@@ -112,7 +119,15 @@ class Reader {
   const char* op_;
   PyObject* const* next_;
   PyObject* const* end_;
+  bool has_subclass_ = false;
 };
+
+// Whether a TorchFunctionMode or a transformation of torch.func is active, neither of which the
+// direct way to an operator would reach.
+bool is_intercepted() {
+  return at::impl::torch_function_mode_enabled() ||
+         c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
+}
 
 // Where tokens are: positions, offset (an int or a tensor), cu_seqlens, out_rows.
 struct Rows {
@@ -172,8 +187,8 @@ PyObject* wrap(TensorPair&& tensors) {
 }
 
 // Entry<&f>::call is what Python calls for f(arguments, tensors...): with the tensors, then what
-// Rows and Options read. Under a transformation of torch.func, which could not follow it, it does
-// nothing and returns NotImplemented.
+// Rows and Options read. Where torch.func, a TorchFunctionMode or a subclass of Tensor may
+// intercept the call, it does nothing and returns NotImplemented.
 template <auto kFunction>
 struct Entry;
 
@@ -186,13 +201,12 @@ struct Entry<kFunction> {
 
   static PyObject* call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     HANDLE_TH_ERRORS
-    if (c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode)) {
-      Py_RETURN_NOTIMPLEMENTED;
-    }
+    if (is_intercepted()) Py_RETURN_NOTIMPLEMENTED;
     Reader reader(method.ml_name, arguments, count);
     const char* const* name = names.data();
     const std::tuple<Tensors...> tensors{next<Tensors>(reader, name)...};
     const Rows rows(reader);
+    if (reader.has_subclass()) Py_RETURN_NOTIMPLEMENTED;
     const Options options(reader.tuple("options"));
     const auto run = [&] {
       const py::gil_scoped_release no_gil;
@@ -222,12 +236,14 @@ struct WideEntry {
 
   static PyObject* call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     HANDLE_TH_ERRORS
+    if (is_intercepted()) Py_RETURN_NOTIMPLEMENTED;
     Reader reader("rotate_qk", arguments, count);
     const at::Tensor& q = reader.tensor("q");
     const at::Tensor& k = reader.tensor("k");
     const at::Tensor& cos = reader.tensor("cos");
     const at::Tensor& sin = reader.tensor("sin");
     const OptionalTensor positions = reader.optional_tensor("positions");
+    if (reader.has_subclass()) Py_RETURN_NOTIMPLEMENTED;
     Reader tables = reader.tuple("tables");
     const WideTables form = {tables.integer("dims"), tables.text("width"), tables.flag("trailing")};
     const Options o(reader.tuple("options"));

@@ -8,7 +8,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from .functional import rotate, rotate_qk
+from .functional import nested_error, refuse_scripting, rotate, rotate_qk
 from .hf_config import config_arguments, listed_order
 from .scaled_frequencies import ScaledFrequencies
 from .table_cache import TableCache
@@ -80,6 +80,8 @@ class RotaryEmbedding(torch.nn.Module):
     """
 
     _listed: tuple[int, ...] | None = None
+
+    __prepare_scriptable__ = refuse_scripting
 
     def __init__(
         self,
@@ -220,8 +222,12 @@ class RotaryEmbedding(torch.nn.Module):
         Raises:
             ValueError, TypeError, IndexError: as `fused_rope.rotate_qk`.
         """
-        if q.is_nested or q.shape[-1] != self.head_dim:
-            _refuse(q, self.head_dim)
+        if q.is_nested:
+            raise nested_error("RotaryEmbedding")
+        if q.shape[-1] != self.head_dim:
+            raise ValueError(
+                f"RotaryEmbedding: expected q with D={self.head_dim}, got {tuple(q.shape)}"
+            )
         rows = None
         if positions is None and cu_seqlens is None and not isinstance(offset, Tensor):
             rows = q.shape[self._sequence_dim] + offset
@@ -318,21 +324,6 @@ class RotaryEmbedding(torch.nn.Module):
         if device != self._tables.device:
             self._tables.move(device)
         return self
-
-    def __prepare_scriptable__(self) -> RotaryEmbedding:
-        raise RuntimeError(
-            "RotaryEmbedding: expected no torch.jit.script, which cannot compile it: use "
-            "torch.compile or torch.export"
-        )
-
-
-def _refuse(q: Tensor, D: int) -> None:
-    if q.is_nested:
-        raise TypeError(
-            "RotaryEmbedding: expected q to be a dense tensor, got a nested one: call "
-            'RotaryEmbedding(..., layout="thd") with q.values() and cu_seqlens=q.offsets()'
-        )
-    raise ValueError(f"RotaryEmbedding: expected q with D={D}, got {tuple(q.shape)}")
 
 
 def _positions(

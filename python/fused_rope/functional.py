@@ -8,10 +8,11 @@ PyTorch.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType
 
 from . import _C, _functorch
 
@@ -351,12 +352,55 @@ def _call(
         tensors, positions, offset, cu_seqlens = _beside_dtensors(
             name, tensors, positions, offset, cu_seqlens, options[0]
         )
+    if not _in_dynamo():
+        done = getattr(_C, name)(*tensors, positions, offset, cu_seqlens, out_rows, options)
+        if done is not NotImplemented:
+            return done
+        transform = torch._C._functorch.peek_interpreter_stack()
+        if transform is not None and transform.key() != TransformType.Functionalize:
+            return _functorch.call(_call, name, tensors, (positions, offset, cu_seqlens), options)
+    number, offsets = (0, offset) if isinstance(offset, Tensor) else (offset, None)
+    extra = (out_rows,) if name.endswith("_out") else ()
+    arguments = (*tensors, positions, offsets, cu_seqlens, *extra, number, *options)
+    operator = getattr(_ops, name)
     if _in_dynamo():
-        number, offsets = (0, offset) if isinstance(offset, Tensor) else (offset, None)
-        extra = (out_rows,) if name.endswith("_out") else ()
-        rows = (positions, offsets, cu_seqlens, *extra)
-        return getattr(_ops, name)(*tensors, *rows, number, *options)
-    done = getattr(_C, name)(*tensors, positions, offset, cu_seqlens, out_rows, options)
-    if done is NotImplemented:
-        return _functorch.call(_call, name, tensors, (positions, offset, cu_seqlens), options)
-    return done
+        return operator(*arguments)
+    try:
+        return operator(*arguments)
+    except NotImplementedError:
+        if any(isinstance(a, Tensor) and a.is_nested for a in arguments):
+            raise nested_error(name) from None
+        raise
+
+
+def nested_error(operator: str) -> TypeError:
+    """The error of `operator` for a nested tensor."""
+    return TypeError(
+        f"{operator}: expected dense tensors, got a nested tensor: pass the values() of a jagged "
+        'one with layout="thd" and its offsets() as cu_seqlens'
+    )
+
+
+def refuse_scripting(module: torch.nn.Module) -> NoReturn:
+    """The `__prepare_scriptable__` of modules that torch.jit.script cannot compile."""
+    raise RuntimeError(
+        f"{type(module).__name__}: torch.jit.script cannot compile this module: use torch.compile "
+        "or torch.export, or call torch.ops.fused_rope with a table"
+    )
+
+
+class _Unscriptable:
+    """Stands for an operator in TorchScript's table of builtins and raises when it is looked up."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __str__(self) -> str:
+        raise RuntimeError(
+            f"{self._name}: torch.jit.script cannot compile fused_rope.{self._name}: call "
+            f"torch.ops.fused_rope.{self._name}, or use torch.compile or torch.export"
+        )
+
+
+for _function in (rotate, rotate_, rotate_qk, rotate_qk_, cos_sin_table):
+    torch.jit._builtins._register_builtin(_function, _Unscriptable(_function.__name__))

@@ -320,7 +320,8 @@ def _kernel(form: Callable[..., Any], *, out: bool = False) -> Callable[..., Any
 
     def kernel(*args: Any) -> Any:
         if any(isinstance(a, Tensor) and a.layout != torch.strided for a in args):
-            raise TypeError(f"{form.__name__}: expected strided tensors, got a sparse one")
+            name = form.__name__ + "_out" * out
+            raise TypeError(f"{name}: expected strided tensors, got a sparse one")
         shapes = [a.to("meta") if isinstance(a, Tensor) else a for a in args]
         inputs, args = args[: n + 2], args[n + 2 :]
         outs, args = (args[:n], args[n:]) if out else ((), args)

@@ -3,6 +3,8 @@
 import fused_rope
 import pytest
 import torch
+from fused_rope.compat.liger import liger_rotary_pos_emb_vision
+from fused_rope.compat.unsloth import fast_rope_embedding
 from oracle import angles, same
 
 V, T, R = ValueError, TypeError, RuntimeError
@@ -219,10 +221,101 @@ def test_wrong_types_beside_full_width_tables(missing):
         )
 
 
-def test_sparse_tensors_are_refused():
+NESTED = r"nested tensor: pass the values\(\) .* cu_seqlens"
+UNREADABLE = {
+    "sparse": (lambda x: x.to_sparse(), "sparse"),
+    "quantized": (
+        lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
+        "quantized .*dequantize",
+    ),
+    "nested": (lambda x: torch.nested.nested_tensor([x[0], x[1, 1:]]), NESTED),
+    "jagged": (
+        lambda x: torch.nested.nested_tensor([x[0], x[1, 1:]], layout=torch.jagged),
+        NESTED,
+    ),
+}
+FORMS = ["rotate", "rotate_", "rotate_qk", "rotate_qk_"]
+UNREAD = [(kind, form, False) for kind in UNREADABLE for form in (*FORMS, "rotate_out")]
+UNREAD += [(kind, form, True) for kind in ("nested", "jagged") for form in FORMS]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind,form,grad", UNREAD)
+def test_tensors_without_plain_memory(kind, form, grad):
+    cos, sin = angles(8, 8)
+    other = torch.randn(2, 5, 4, 16)
+    make, words = UNREADABLE[kind]
+    x = make(other)
+    if grad:
+        x = x.requires_grad_() * 1
+    inputs = (other, x) if "qk" in form else (x,)
+    kw = dict(out=other) if form == "rotate_out" else {}
+    with pytest.raises(TypeError, match=f"^{form}.*{words}"):
+        getattr(fused_rope, form.removesuffix("_out"))(*inputs, cos, sin, **kw)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_nested_tensors_elsewhere():
+    parts = [torch.arange(3), torch.arange(2)]
     x, (cos, sin) = torch.randn(2, 5, 4, 16), angles(8, 8)
-    with pytest.raises((NotImplementedError, TypeError, ValueError)):
-        fused_rope.rotate(x.to_sparse(), cos, sin)
+    for kw in ({}, {"layout": torch.jagged}):
+        positions = torch.nested.nested_tensor(parts, **kw)
+        with pytest.raises(TypeError, match=r"^rotate: .*nested"):
+            fused_rope.rotate(x, cos, sin, positions=positions)
+        nested = torch.nested.nested_tensor([torch.randn(n, 4, 16) for n in (3, 5)], **kw)
+        with pytest.raises(TypeError, match=r"^RotaryEmbedding: .*nested"):
+            fused_rope.RotaryEmbedding(16)(nested)
+
+
+def test_what_the_message_on_nested_tensors_says_to_do():
+    parts = [torch.randn(n, 4, 16) for n in (3, 5)]
+    x, (cos, sin) = torch.nested.nested_tensor(parts, layout=torch.jagged), angles(8, 8)
+    got = fused_rope.rotate(x.values(), cos, sin, layout="thd", cu_seqlens=x.offsets())
+    same(got, torch.cat([fused_rope.rotate(p, cos, sin, layout="thd") for p in parts]))
+
+
+class Scripted(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rope = fused_rope.RotaryEmbedding(16)
+
+    def forward(self, x):
+        return self.rope(x)
+
+
+def scripted_call(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor):
+    return fused_rope.rotate(x, cos, sin)
+
+
+def scripted_operator(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor):
+    return torch.ops.fused_rope.rotate(x, cos, sin)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+def test_scripting():
+    for module in (fused_rope.RotaryEmbedding(16), Scripted()):
+        with pytest.raises(RuntimeError, match=r"^RotaryEmbedding: torch\.jit\.script cannot"):
+            torch.jit.script(module)
+    with pytest.raises(RuntimeError, match=r"^rotate: .* call torch\.ops\.fused_rope\.rotate"):
+        torch.jit.script(scripted_call)
+    x, (cos, sin) = torch.randn(2, 5, 4, 16), angles(8, 8)
+    same(torch.jit.script(scripted_operator)(x, cos, sin), fused_rope.rotate(x, cos, sin))
+
+
+def test_an_odd_head_dim():
+    x, (cos, sin) = torch.randn(2, 5, 4, 7), angles(8, 4)
+    with pytest.raises(ValueError, match=r"^rotate: .*D=7.*D is odd, so at most P=3 pairs fit"):
+        fused_rope.rotate(x, cos, sin)
+    same(fused_rope.rotate(x, cos[:, :3], sin[:, :3])[..., 6], x[..., 6])
+
+
+def test_a_full_width_table_of_odd_width():
+    """It says no number twice."""
+    q, k, (cos, sin) = torch.randn(5, 2, 7), torch.randn(5, 1, 7), angles(5, 7)
+    with pytest.raises(ValueError, match="even number of columns, got 7"):
+        liger_rotary_pos_emb_vision(q, k, cos, sin)
+    with pytest.raises(ValueError, match="even number of columns, got 7"):
+        fast_rope_embedding(q[None].transpose(1, 2), k[None].transpose(1, 2), cos, sin)
 
 
 def test_errors_reach_callers_of_the_operators():

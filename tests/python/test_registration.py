@@ -1,6 +1,7 @@
 """What the dispatcher knows: schemas, kernels, Meta, and PyTorch's own checks of an operator."""
 
 import inspect
+from typing import ClassVar
 
 import fused_rope
 import pytest
@@ -58,6 +59,8 @@ def test_kernels(name):
         keys.append("CUDA")
     if name not in ("rotate", "rotate_qk"):
         keys.append("ADInplaceOrView")
+    if name.endswith("_"):
+        keys.append("Functionalize")
     for key in keys:
         assert has(f"fused_rope::{name}", key), key
 
@@ -101,6 +104,88 @@ def test_opcheck_of_out_rows(device):
 def test_opcheck_of_the_table(device):
     inv_freq = torch.rand(8, dtype=torch.float64, device=device)
     opcheck(torch.ops.fused_rope.cos_sin_table.default, (inv_freq, 10), dict(first=3))
+
+
+# --- who intercepts a call ----------------------------------------------------------------------
+
+
+class Seen(torch.overrides.TorchFunctionMode):
+    """Notes what is called, and calls it."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.calls.append((func, args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+class Subclass(torch.Tensor):
+    seen: ClassVar[list] = []
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        cls.seen.append(func)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def call_function(name, device, change=lambda x: x):
+    """The function behind operator `name`, with an output of its own where it takes one."""
+    *inputs, cos, sin = arguments(name.removesuffix("_out"), device)
+    inputs[-1] = change(inputs[-1])
+    kw = {}
+    if name.endswith("_out"):
+        outputs = [torch.empty_like(x) for x in inputs]
+        kw["out"] = outputs[0] if len(outputs) == 1 else tuple(outputs)
+    return getattr(fused_rope, name.removesuffix("_out")), (*inputs, cos, sin), kw
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_a_function_mode_sees_the_operator(name, device):
+    function, inputs, kw = call_function(name, device)
+    with Seen() as mode:
+        function(*inputs, offset=2, **kw)
+    [(seen, args, kwargs)] = mode.calls
+    assert seen is getattr(torch.ops.fused_rope, name)
+    assert all(a is b for a, b in zip(args, inputs, strict=False)) and not kwargs
+    if not name.endswith(("_", "_out")):
+        for got, want in zip(pair(seen(*args)), pair(function(*inputs, offset=2)), strict=True):
+            same(got, want)
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_a_subclass_sees_the_operator(name, device):
+    function, inputs, kw = call_function(name, device, lambda x: x.as_subclass(Subclass))
+    Subclass.seen.clear()
+    result = function(*inputs, **kw)
+    assert Subclass.seen == [getattr(torch.ops.fused_rope, name)]
+    if not name.endswith("_out"):
+        assert type(pair(result)[-1]) is Subclass
+
+
+def test_a_mode_of_the_default_device_under_transforms(device):
+    """`with torch.device(...)` is a function mode, and torch.func still works in it."""
+    x, cos, sin = arguments("rotate", device)
+    with torch.device(device):
+        got = torch.func.grad(lambda x: fused_rope.rotate(x, cos, sin).sum())(x)
+    same(got, fused_rope.rotate(torch.ones_like(x), cos, sin, inverse=True))
+
+
+def test_dispatch_modes_and_parameters(device):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Dispatched(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    x, cos, sin = arguments("rotate", device)
+    parameter, seen = torch.nn.Parameter(x), []
+    with Dispatched():
+        got = fused_rope.rotate(parameter, cos, sin)
+    assert seen == [torch.ops.fused_rope.rotate.default] and got.requires_grad
+    same(got, fused_rope.rotate(x, cos, sin))
 
 
 # --- Meta --------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import functional
+from ._tables import check_even
 
 __all__ = [
     "Fast_RoPE_Embedding",
@@ -115,4 +116,6 @@ def _table(name: str, table: Tensor, D: int) -> Tensor:
             f"rotate_qk: expected {name} of [M, D/2] or [M, D] with D={D}, after any dimensions of "
             f"size 1, got {list(table.shape)}"
         )
+    if width == D:
+        check_even(table)
     return table.view(leading[-1], width)[:, : D // 2]

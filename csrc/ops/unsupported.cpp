@@ -1,0 +1,41 @@
+// Tensors that no kernel can read end here instead of in the dispatcher's message about backends.
+#include <torch/library.h>
+
+#include <string>
+
+#include "ops/checks.h"
+
+namespace fused_rope {
+namespace {
+
+// "rotate" of "fused_rope::rotate".
+std::string name_of(const c10::OperatorHandle& op) {
+  const std::string& name = op.schema().name();
+  return name.substr(name.rfind(':') + 1);
+}
+
+void refuse_nested(const c10::OperatorHandle& op, torch::jit::Stack*) {
+  TORCH_CHECK_TYPE(false, name_of(op), ": expected dense tensors, ", kNestedAdvice);
+}
+
+void refuse_quantized(const c10::OperatorHandle& op, torch::jit::Stack*) {
+  TORCH_CHECK_TYPE(false, name_of(op),
+                   ": expected tensors of floating dtype, got a quantized one: dequantize() it");
+}
+
+template <void (*kRefuse)(const c10::OperatorHandle&, torch::jit::Stack*)>
+void refuse_all(torch::Library& m) {
+  for (const char* name :
+       {"rotate", "rotate_", "rotate_qk", "rotate_qk_", "rotate_out", "rotate_qk_out"}) {
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<kRefuse>());
+  }
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fused_rope, NestedTensorCPU, m) { refuse_all<&refuse_nested>(m); }
+TORCH_LIBRARY_IMPL(fused_rope, NestedTensorCUDA, m) { refuse_all<&refuse_nested>(m); }
+TORCH_LIBRARY_IMPL(fused_rope, QuantizedCPU, m) { refuse_all<&refuse_quantized>(m); }
+TORCH_LIBRARY_IMPL(fused_rope, QuantizedCUDA, m) { refuse_all<&refuse_quantized>(m); }
+
+}  // namespace fused_rope
