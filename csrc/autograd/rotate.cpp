@@ -1,5 +1,5 @@
-// Autograd: backward is the operator itself with `inverse` flipped, called through the dispatcher,
-// so that it can be differentiated again. Calls that need no gradient never meet a Function.
+// Autograd: backward calls the public operator with `inverse` flipped, so it is differentiable
+// again. Calls without gradients construct no Function.
 #include <ATen/FuncTorchTLS.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/_make_dual.h>
@@ -10,8 +10,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include <memory>
-#include <type_traits>
+#include <vector>
 
 #include "autograd/saved.h"
 #include "autograd/table_gradient.h"
@@ -33,133 +32,86 @@ bool has_tangent(const Tensors&... tensors) {
   return (... || (tensors.defined() && tensors._fw_grad(0).defined()));
 }
 
-// A node of the graph, held as the graph holds it: by a shared_ptr until torch 2.12.
-template <typename Node>
-auto make_node() {
-  using Pointer = decltype(torch::autograd::Edge::function);
-  if constexpr (std::is_same_v<Pointer, std::shared_ptr<torch::autograd::Node>>) {
-    return std::shared_ptr<Node>(new Node(), [](Node* node) { deleteNode(node); });
-  } else {
-    return c10::make_intrusive<Node>();
-  }
-}
-
-// functorch cannot follow a node of C++ and would miss its gradients.
-void refuse_functorch() {
-  const auto& functorch = at::functorch::functorchTLSAccessor();
-  if (functorch) functorch->checkSupportsCppAutogradFunction();
-}
-
 at::Tensor sum_or_either(const at::Tensor& x, const at::Tensor& y) {
   return !x.defined() ? y : !y.defined() ? x : at::add(x, y);
 }
 
-// Gradients of cos and sin from every input whose output has one. `lanes` are the inputs' rotated
-// lanes.
-TensorPair table_gradients(const Arguments& forward, const variable_list& lanes,
-                           const variable_list& grads, const at::Tensor& cos) {
-  TensorPair total;
-  for (size_t i = 0; i < grads.size(); ++i) {
-    if (!grads[i].defined()) continue;
-    const auto [cos_grad, sin_grad] = table_gradient(forward, lanes[i], grads[i], cos);
-    total = {sum_or_either(std::get<0>(total), cos_grad),
-             sum_or_either(std::get<1>(total), sin_grad)};
+// The gradients of the inputs, cos and sin. `elements` are the rotated elements of each input, or
+// none where no table needs a gradient.
+variable_list gradients(const AutogradContext& ctx, const Saved& saved,
+                        const variable_list& elements, const variable_list& grads) {
+  const size_t count = grads.size();
+  variable_list result(count + 2);
+  const Arguments forward = arguments_of(saved.options);
+  Arguments inverse = forward;
+  inverse.inverse = !forward.inverse;
+  const auto is_needed = [&](size_t i) {
+    return i < count && grads[i].defined() && ctx.needs_input_grad(i);
+  };
+  if (is_needed(0) && is_needed(1)) {
+    std::tie(result[0], result[1]) =
+        call_rotate_qk(inverse, grads[0], grads[1], saved.cos, saved.sin);
+  } else {
+    for (size_t i = 0; i < count; ++i) {
+      if (is_needed(i)) result[i] = call_rotate(inverse, grads[i], saved.cos, saved.sin);
+    }
   }
-  return total;
+  if (!ctx.needs_input_grad(count) && !ctx.needs_input_grad(count + 1)) return result;
+  for (size_t i = 0; i < count; ++i) {
+    if (!grads[i].defined()) continue;
+    const auto [cos_grad, sin_grad] = table_gradient(forward, elements[i], grads[i], saved.cos);
+    result[count] = sum_or_either(result[count], cos_grad);
+    result[count + 1] = sum_or_either(result[count + 1], sin_grad);
+  }
+  return result;
 }
 
-// x, or q and k: without k this is rotate, otherwise rotate_qk.
+// rotate with one input, rotate_qk with two.
 struct Rotate : public torch::autograd::Function<Rotate> {
   static constexpr bool is_traceable = true;
 
-  // What Function::apply does after forward, less what no rotation needs: it describes all inputs
-  // and outputs once more, to fill in gradients that ours leave undefined, and looks for views and
-  // inputs among fresh outputs. That would cost more than the call.
-  static void record(const Arguments& a, const at::Tensor& x, const at::Tensor* k,
-                     const at::Tensor& cos, const at::Tensor& sin, const at::Tensor& x_out,
-                     const at::Tensor* k_out) {
-    const bool trains_table = cos.requires_grad() || sin.requires_grad();
-    auto node = make_node<torch::autograd::CppNode<Rotate>>();
-    torch::autograd::edge_list edges;
-    edges.reserve(4);
-    edges.push_back(torch::autograd::impl::gradient_edge(x));
-    if (k != nullptr) edges.push_back(torch::autograd::impl::gradient_edge(*k));
-    if (trains_table) {
-      edges.push_back(torch::autograd::impl::gradient_edge(cos));
-      edges.push_back(torch::autograd::impl::gradient_edge(sin));
-    }
-    node->is_variable_input_.assign(edges.size(), true);
-    node->set_next_edges(std::move(edges));
-    node->set_ctx_grad_fn(node);
-    node->ctx_.set_materialize_grads(false);
-    Saved::save(&node->ctx_, a, cos, sin, trains_table ? x : at::Tensor(),
-                trains_table && k != nullptr ? *k : at::Tensor());
-    node->save_variables_to_ctx();
-    const auto set_history = [&](const at::Tensor& in, const at::Tensor& out) {
-      if (trains_table || in.requires_grad()) {
-        torch::autograd::impl::set_gradient_edge(out, {node, node->add_input_metadata(out)});
-      } else {
-        node->add_input_metadata(torch::autograd::Node::undefined_input());
-      }
-    };
-    set_history(x, x_out);
-    if (k != nullptr) set_history(*k, *k_out);
+  static variable_list forward(AutogradContext* ctx, at::TensorList inputs, const at::Tensor& cos,
+                               const at::Tensor& sin, const Arguments& a) {
+    const bool table_needs_grad = cos.requires_grad() || sin.requires_grad();
+    Saved::save(ctx, a, cos, sin, table_needs_grad ? inputs : at::TensorList());
+    ctx->set_materialize_grads(false);
+    const at::AutoDispatchBelowADInplaceOrView below;
+    if (inputs.size() == 1) return {call_rotate(a, inputs[0], cos, sin)};
+    auto [q_out, k_out] = call_rotate_qk(a, inputs[0], inputs[1], cos, sin);
+    return {std::move(q_out), std::move(k_out)};
   }
 
-  static variable_list backward(AutogradContext* context, const variable_list& grads) {
-    const Saved saved(context);
-    const Arguments inverse = saved.arguments(/*flipped=*/true);
-    const at::Tensor none;
-    const size_t inputs = grads.size();
-    const at::Tensor& x_grad = context->needs_input_grad(0) ? grads[0] : none;
-    const at::Tensor& k_grad = inputs > 1 && context->needs_input_grad(1) ? grads[1] : none;
-    variable_list result(saved.x().defined() ? inputs + 2 : inputs);
-    if (x_grad.defined() && k_grad.defined()) {
-      std::tie(result[0], result[1]) =
-          call_rotate_qk(inverse, x_grad, k_grad, saved.cos(), saved.sin());
-    } else if (x_grad.defined()) {
-      result[0] = call_rotate(inverse, x_grad, saved.cos(), saved.sin());
-    } else if (k_grad.defined()) {
-      result[1] = call_rotate(inverse, k_grad, saved.cos(), saved.sin());
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const Saved saved(ctx);
+    variable_list elements;
+    for (const at::Tensor& x : saved.inputs) {
+      elements.push_back(rotated_elements(arguments_of(saved.options), x, saved.cos));
     }
-    if (saved.x().defined()) {
-      const Arguments forward = saved.arguments(/*flipped=*/false);
-      variable_list lanes = {rotated_lanes(forward, saved.x(), saved.cos())};
-      if (saved.k().defined()) lanes.push_back(rotated_lanes(forward, saved.k(), saved.cos()));
-      std::tie(result[inputs], result[inputs + 1]) =
-          table_gradients(forward, lanes, grads, saved.cos());
-    }
+    variable_list result = gradients(*ctx, saved, elements, grads);
+    result.emplace_back();  // of the arguments
     return result;
   }
 };
 
-// One tensor that was rotated in place. Two outputs of one Function could not be views of one
-// packed tensor, so q and k take one each, after the launch that rotated both.
+// Records the rotation of one tensor that has been rotated in place. A Function with two outputs
+// refuses views, so q and k, often slices of one packed tensor, take one each after one launch.
 struct RotateInPlace : public torch::autograd::Function<RotateInPlace> {
   static constexpr bool is_traceable = true;
 
-  // `lanes` are the rotated lanes of x as they were before, where the table is trained.
-  static at::Tensor forward(AutogradContext* context, const at::Tensor& x, const at::Tensor& cos,
-                            const at::Tensor& sin, const OptionalTensor& lanes,
+  // `elements` are a copy of the rotated elements of x as they were before.
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& cos,
+                            const at::Tensor& sin, const variable_list& elements,
                             const Arguments& a) {
-    Saved::save(context, a, cos, sin, lanes.has_value() ? *lanes : at::Tensor());
-    context->set_materialize_grads(false);
-    context->mark_dirty({x});
+    Saved::save(ctx, a, cos, sin, elements);
+    ctx->set_materialize_grads(false);
+    ctx->mark_dirty({x});
     return x;
   }
 
-  static variable_list backward(AutogradContext* context, const variable_list& grads) {
-    variable_list result(5);
-    if (!grads[0].defined()) return result;
-    const Saved saved(context);
-    if (context->needs_input_grad(0)) {
-      result[0] =
-          call_rotate(saved.arguments(/*flipped=*/true), grads[0], saved.cos(), saved.sin());
-    }
-    if (saved.x().defined()) {
-      std::tie(result[1], result[2]) =
-          table_gradients(saved.arguments(/*flipped=*/false), {saved.x()}, grads, saved.cos());
-    }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const Saved saved(ctx);
+    variable_list result = gradients(*ctx, saved, saved.inputs, grads);
+    result.resize(result.size() + 2);  // of the elements and the arguments
     return result;
   }
 };
@@ -200,13 +152,7 @@ at::Tensor rotate(const Arguments& a, const at::Tensor& x, const at::Tensor& cos
     const at::AutoDispatchBelowAutograd below;
     return call_rotate(a, x, cos, sin);
   }
-  refuse_functorch();
-  at::Tensor out = [&] {
-    const at::AutoDispatchBelowADInplaceOrView below;
-    return call_rotate(a, x, cos, sin);
-  }();
-  Rotate::record(a, x, nullptr, cos, sin, out, nullptr);
-  return out;
+  return Rotate::apply(at::TensorList(x), cos, sin, a)[0];
 }
 
 TensorPair rotate_qk(const Arguments& a, const at::Tensor& q, const at::Tensor& k,
@@ -220,13 +166,14 @@ TensorPair rotate_qk(const Arguments& a, const at::Tensor& q, const at::Tensor& 
     const at::AutoDispatchBelowAutograd below;
     return call_rotate_qk(a, q, k, cos, sin);
   }
-  refuse_functorch();
-  TensorPair out = [&] {
-    const at::AutoDispatchBelowADInplaceOrView below;
-    return call_rotate_qk(a, q, k, cos, sin);
-  }();
-  Rotate::record(a, q, &k, cos, sin, std::get<0>(out), &std::get<1>(out));
-  return out;
+  const variable_list inputs = {q, k};
+  variable_list out = Rotate::apply(at::TensorList(inputs), cos, sin, a);
+  // Compiled autograd does not support mark_non_differentiable.
+  if (!needs_grad(cos, sin)) {
+    if (!q.requires_grad()) out[0].detach_();
+    if (!k.requires_grad()) out[1].detach_();
+  }
+  return {std::move(out[0]), std::move(out[1])};
 }
 
 // In place with a tangent: the primal is a view of x, the tangent is replaced.
@@ -242,8 +189,11 @@ void rotate_dual_(const Arguments& a, const at::Tensor& x, const at::Tensor& cos
   }
 }
 
-// All that can be refused in place before anything is read or written.
+// Raises every error of an in-place call before memory is read or written, those of
+// RotateInPlace::apply included.
 void check_early(const Call& call) {
+  const auto& functorch = at::functorch::functorchTLSAccessor();
+  if (functorch) functorch->checkSupportsCppAutogradFunction();
   for (int i = 0; i < call.count(); ++i) {
     torch::autograd::check_inplace(*call.inputs[i],
                                    needs_grad(*call.inputs[i], call.cos, call.sin));
@@ -254,12 +204,22 @@ void check_early(const Call& call) {
   check_in_place(call);
 }
 
-// What a trained table's gradient needs of x before it is overwritten. Cloned where autograd can
-// see it, so that this gradient can be differentiated by x.
-OptionalTensor lanes_before(const Arguments& a, const at::Tensor& x, const at::Tensor& cos,
-                            const at::Tensor& sin) {
-  if (!needs_grad(cos, sin)) return std::nullopt;
-  return rotated_lanes(a, x, cos).clone();
+// Rotates `inputs` in place by `call` and records each of them.
+template <typename F>
+void record_in_place(const Arguments& a, at::TensorList inputs, const at::Tensor& cos,
+                     const at::Tensor& sin, F call) {
+  std::vector<variable_list> elements(inputs.size());
+  for (size_t i = 0; i < inputs.size() && needs_grad(cos, sin); ++i) {
+    // Autograd records the copy, so that the gradients of the tables are differentiable.
+    elements[i] = {rotated_elements(a, inputs[i], cos).clone()};
+  }
+  {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    call();
+  }
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    RotateInPlace::apply(inputs[i], cos, sin, elements[i], a);
+  }
 }
 
 void rotate_(const Arguments& a, const at::Tensor& x, const at::Tensor& cos,
@@ -271,12 +231,7 @@ void rotate_(const Arguments& a, const at::Tensor& x, const at::Tensor& cos,
   }
   check_early({"rotate_", {&x, nullptr}, cos, sin, a});
   if (dual) return rotate_dual_(a, x, cos, sin);
-  const OptionalTensor lanes = lanes_before(a, x, cos, sin);
-  {
-    const at::AutoDispatchBelowADInplaceOrView below;
-    call_rotate_(a, x, cos, sin);
-  }
-  RotateInPlace::apply(x, cos, sin, lanes, a);
+  record_in_place(a, x, cos, sin, [&] { call_rotate_(a, x, cos, sin); });
 }
 
 void rotate_qk_(const Arguments& a, const at::Tensor& q, const at::Tensor& k, const at::Tensor& cos,
@@ -291,14 +246,8 @@ void rotate_qk_(const Arguments& a, const at::Tensor& q, const at::Tensor& k, co
     rotate_(a, q, cos, sin);
     return rotate_(a, k, cos, sin);
   }
-  const OptionalTensor q_lanes = lanes_before(a, q, cos, sin);
-  const OptionalTensor k_lanes = lanes_before(a, k, cos, sin);
-  {
-    const at::AutoDispatchBelowADInplaceOrView below;
-    call_rotate_qk_(a, q, k, cos, sin);
-  }
-  RotateInPlace::apply(q, cos, sin, q_lanes, a);
-  RotateInPlace::apply(k, cos, sin, k_lanes, a);
+  const variable_list inputs = {q, k};
+  record_in_place(a, inputs, cos, sin, [&] { call_rotate_qk_(a, q, k, cos, sin); });
 }
 
 template <typename... Tensors>
@@ -323,47 +272,38 @@ void rotate_qk_out(const Arguments& a, const at::Tensor& q, const at::Tensor& k,
   call_rotate_qk_out(a, q, k, cos, sin, q_out, k_out);
 }
 
-// Below autograd, where calls without gradients and calls in inference mode meet: what is written
-// gets a new version.
+// Below autograd, on the path of calls without gradients and in inference mode: every tensor that
+// is written gets a new version.
 namespace versioned {
+
+template <typename F, typename... Tensors>
+void write(F call, const Tensors&... written) {
+  {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    call();
+  }
+  (torch::autograd::increment_version(written), ...);
+}
 
 void rotate_(const Arguments& a, const at::Tensor& x, const at::Tensor& cos,
              const at::Tensor& sin) {
-  {
-    const at::AutoDispatchBelowADInplaceOrView below;
-    call_rotate_(a, x, cos, sin);
-  }
-  torch::autograd::increment_version(x);
+  write([&] { call_rotate_(a, x, cos, sin); }, x);
 }
 
 void rotate_qk_(const Arguments& a, const at::Tensor& q, const at::Tensor& k, const at::Tensor& cos,
                 const at::Tensor& sin) {
-  {
-    const at::AutoDispatchBelowADInplaceOrView below;
-    call_rotate_qk_(a, q, k, cos, sin);
-  }
-  torch::autograd::increment_version(q);
-  torch::autograd::increment_version(k);
+  write([&] { call_rotate_qk_(a, q, k, cos, sin); }, q, k);
 }
 
 void rotate_out(const Arguments& a, const at::Tensor& x, const at::Tensor& cos,
                 const at::Tensor& sin, const at::Tensor& out) {
-  {
-    const at::AutoDispatchBelowADInplaceOrView below;
-    call_rotate_out(a, x, cos, sin, out);
-  }
-  torch::autograd::increment_version(out);
+  write([&] { call_rotate_out(a, x, cos, sin, out); }, out);
 }
 
 void rotate_qk_out(const Arguments& a, const at::Tensor& q, const at::Tensor& k,
                    const at::Tensor& cos, const at::Tensor& sin, const at::Tensor& q_out,
                    const at::Tensor& k_out) {
-  {
-    const at::AutoDispatchBelowADInplaceOrView below;
-    call_rotate_qk_out(a, q, k, cos, sin, q_out, k_out);
-  }
-  torch::autograd::increment_version(q_out);
-  torch::autograd::increment_version(k_out);
+  write([&] { call_rotate_qk_out(a, q, k, cos, sin, q_out, k_out); }, q_out, k_out);
 }
 
 }  // namespace versioned

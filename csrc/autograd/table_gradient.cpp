@@ -3,11 +3,12 @@
 #include <ATen/ATen.h>
 
 #include "ops/checks.h"
+#include "ops/token_rows.h"
 
 namespace fused_rope {
 namespace {
 
-// x as [B, S, H, lanes], a view.
+// x as [B, S, H, D], a view.
 at::Tensor as_bshd(const Arguments& a, const at::Tensor& x) {
   switch (parse_layout("rotate", a.layout)) {
     case Layout::kBHSD:
@@ -21,79 +22,46 @@ at::Tensor as_bshd(const Arguments& a, const at::Tensor& x) {
   }
 }
 
-// The distance between the members of a pair; 1 where there is no pair.
+// The distance between the elements of a pair; 1 where there is no pair.
 c10::SymInt pair_distance(const Arguments& a, const c10::SymInt& P) {
   return a.interleaved || P == 0 ? c10::SymInt(1) : P / a.blocks;
 }
 
-// The first or second members of all pairs of rotated lanes, [B, S, H, P], in the type the rotation
-// is computed in.
-at::Tensor members(const Arguments& a, const at::Tensor& lanes, int64_t which) {
-  const c10::SymInt P = lanes.sym_size(-1) / 2;
+// The first or second elements of all pairs of rotated elements, [B, S, H, P], in the dtype that
+// the rotation is computed in.
+at::Tensor members(const Arguments& a, const at::Tensor& elements, int64_t which) {
+  const c10::SymInt P = elements.sym_size(-1) / 2;
   const c10::SymInt distance = pair_distance(a, P);
-  const at::Tensor x = as_bshd(a, lanes);
+  const at::Tensor x = as_bshd(a, elements);
   const c10::SymInt B = x.sym_size(0), S = x.sym_size(1), H = x.sym_size(2);
-  // Batches of gradients know neither unflatten nor flatten.
+  // Batched gradients support neither unflatten nor flatten.
   const at::Tensor pairs = x.reshape_symint({B, S, H, P / distance, 2, distance});
   const at::Tensor wide = pairs.scalar_type() == at::kDouble ? pairs : pairs.to(at::kFloat);
   return wide.select(-2, which).reshape_symint({B, S, H, P});
 }
 
-// The table row of every token, [B, S, 1] or [B, S, P] with axes, and which are copied through
-// instead.
-struct TokenRows {
-  at::Tensor index;
-  at::Tensor copied;
+// The table row that each pair of each token reads, [B, S, P or 1], and which pairs are copied
+// through instead.
+struct PairRows {
+  PairRows(const Arguments& a, const at::Tensor& x) {
+    const c10::SymInt B = x.sym_size(0), S = x.sym_size(1);
+    const at::Tensor rows = token_rows_by_pair(a, S, x.device());
+    index = rows.expand_symint({B, S, rows.sym_size(-1)});
+    copied = index == -1;
+    index = index.masked_fill(copied, 0);
+  }
+
+  at::Tensor index, copied;
 };
 
-TokenRows token_rows(const Arguments& a, const c10::SymInt& B, const c10::SymInt& S,
-                     const at::Device& device) {
-  const auto options = at::TensorOptions(device).dtype(at::kLong);
-  at::Tensor index = at::arange(c10::Scalar(S), options).unsqueeze(0);  // [1, S], then [A, B, S]
-  at::Tensor copied = at::zeros({1, 1}, options.dtype(at::kBool));
-  at::Tensor sequence;
-  if (a.cu_seqlens.has_value()) {
-    const at::Tensor starts = a.cu_seqlens->to(at::kLong);
-    const at::Tensor token = index.select(0, 0);
-    sequence =
-        (at::searchsorted(starts, token, /*out_int32=*/false, /*right=*/true) - 1).clamp_min(0);
-    sequence = at::minimum(sequence, at::full({}, starts.sym_size(0) - 2, options).clamp_min(0));
-    copied = (token >= starts.select(0, -1)).unsqueeze(0);
-    index = (token - starts.index_select(0, sequence)).unsqueeze(0);
-  }
-  if (a.positions.has_value()) {
-    index = a.positions->to(at::kLong);
-    if (index.dim() == (a.axes.has_value() ? 2 : 1)) index = index.unsqueeze(-2);
-    copied = copied.logical_or(index == -1);
-  }
-  if (!a.axes.has_value()) {
-    index = index.unsqueeze(0);
-    copied = copied.unsqueeze(0);
-  }
-  index = index + a.offset;
-  if (a.offsets.has_value() && a.offsets->sym_size(0) != 0) {
-    index = index +
-            (sequence.defined() ? a.offsets->index_select(0, sequence) : a.offsets->unsqueeze(1));
-  }
-  if (a.axes.has_value()) {
-    const at::Tensor axis = at::tensor(*a.axes, at::kLong).to(device, /*non_blocking=*/true);
-    index = index.index_select(0, axis);
-    if (copied.dim() == 3) copied = copied.index_select(0, axis);
-  }
-  index = index.expand_symint({index.sym_size(0), B, S}).permute({1, 2, 0});
-  copied = (copied.dim() == 3 ? copied : copied.unsqueeze(0)).permute({1, 2, 0});
-  return {index.masked_fill(copied, 0), copied};
-}
-
-// Sums [B, S, P] over the tokens that read each row of a shared table, in a fixed order: on the CPU
-// embedding's backward keeps one, on CUDA an accumulating index_put, and neither the other way
-// round.
+// Sums [B, S, P] over the tokens that read each row of a shared table, in a fixed order. On the CPU
+// only embedding's backward has one, on CUDA only an accumulating index_put.
 at::Tensor sum_rows(const at::Tensor& terms, const at::Tensor& index, const c10::SymInt& M) {
   const c10::SymInt P = terms.sym_size(-1);
   const bool by_row = index.sym_size(-1) == 1;
   at::Tensor rows = index.flatten();
   at::Tensor sums = terms.reshape_symint({terms.sym_size(0) * terms.sym_size(1), P});
-  if (!by_row) {  // every pair reads a row of its own: the table as one column of entries
+  if (!by_row) {  // pairs read different rows: flatten the table to one column of entries
     rows = (index * P + at::arange(c10::Scalar(P), index.options())).flatten();
     sums = terms.reshape({-1, 1});
   }
@@ -109,51 +77,50 @@ at::Tensor sum_rows(const at::Tensor& terms, const at::Tensor& index, const c10:
 
 }  // namespace
 
-at::Tensor rotated_lanes(const Arguments& a, const at::Tensor& x, const at::Tensor& cos) {
+at::Tensor rotated_elements(const Arguments& a, const at::Tensor& x, const at::Tensor& cos) {
   return x.narrow_symint(-1, a.rotary_offset, 2 * cos.sym_size(-1));
 }
 
-TensorPair table_gradient(const Arguments& a, const at::Tensor& x_lanes, const at::Tensor& grad,
+TensorPair table_gradient(const Arguments& a, const at::Tensor& elements, const at::Tensor& grad,
                           const at::Tensor& cos) {
-  const at::Tensor grad_lanes = rotated_lanes(a, grad, cos);
-  const at::Tensor xa = members(a, x_lanes, 0), xb = members(a, x_lanes, 1);
-  const at::Tensor ga = members(a, grad_lanes, 0), gb = members(a, grad_lanes, 1);
-  TensorPair terms = {ga * xa + gb * xb, a.inverse ? ga * xb - gb * xa : gb * xa - ga * xb};
-  const bool shared = cos.dim() == 2;
-  TokenRows rows;
-  if (shared) rows = token_rows(a, xa.sym_size(0), xa.sym_size(1), xa.device());
-  const auto reduce = [&](at::Tensor term) {
-    if (!shared) {
-      if (cos.dim() == 3) term = term.sum(2);
-      return term.sum_to_size_symint(cos.sym_sizes()).to(cos.scalar_type());
-    }
-    term = term.sum(2).masked_fill(rows.copied, 0);
-    return sum_rows(term, rows.index, cos.sym_size(0)).to(cos.scalar_type());
+  const at::Tensor grad_elements = rotated_elements(a, grad, cos);
+  const at::Tensor xa = members(a, elements, 0), xb = members(a, elements, 1);
+  const at::Tensor ga = members(a, grad_elements, 0), gb = members(a, grad_elements, 1);
+  const at::Tensor cos_term = ga * xa + gb * xb;
+  const at::Tensor sin_term = a.inverse ? ga * xb - gb * xa : gb * xa - ga * xb;
+  if (cos.dim() == 2) {
+    const PairRows rows(a, xa);
+    const auto reduce = [&](const at::Tensor& term) {
+      const at::Tensor rotated = term.sum(2).masked_fill(rows.copied, 0);
+      return sum_rows(rotated, rows.index, cos.sym_size(0)).to(cos.scalar_type());
+    };
+    return {reduce(cos_term), reduce(sin_term)};
+  }
+  const auto reduce = [&](const at::Tensor& term) {
+    const at::Tensor by_table = cos.dim() == 3 ? term.sum(2) : term;
+    return by_table.sum_to_size_symint(cos.sym_sizes()).to(cos.scalar_type());
   };
-  return {reduce(std::get<0>(terms)), reduce(std::get<1>(terms))};
+  return {reduce(cos_term), reduce(sin_term)};
 }
 
 at::Tensor table_tangent(const Arguments& a, const at::Tensor& x, const at::Tensor& cos_tangent,
                          const at::Tensor& sin_tangent) {
   const at::Tensor rotated = call_rotate(a, x, cos_tangent, sin_tangent);
-  const at::Tensor lanes = as_bshd(a, rotated_lanes(a, rotated, cos_tangent));
+  const at::Tensor elements = as_bshd(a, rotated_elements(a, rotated, cos_tangent));
   at::Tensor tangent = at::zeros_like(rotated);
-  at::Tensor target = as_bshd(a, rotated_lanes(a, tangent, cos_tangent));
+  at::Tensor target = as_bshd(a, rotated_elements(a, tangent, cos_tangent));
   if (cos_tangent.dim() != 2) {
-    target.copy_(lanes);
+    target.copy_(elements);
     return tangent;
   }
-  // A pair's lanes are copied through together, so its mask is laid out as its members are.
-  const at::Tensor copied = token_rows(a, lanes.sym_size(0), lanes.sym_size(1), x.device()).copied;
-  const c10::SymInt P = cos_tangent.sym_size(-1);
-  at::Tensor mask = copied.unsqueeze(2);
-  if (copied.sym_size(-1) != 1) {
-    const c10::SymInt distance = pair_distance(a, P);
+  at::Tensor mask = PairRows(a, elements).copied.unsqueeze(2);  // [B, S, 1, P or 1]
+  if (mask.sym_size(-1) != 1) {  // both elements of a pair, in the order of the elements
+    const c10::SymInt P = cos_tangent.sym_size(-1), distance = pair_distance(a, P);
     mask = mask.unflatten_symint(-1, {P / distance, 1, distance});
     mask = mask.expand_symint({mask.sym_size(0), mask.sym_size(1), 1, P / distance, 2, distance})
                .flatten(-3);
   }
-  target.copy_(lanes.masked_fill(mask, 0));
+  target.copy_(elements.masked_fill(mask, 0));
   return tangent;
 }
 

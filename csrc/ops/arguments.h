@@ -32,6 +32,11 @@ struct Arguments {
 
 inline const OptionalTensor kNoTensor = std::nullopt;
 
+struct RotateOptions;
+
+// Borrowed from `options`.
+Arguments arguments_of(const RotateOptions& options);
+
 // Flat<&f>::call is what the dispatcher calls for f(arguments, tensors...); FlatOut the same for
 // schemas with out_rows.
 template <auto kFunction>

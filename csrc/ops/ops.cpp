@@ -6,14 +6,6 @@
 namespace fused_rope {
 namespace {
 
-Arguments arguments_of(const RotateOptions& o) {
-  at::OptionalIntArrayRef axes;
-  if (o.axes().has_value()) axes = at::IntArrayRef(*o.axes());
-  return {o.positions(),   o.offsets(),         o.cu_seqlens(), o.out_rows(),
-          o.offset(),      name_of(o.layout()), axes,           o.rotary_offset(),
-          o.interleaved(), o.blocks(),          o.inverse(),    name_of(o.precision())};
-}
-
 // out_rows belongs to the out functions alone.
 Arguments without_out_rows(const char* op, const RotateOptions& options) {
   TORCH_CHECK_VALUE(!options.out_rows().has_value(), op,
@@ -22,6 +14,14 @@ Arguments without_out_rows(const char* op, const RotateOptions& options) {
 }
 
 }  // namespace
+
+Arguments arguments_of(const RotateOptions& o) {
+  at::OptionalIntArrayRef axes;
+  if (o.axes().has_value()) axes = at::IntArrayRef(*o.axes());
+  return {o.positions(),   o.offsets(),         o.cu_seqlens(), o.out_rows(),
+          o.offset(),      name_of(o.layout()), axes,           o.rotary_offset(),
+          o.interleaved(), o.blocks(),          o.inverse(),    name_of(o.precision())};
+}
 
 at::Tensor rotate(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin,
                   const RotateOptions& options) {

@@ -75,6 +75,7 @@ class Autograd : public OnDevice {
         {"packed positions", {12}, RotateOptions(o).cu_seqlens(starts).positions(positions)},
         {"packed tokens", {1, 10}, o},
         {"no sequence", {12}, RotateOptions(o).cu_seqlens(integers({0}))},
+        {"no sequence after padding", {12}, RotateOptions(o).cu_seqlens(integers({3}))},
     };
   }
 

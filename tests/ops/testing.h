@@ -99,7 +99,7 @@ inline at::Tensor pair_rows(const RotateOptions& o, int64_t B, int64_t S, int64_
       int64_t sequence = b, start = 0;
       bool padding = false;
       if (starts.defined()) {
-        padding = s >= starts[-1].item<int64_t>();
+        padding = starts.size(0) == 1 || s >= starts[-1].item<int64_t>();
         for (int64_t n = 0; n + 1 < starts.size(0); ++n) {
           const auto first = starts[n].item<int64_t>();
           if (first <= s && s < starts[n + 1].item<int64_t>()) sequence = n, start = first;

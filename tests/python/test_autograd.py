@@ -288,6 +288,20 @@ def test_rows_that_nobody_reads_get_zeros(device):
         assert not t.grad[~read].any() and t.grad[read].all()
 
 
+@pytest.mark.parametrize("form", ["rotate", "rotate_"])
+def test_a_trained_table_has_the_errors_of_a_fixed_one(form, device):
+    x = torch.randn(2, 5, 3, 16, device=device)
+    f = getattr(fused_rope, form)
+    for P, options, message in (
+        (9, dict(), "P <= D/2"),
+        (4, dict(rotary_offset=9), "rotary_offset"),
+        (4, dict(blocks=3), "blocks that divide"),
+    ):
+        cos, sin = (t.requires_grad_() for t in angles(5, P, device))
+        with pytest.raises(ValueError, match=message):
+            f(x.clone(), cos, sin, **options)
+
+
 def test_learned_frequencies(device):
     """Autograd reaches the frequencies behind a table built by PyTorch."""
     x = tensor("bshd", 1, 5, 2, 8, torch.float64, device)

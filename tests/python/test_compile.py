@@ -195,17 +195,37 @@ def test_errors_under_compile(device):
         f(x)
 
 
-def test_compiled_autograd(device):
-    x = tensor("bshd", 2, 5, 4, 16, torch.float32, device).requires_grad_()
-    cos, sin = angles(5, 8, device)
+@pytest.mark.parametrize(
+    "kw",
+    [
+        dict(),
+        dict(layout="bhsd", offset=3, rotary_offset=2, interleaved=True, inverse=True),
+        dict(positions=[[4, -1, 0, 2], [1, 1, 8, 3]], axes=[0, 1, 1, 0], blocks=2),
+        dict(offset=[3, 0], precision="model"),
+        dict(layout="thd", cu_seqlens=[0, 3, 7]),
+    ],
+    ids=lambda kw: ", ".join(kw) or "defaults",
+)
+def test_compiled_autograd(kw, device):
+    """Every saved field reaches a compiled backward."""
+    kw = {k: torch.tensor(v, device=device) if _is_index(k, v) else v for k, v in kw.items()}
+    layout = kw.get("layout", "bshd")
+    B = 1 if layout == "thd" else 2
+    x = tensor(layout, B, 8 if B == 1 else 4, 3, 16, torch.bfloat16, device).requires_grad_()
+    cos, sin = angles(9, 4, device)
     with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
-        fused_rope.rotate(x, cos, sin).sum().backward()
-    same(x.grad, bits(torch.ones_like(x), cos, sin, inverse=True))
+        fused_rope.rotate(x, cos, sin, **kw).sum().backward()
+    inverse = kw | dict(inverse=not kw.get("inverse", False))
+    same(x.grad, bits(torch.ones_like(x), cos, sin, **inverse))
+
+
+def _is_index(name, value):
+    return isinstance(value, list) and name != "axes"
 
 
 @pytest.mark.parametrize("trained", [(0,), (1,), (2,), (0, 3), (0, 1, 2, 3)], ids=str)
 def test_compiled_autograd_of_both(trained, device):
-    """The graph's node is filled by hand; compiled autograd reads all of it."""
+    """Outputs of inputs that need no gradient have none; compiled autograd accepts the node."""
     q, k = (tensor("bshd", 2, 5, H, 16, torch.float32, device) for H in (4, 1))
     inputs = [q, k, *(t.clone() for t in angles(5, 8, device))]
     trained = [inputs[i].requires_grad_() for i in trained]

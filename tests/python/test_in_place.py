@@ -171,6 +171,25 @@ def test_refused_before_anything_is_touched(make, form, device):
     assert x._version == version and other._version == 0
 
 
+@pytest.mark.parametrize("form", ["rotate_", "rotate_qk_"])
+def test_the_operator_refuses_torch_func_before_anything_is_touched(form, device):
+    """The Python functions have a route of their own; the operator's Function does not."""
+    cos, sin = angles(5, 8, device)
+    xs = [torch.randn(2, 5, 4, 16, device=device) for _ in range(1 if form == "rotate_" else 2)]
+    seen = []
+
+    def f(*xs):
+        copies = [x * 1 for x in xs]
+        seen.extend((x, x.clone()) for x in copies)
+        getattr(torch.ops.fused_rope, form)(*copies, cos, sin)
+
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.grad(f, argnums=tuple(range(len(xs))))(*xs)
+    assert len(seen) == len(xs)
+    for x, before in seen:
+        same(*(torch._C._functorch.get_unwrapped(t) for t in (x, before)))
+
+
 def test_a_leaf_may_be_rotated_without_gradients(device):
     leaf = torch.randn(2, 5, 4, 16, device=device, requires_grad=True)
     cos, sin = angles(5, 8, device)
