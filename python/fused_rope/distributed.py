@@ -207,7 +207,7 @@ def _sequence_dim(layout: str) -> int:
     return layout.index("t" if layout == "thd" else "s")
 
 
-def _beside_dtensors(
+def _suit_dtensors(
     name: str,
     tensors: tuple[Tensor, ...],
     positions: Tensor | None,
@@ -240,4 +240,4 @@ def _beside_dtensors(
 
 for _name in ("rotate", "rotate_", "rotate_qk", "rotate_qk_"):
     _register(_name)
-functional._beside_dtensors = _beside_dtensors
+functional.suit_dtensors = _suit_dtensors

@@ -18,8 +18,8 @@ from . import _C, _functorch
 
 _ops = torch.ops.fused_rope
 _in_dynamo = torch.compiler.is_dynamo_compiling
-# Set by fused_rope.distributed: suits the arguments of a call to DTensors among them.
-_beside_dtensors: Callable[..., Any] | None = None
+# Set by fused_rope.distributed: makes the other arguments of a call with DTensors suit them.
+suit_dtensors: Callable[..., Any] | None = None
 
 
 def rotate(
@@ -99,15 +99,12 @@ def rotate(
         torch.Size([2, 128, 32, 64])
     """
     options = (layout, axes, rotary_offset, interleaved, blocks, inverse, precision)
-    rotated: Tensor
-    if out is None is out_rows and _beside_dtensors is None and not _in_dynamo():
-        rotated = _C.rotate(x, cos, sin, positions, offset, cu_seqlens, None, options)
-        if rotated is not NotImplemented:
-            return rotated
     if out is not None:
         _call("rotate_out", (x, cos, sin, out), positions, offset, cu_seqlens, options, out_rows)
         return out
-    rotated = _call("rotate", (x, cos, sin), positions, offset, cu_seqlens, options, out_rows)
+    rotated: Tensor = _call(
+        "rotate", (x, cos, sin), positions, offset, cu_seqlens, options, out_rows
+    )
     return rotated
 
 
@@ -145,10 +142,6 @@ def rotate_(
         >>> q = fused_rope.rotate_(qkv[:, :, 0], cos, sin)
     """
     options = (layout, axes, rotary_offset, interleaved, blocks, inverse, precision)
-    if _beside_dtensors is None and not _in_dynamo():
-        done = _C.rotate_(x, cos, sin, positions, offset, cu_seqlens, None, options)
-        if done is not NotImplemented:
-            return x
     _call("rotate_", (x, cos, sin), positions, offset, cu_seqlens, options)
     return x
 
@@ -187,11 +180,6 @@ def rotate_qk(
         >>> q, k = fused_rope.rotate_qk(q, k, cos, sin, layout="bhsd", offset=17)
     """
     options = (layout, axes, rotary_offset, interleaved, blocks, inverse, precision)
-    rotated: tuple[Tensor, Tensor]
-    if out is None is out_rows and _beside_dtensors is None and not _in_dynamo():
-        rotated = _C.rotate_qk(q, k, cos, sin, positions, offset, cu_seqlens, None, options)
-        if rotated is not NotImplemented:
-            return rotated
     if out is not None:
         if isinstance(out, Tensor) or len(out) != 2:
             got = "one tensor" if isinstance(out, Tensor) else f"{len(out)} of them"
@@ -206,7 +194,9 @@ def rotate_qk(
             out_rows,
         )
         return out
-    rotated = _call("rotate_qk", (q, k, cos, sin), positions, offset, cu_seqlens, options, out_rows)
+    rotated: tuple[Tensor, Tensor] = _call(
+        "rotate_qk", (q, k, cos, sin), positions, offset, cu_seqlens, options, out_rows
+    )
     return rotated
 
 
@@ -240,10 +230,6 @@ def rotate_qk_(
         >>> q, k = fused_rope.rotate_qk_(qkv[:, :, :8], qkv[:, :, 8:10], cos, sin)
     """
     options = (layout, axes, rotary_offset, interleaved, blocks, inverse, precision)
-    if _beside_dtensors is None and not _in_dynamo():
-        done = _C.rotate_qk_(q, k, cos, sin, positions, offset, cu_seqlens, None, options)
-        if done is not NotImplemented:
-            return q, k
     _call("rotate_qk_", (q, k, cos, sin), positions, offset, cu_seqlens, options)
     return q, k
 
@@ -345,13 +331,9 @@ def _call(
     options: tuple[Any, ...],
     out_rows: Tensor | None = None,
 ) -> Any:
-    """Calls operator `name` the way that this moment asks for."""
+    """The one route to operator `name`: eager calls go straight to C++, all others on from here."""
     if out_rows is not None and not name.endswith("_out"):
         raise ValueError(f"{name}: expected out beside out_rows, got none")
-    if _beside_dtensors is not None:
-        tensors, positions, offset, cu_seqlens = _beside_dtensors(
-            name, tensors, positions, offset, cu_seqlens, options[0]
-        )
     if not _in_dynamo():
         done = getattr(_C, name)(*tensors, positions, offset, cu_seqlens, out_rows, options)
         if done is not NotImplemented:
@@ -359,16 +341,17 @@ def _call(
         transform = torch._C._functorch.peek_interpreter_stack()
         if transform is not None and transform.key() != TransformType.Functionalize:
             return _functorch.call(_call, name, tensors, (positions, offset, cu_seqlens), options)
+    if suit_dtensors is not None:
+        tensors, positions, offset, cu_seqlens = suit_dtensors(
+            name, tensors, positions, offset, cu_seqlens, options[0]
+        )
     number, offsets = (0, offset) if isinstance(offset, Tensor) else (offset, None)
     extra = (out_rows,) if name.endswith("_out") else ()
-    arguments = (*tensors, positions, offsets, cu_seqlens, *extra, number, *options)
     operator = getattr(_ops, name)
-    if _in_dynamo():
-        return operator(*arguments)
     try:
-        return operator(*arguments)
+        return operator(*tensors, positions, offsets, cu_seqlens, *extra, number, *options)
     except NotImplementedError:
-        if any(isinstance(a, Tensor) and a.is_nested for a in arguments):
+        if any(tensor.is_nested for tensor in tensors):
             raise nested_error(name) from None
         raise
 
