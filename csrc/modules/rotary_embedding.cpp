@@ -3,17 +3,14 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/TracerMode.h>
 #include <ATen/ops/arange.h>
-#include <ATen/ops/full.h>
-#include <ATen/ops/searchsorted.h>
 #include <ATen/ops/where.h>
-#include <ATen/ops/zeros.h>
 
-#include <algorithm>
 #include <ostream>
 #include <utility>
 
 #include "modules/tables.h"
 #include "modules/varying.h"
+#include "ops/token_rows.h"
 
 namespace fused_rope {
 namespace {
@@ -46,42 +43,11 @@ int64_t sequence_dim(Layout layout) {
   return layout == Layout::kBSHD ? 1 : layout == Layout::kBHSD ? 2 : 0;
 }
 
-void check_indices(const at::Tensor& indices, const char* name) {
-  TORCH_CHECK_TYPE(indices.scalar_type() == at::kInt || indices.scalar_type() == at::kLong,
+void check_indices(const std::optional<at::Tensor>& indices, const char* name) {
+  if (!indices.has_value()) return;
+  TORCH_CHECK_TYPE(indices->scalar_type() == at::kInt || indices->scalar_type() == at::kLong,
                    "RotaryEmbedding: expected ", name, " of dtype int32 or int64, got ",
-                   indices.scalar_type());
-}
-
-// The position of each of `tokens` as the operator finds it, offset added; -1 for no rotation.
-at::Tensor positions_of(int64_t tokens, const RotaryEmbeddingForwardOptions& where,
-                        at::Device device) {
-  at::Tensor counted = at::arange(tokens, at::TensorOptions(device).dtype(at::kLong));
-  at::Tensor skipped = at::zeros({}, counted.options().dtype(at::kBool));
-  at::Tensor before = at::full({}, where.offset(), counted.options());
-  if (where.offsets().has_value()) {
-    check_indices(*where.offsets(), "offsets");
-    before = where.offsets()->unsqueeze(1);
-  }
-  if (where.cu_seqlens().has_value()) {
-    check_indices(*where.cu_seqlens(), "cu_seqlens");
-    const at::Tensor starts = where.cu_seqlens()->to(at::kLong);
-    const int64_t last = std::max<int64_t>(starts.size(0) - 2, 0);
-    const at::Tensor sequence = at::searchsorted(starts, counted, /*out_int32=*/false,
-                                                 /*right=*/true)
-                                    .sub(1)
-                                    .clamp(0, last);
-    skipped = counted >= starts[-1];
-    counted = counted - starts.index_select(0, sequence);
-    if (where.offsets().has_value()) before = where.offsets()->index_select(0, sequence);
-  }
-  if (where.positions().has_value()) {
-    check_indices(*where.positions(), "positions");
-    counted = where.positions()->to(at::kLong);
-    skipped = skipped | (counted == -1);
-  }
-  const at::Tensor found = counted + before;
-  // A sum that is no row must not look like -1: the operator is to refuse it.
-  return at::where(skipped, -1, at::where(found < 0, found.clamp_max(-2), found));
+                   indices->scalar_type());
 }
 
 }  // namespace
@@ -198,9 +164,17 @@ bool RotaryEmbeddingImpl::needs_rows_of_its_own(const at::Tensor& q, std::option
 // A table of a row for each token (and axis), computed on the device, and positions that name them.
 RotaryEmbeddingImpl::Rotation RotaryEmbeddingImpl::with_rows_of_its_own(
     const at::Tensor& q, const Where& where, RotateOptions rotation) const {
+  check_indices(where.positions(), "positions");
+  check_indices(where.offsets(), "offsets");
+  check_indices(where.cu_seqlens(), "cu_seqlens");
   const auto constants = tables_->constants(q.device());
+  const auto asked = RotateOptions(rotation)
+                         .positions(where.positions())
+                         .offset(where.offset())
+                         .offsets(where.offsets())
+                         .cu_seqlens(where.cu_seqlens());
   const at::Tensor positions =
-      positions_of(q.size(sequence_dim(options.layout())), where, q.device());
+      token_rows(arguments_of(asked), q.size(sequence_dim(options.layout())), q.device());
   const at::Tensor inv_freq = varying_frequencies(positions.max() + 1, constants->first,
                                                   constants->second, options.scaling());
   const at::Tensor angle = positions.reshape({-1, 1}).to(at::kDouble) * inv_freq;

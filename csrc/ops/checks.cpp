@@ -214,18 +214,21 @@ void check_apart(const Call& call, const char* name, const at::Tensor& tensor,
               other_name, ", got overlapping tensors");
 }
 
-// The i-th output, written by out_rows.
+// The i-th output, written by out_rows. Sizes may be symbols, as tracers have them.
 void check_scattered(const Call& call, int i, const at::Tensor& out) {
-  const Extents x = extents(*call.inputs[i], call.layout);
-  TORCH_CHECK_VALUE(out.size(1) == x.H && out.size(2) == x.D, call.op, ": expected ",
-                    call.out_name(i), " of shape [rows, H=", x.H, ", D=", x.D,
-                    "] beside out_rows, got ", out.sizes());
-  const at::IntArrayRef rows = call.arguments.out_rows->sizes();
-  const bool fits = rows == at::IntArrayRef({x.B, x.S}) ||
-                    (call.layout == Layout::kTHD && rows == at::IntArrayRef({x.S}));
-  TORCH_CHECK_VALUE(fits, call.op, ": expected out_rows of shape ",
-                    call.layout == Layout::kTHD ? "[T]" : "[B, S]", " with B=", x.B, ", S=", x.S,
-                    ", got ", rows);
+  const auto& axes = kAxes[static_cast<int>(call.layout)];
+  const c10::SymIntArrayRef x = call.inputs[i]->sym_sizes();
+  const bool packed = call.layout == Layout::kTHD;
+  const c10::SymInt B = packed ? c10::SymInt(1) : x[axes[0]];
+  const c10::SymInt &S = x[axes[1]], &H = x[axes[2]], &D = x.back();
+  TORCH_CHECK_VALUE(out.sym_size(1) == H && out.sym_size(2) == D, call.op, ": expected ",
+                    call.out_name(i), " of shape [rows, H=", H, ", D=", D,
+                    "] beside out_rows, got ", out.sym_sizes());
+  const c10::SymIntArrayRef rows = call.arguments.out_rows->sym_sizes();
+  const bool fits = (rows.size() == 2 && rows[0] == B && rows[1] == S) ||
+                    (packed && rows.size() == 1 && rows[0] == S);
+  TORCH_CHECK_VALUE(fits, call.op, ": expected out_rows of shape ", packed ? "[T]" : "[B, S]",
+                    " with B=", B, ", S=", S, ", got ", rows);
 }
 
 }  // namespace
@@ -315,9 +318,9 @@ void check_out(const Call& call, const Outputs& outputs) {
     if (i == call.count() - 1 && call.arguments.out_rows.has_value()) {
       check_scattered(call, i, *outputs[i]);
     } else {
-      TORCH_CHECK_VALUE(outputs[i]->sizes() == call.inputs[i]->sizes(), call.op, ": expected ",
-                        call.out_name(i), " of shape ", call.inputs[i]->sizes(), " as ",
-                        call.name(i), " is, got ", outputs[i]->sizes());
+      TORCH_CHECK_VALUE(outputs[i]->sym_sizes() == call.inputs[i]->sym_sizes(), call.op,
+                        ": expected ", call.out_name(i), " of shape ", call.inputs[i]->sym_sizes(),
+                        " as ", call.name(i), " is, got ", outputs[i]->sym_sizes());
     }
     check_writable(call, call.out_name(i), *outputs[i]);
     for (int j = 0; j < call.count(); ++j)

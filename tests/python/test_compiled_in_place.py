@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from fused_rope.compat import flash_attn, unsloth, vllm
-from oracle import angles, same
+from oracle import LAYOUTS, angles, same, tensor
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -150,6 +150,70 @@ def test_operators_called_directly(form: str, device: str) -> None:
     check(f, [[torch.randn(shape, device=device)] for shape in SHAPES], False, "inductor")
 
 
+OUTPUTS = {
+    "select": lambda x: x[:, :, 1],
+    "slice of a select": lambda x: x[:, :, -1, 1:],
+    "part of each head": lambda x: x[:, :, 1, :, 2:],
+}
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_outputs(backend: str, device: str) -> None:
+    """A view of memory that is there already."""
+    cos, sin = angles(64, 3, device)
+
+    def f(*xs: Tensor) -> list[Tensor]:
+        for x, view in zip(xs, OUTPUTS.values(), strict=True):
+            fused_rope.rotate(view(x) * 2, cos, sin, out=view(x))
+        return [x * 2 for x in xs]
+
+    calls = [[torch.randn(shape, device=device) for _ in OUTPUTS] for shape in SHAPES]
+    check(f, calls, False, backend, dynamic=True)
+
+
+@pytest.mark.parametrize(
+    "backend,layout", [("inductor", "bhsd"), *(("aot_eager", layout) for layout in LAYOUTS)]
+)
+def test_rows_of_a_cache(backend: str, layout: str, device: str) -> None:
+    """Keys go into a half of [pages, 2, page_size, H, D] or [2, pages, page_size, H, D]."""
+    cos, sin = angles(64, 4, device)
+    batches = 1 if layout == "thd" else 2
+
+    def f(q: Tensor, k: Tensor, pages: Tensor, slots: Tensor) -> list[Tensor]:
+        q_out = torch.empty_like(q)
+        kw: dict[str, Any] = {"layout": layout, "out_rows": slots}
+        fused_rope.rotate_qk(q, k, cos, sin, out=(q_out, pages[1].flatten(0, 1)), **kw)
+        fused_rope.rotate(q[..., :8], cos, sin, out=pages[:, 1, 0], **kw)
+        return [q_out, pages * 2]
+
+    compiled = torch.compile(f, backend=backend, fullgraph=True, dynamic=True)
+    for S, H, kept in ((4, 3, 1.0), (5, 2, 0.5), (6, 4, 0.0)):
+        q, k = (tensor(layout, batches, S, H, 8, torch.float32, device) for _ in range(2))
+        pages = torch.randn(batches * S, 2 * S, 2, H, 8, device=device)
+        slots = torch.randperm(batches * S)
+        slots[torch.rand(slots.shape) >= kept] = -1
+        slots = (slots if layout == "thd" else slots.view(batches, S)).to(device)
+        inputs = [q, k, pages, slots]
+        want, got = ([x.clone() for x in inputs] for _ in range(2))
+        for a, b in zip(f(*want), compiled(*got), strict=True):
+            same(b, a)
+        same(got[2], want[2])
+
+
+@pytest.mark.parametrize("slot", [-2, 40])
+def test_a_slot_outside_the_cache(slot: int) -> None:
+    cos, sin = angles(64, 4)
+    x, cache = torch.randn(5, 2, 8), torch.randn(40, 2, 8)
+    slots = torch.tensor([0, 1, slot, -1, 2])
+
+    def f(x: Tensor, cache: Tensor, slots: Tensor) -> Tensor:
+        return fused_rope.rotate(x, cos, sin, layout="thd", out=cache, out_rows=slots)
+
+    for call in (f, torch.compile(f, backend="aot_eager")):
+        with pytest.raises(IndexError):
+            call(x, cache, slots)
+
+
 def test_views_as_inputs(device: str) -> None:
     """q and k of one packed tensor are arguments of the compiled function."""
     cos, sin = angles(64, 4, device)
@@ -239,6 +303,11 @@ def refused() -> dict[str, Callable[[Tensor], Any]]:
         "rows": lambda x: narrow(x[:, :, 0], cos[:3], sin[:3]),
         "row of -2": lambda x: narrow(
             x[:, :, 0], cos, sin, positions=torch.full((x.shape[1],), -2)
+        ),
+        "out of another shape": lambda x: fused_rope.rotate(x[:1, :, 0], cos, sin, out=x[:, :, 1]),
+        "out is x": lambda x: fused_rope.rotate(x[0], cos, sin, out=x[0]),
+        "out expanded": lambda x: fused_rope.rotate(
+            x[:, :, 0], cos, sin, out=x[:1, :, 1].expand(2, -1, -1, -1)
         ),
         "leaf": lambda x: narrow(x[:, :, 0], cos, sin),
         "one of an unbind": lambda x: narrow((x * 1).unbind(2)[0], cos, sin),
