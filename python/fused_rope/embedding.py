@@ -8,7 +8,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from .functional import nested_error, refuse_scripting, rotate, rotate_qk
+from .functional import call, nested_error, refuse_scripting
 from .hf_config import config_arguments, listed_order
 from .scaled_frequencies import ScaledFrequencies
 from .table_cache import TableCache
@@ -224,38 +224,44 @@ class RotaryEmbedding(torch.nn.Module):
         """
         if q.is_nested:
             raise nested_error("RotaryEmbedding")
-        if q.shape[-1] != self.head_dim:
+        shape = q.shape
+        if shape[-1] != self.head_dim:
             raise ValueError(
-                f"RotaryEmbedding: expected q with D={self.head_dim}, got {tuple(q.shape)}"
+                f"RotaryEmbedding: expected q with D={self.head_dim}, got {tuple(shape)}"
             )
         rows = None
-        if positions is None and cu_seqlens is None and not isinstance(offset, Tensor):
-            rows = q.shape[self._sequence_dim] + offset
+        # Check for int first: a failing isinstance check against Tensor is slow.
+        if (
+            (type(offset) is int or not isinstance(offset, Tensor))
+            and positions is None
+            and cu_seqlens is None
+        ):
+            rows = shape[self._sequence_dim] + offset
         axes = None if self.axes is None else self._axes_of(positions, q)
         pair = self._tables.pair(rows, q)
         if pair is None and (q.numel() == 0 or (cu_seqlens is not None and self.layout != "thd")):
             pair = self._tables.longest()  # nothing to rotate, or the operator refuses the call
         if pair is None:
-            tokens = q.shape[self._sequence_dim]
             with fake_mode_of(q):
+                tokens = shape[self._sequence_dim]
                 positions = _positions(positions, offset, cu_seqlens, tokens, q.device)
                 pair, positions = self._tables.frequencies.own_table(positions)
             offset, cu_seqlens = 0, None
-        cos, sin = pair
-        options: dict[str, Any] = {
-            "positions": positions,
-            "offset": offset,
-            "cu_seqlens": cu_seqlens,
-            "axes": axes,
-            "layout": self.layout,
-            "rotary_offset": self.rotary_offset,
-            "interleaved": self.interleaved,
-            "blocks": self.blocks,
-            "precision": self.precision,
-        }
+        options = (
+            self.layout,
+            axes,
+            self.rotary_offset,
+            self.interleaved,
+            self.blocks,
+            False,
+            self.precision,
+        )
+        rotated: Tensor | tuple[Tensor, Tensor]
         if k is None:
-            return rotate(q, cos, sin, **options)
-        return rotate_qk(q, k, cos, sin, **options)
+            rotated = call("rotate", (q, *pair), positions, offset, cu_seqlens, options)
+        else:
+            rotated = call("rotate_qk", (q, k, *pair), positions, offset, cu_seqlens, options)
+        return rotated
 
     def reserve(self, rows: int) -> None:
         """Makes tables have at least `rows` rows, and the one for `device` exist.

@@ -100,9 +100,9 @@ def rotate(
     """
     options = (layout, axes, rotary_offset, interleaved, blocks, inverse, precision)
     if out is not None:
-        _call("rotate_out", (x, cos, sin, out), positions, offset, cu_seqlens, options, out_rows)
+        call("rotate_out", (x, cos, sin, out), positions, offset, cu_seqlens, options, out_rows)
         return out
-    rotated: Tensor = _call(
+    rotated: Tensor = call(
         "rotate", (x, cos, sin), positions, offset, cu_seqlens, options, out_rows
     )
     return rotated
@@ -142,7 +142,7 @@ def rotate_(
         >>> q = fused_rope.rotate_(qkv[:, :, 0], cos, sin)
     """
     options = (layout, axes, rotary_offset, interleaved, blocks, inverse, precision)
-    _call("rotate_", (x, cos, sin), positions, offset, cu_seqlens, options)
+    call("rotate_", (x, cos, sin), positions, offset, cu_seqlens, options)
     return x
 
 
@@ -184,7 +184,7 @@ def rotate_qk(
         if isinstance(out, Tensor) or len(out) != 2:
             got = "one tensor" if isinstance(out, Tensor) else f"{len(out)} of them"
             raise TypeError(f"rotate_qk: expected out to be a pair of tensors, got {got}")
-        _call(
+        call(
             "rotate_qk_out",
             (q, k, cos, sin, *out),
             positions,
@@ -194,7 +194,7 @@ def rotate_qk(
             out_rows,
         )
         return out
-    rotated: tuple[Tensor, Tensor] = _call(
+    rotated: tuple[Tensor, Tensor] = call(
         "rotate_qk", (q, k, cos, sin), positions, offset, cu_seqlens, options, out_rows
     )
     return rotated
@@ -230,7 +230,7 @@ def rotate_qk_(
         >>> q, k = fused_rope.rotate_qk_(qkv[:, :, :8], qkv[:, :, 8:10], cos, sin)
     """
     options = (layout, axes, rotary_offset, interleaved, blocks, inverse, precision)
-    _call("rotate_qk_", (q, k, cos, sin), positions, offset, cu_seqlens, options)
+    call("rotate_qk_", (q, k, cos, sin), positions, offset, cu_seqlens, options)
     return q, k
 
 
@@ -322,7 +322,7 @@ def rotate_qk_wide(
     return None if rotated is NotImplemented else rotated
 
 
-def _call(
+def call(
     name: str,
     tensors: tuple[Tensor, ...],
     positions: Tensor | None,
@@ -331,7 +331,12 @@ def _call(
     options: tuple[Any, ...],
     out_rows: Tensor | None = None,
 ) -> Any:
-    """The one route to operator `name`: eager calls go straight to C++, all others on from here."""
+    """The one route to operator `name`: eager calls go straight to C++, all others on from here.
+
+    Args:
+        tensors: x, or q and k; cos, sin; the outputs.
+        options: layout, axes, rotary_offset, interleaved, blocks, inverse, precision.
+    """
     if out_rows is not None and not name.endswith("_out"):
         raise ValueError(f"{name}: expected out beside out_rows, got none")
     if not _in_dynamo():
@@ -340,7 +345,7 @@ def _call(
             return done
         transform = torch._C._functorch.peek_interpreter_stack()
         if transform is not None and transform.key() != TransformType.Functionalize:
-            return _functorch.call(_call, name, tensors, (positions, offset, cu_seqlens), options)
+            return _functorch.call(call, name, tensors, (positions, offset, cu_seqlens), options)
     if suit_dtensors is not None:
         tensors, positions, offset, cu_seqlens = suit_dtensors(
             name, tensors, positions, offset, cu_seqlens, options[0]
