@@ -86,11 +86,6 @@ void write(const Call& call, const at::Tensor& out, const at::Tensor& rotated) {
   }
 }
 
-Arguments without_out_rows(const Arguments& a) {
-  return {a.positions, a.offsets,       a.cu_seqlens,  kNoTensor, a.offset,  a.layout,
-          a.axes,      a.rotary_offset, a.interleaved, a.blocks,  a.inverse, a.precision};
-}
-
 void rotate_out(const Arguments& a, const at::Tensor& x, const at::Tensor& cos,
                 const at::Tensor& sin, const at::Tensor& out) {
   const at::AutoDispatchBelowADInplaceOrView below;
@@ -101,7 +96,7 @@ void rotate_out(const Arguments& a, const at::Tensor& x, const at::Tensor& cos,
   const Call call = {"rotate_out", {&x, nullptr}, cos, sin, a};
   check_metadata(call);
   check_out(call, {&out, nullptr});
-  write(call, out, call_rotate(without_out_rows(a), x, cos, sin));
+  write(call, out, call_rotate(a, x, cos, sin));
 }
 
 void rotate_qk_out(const Arguments& a, const at::Tensor& q, const at::Tensor& k,
@@ -115,7 +110,7 @@ void rotate_qk_out(const Arguments& a, const at::Tensor& q, const at::Tensor& k,
   const Call call = {"rotate_qk_out", {&q, &k}, cos, sin, a};
   check_metadata(call);
   check_out(call, {&q_out, &k_out});
-  const auto [q_rotated, k_rotated] = call_rotate_qk(without_out_rows(a), q, k, cos, sin);
+  const auto [q_rotated, k_rotated] = call_rotate_qk(a, q, k, cos, sin);
   q_out.copy_(q_rotated);
   write(call, k_out, k_rotated);
 }

@@ -30,6 +30,7 @@ struct Saved {
     if (a.blocks != defaults.blocks) data["blocks"] = a.blocks;
     if (a.inverse != defaults.inverse) data["inverse"] = a.inverse;
     if (a.precision != defaults.precision) data["precision"] = a.precision;
+    if (a.table_layout != defaults.table_layout) data["table_layout"] = a.table_layout;
   }
 
   explicit Saved(torch::autograd::AutogradContext* ctx) {
@@ -57,6 +58,8 @@ struct Saved {
     if (const auto* v = found("inverse")) options.inverse(v->toBool());
     if (const auto* v = found("precision"))
       options.precision(parse_precision("rotate", v->toStringView()));
+    if (const auto* v = found("table_layout"))
+      options.table_layout(parse_table_layout("rotate", v->toStringView()));
   }
 
   at::Tensor cos, sin;

@@ -40,6 +40,26 @@ at::Tensor members(const Arguments& a, const at::Tensor& elements, int64_t which
   return wide.select(-2, which).reshape_symint({B, S, H, P});
 }
 
+// P of a table.
+c10::SymInt pairs_of(const Arguments& a, const at::Tensor& table) {
+  return fused_rope::pairs_of(parse_table_layout("rotate", a.table_layout), table.sym_size(-1));
+}
+
+// The gradient of a whole table [..., P or 2P] from that of the numbers that are read, [..., P].
+at::Tensor with_unread_columns(const Arguments& a, const at::Tensor& grad) {
+  switch (parse_table_layout("rotate", a.table_layout)) {
+    case TableLayout::kTiled:
+      return at::cat({grad, at::zeros_like(grad)}, -1);
+    case TableLayout::kRepeated: {
+      c10::SymDimVector sizes(grad.sym_sizes());
+      sizes.back() = sizes.back() * 2;
+      return at::stack({grad, at::zeros_like(grad)}, -1).reshape_symint(sizes);
+    }
+    default:
+      return grad;
+  }
+}
+
 // The table row that each pair of each token reads, [B, S, P or 1], and which pairs are copied
 // through instead.
 struct PairRows {
@@ -78,7 +98,7 @@ at::Tensor sum_rows(const at::Tensor& terms, const at::Tensor& index, const c10:
 }  // namespace
 
 at::Tensor rotated_elements(const Arguments& a, const at::Tensor& x, const at::Tensor& cos) {
-  return x.narrow_symint(-1, a.rotary_offset, 2 * cos.sym_size(-1));
+  return x.narrow_symint(-1, a.rotary_offset, 2 * pairs_of(a, cos));
 }
 
 TensorPair table_gradient(const Arguments& a, const at::Tensor& elements, const at::Tensor& grad,
@@ -92,13 +112,16 @@ TensorPair table_gradient(const Arguments& a, const at::Tensor& elements, const 
     const PairRows rows(a, xa);
     const auto reduce = [&](const at::Tensor& term) {
       const at::Tensor rotated = term.sum(2).masked_fill(rows.copied, 0);
-      return sum_rows(rotated, rows.index, cos.sym_size(0)).to(cos.scalar_type());
+      return with_unread_columns(
+          a, sum_rows(rotated, rows.index, cos.sym_size(0)).to(cos.scalar_type()));
     };
     return {reduce(cos_term), reduce(sin_term)};
   }
   const auto reduce = [&](const at::Tensor& term) {
     const at::Tensor by_table = cos.dim() == 3 ? term.sum(2) : term;
-    return by_table.sum_to_size_symint(cos.sym_sizes()).to(cos.scalar_type());
+    c10::SymDimVector sizes(cos.sym_sizes());
+    sizes.back() = pairs_of(a, cos);
+    return with_unread_columns(a, by_table.sum_to_size_symint(sizes).to(cos.scalar_type()));
   };
   return {reduce(cos_term), reduce(sin_term)};
 }
@@ -115,7 +138,7 @@ at::Tensor table_tangent(const Arguments& a, const at::Tensor& x, const at::Tens
   }
   at::Tensor mask = PairRows(a, elements).copied.unsqueeze(2);  // [B, S, 1, P or 1]
   if (mask.sym_size(-1) != 1) {  // both elements of a pair, in the order of the elements
-    const c10::SymInt P = cos_tangent.sym_size(-1), distance = pair_distance(a, P);
+    const c10::SymInt P = pairs_of(a, cos_tangent), distance = pair_distance(a, P);
     mask = mask.unflatten_symint(-1, {P / distance, 1, distance});
     mask = mask.expand_symint({mask.sym_size(0), mask.sym_size(1), 1, P / distance, 2, distance})
                .flatten(-3);

@@ -28,6 +28,7 @@ struct Arguments {
   int64_t blocks;
   bool inverse;
   std::string_view precision;
+  std::string_view table_layout;
 };
 
 inline const OptionalTensor kNoTensor = std::nullopt;
@@ -37,59 +38,43 @@ struct RotateOptions;
 // Borrowed from `options`.
 Arguments arguments_of(const RotateOptions& options);
 
-// Flat<&f>::call is what the dispatcher calls for f(arguments, tensors...); FlatOut the same for
-// schemas with out_rows.
-template <auto kFunction>
+// Flat<&f>::call is what the dispatcher calls for f(arguments, tensors...), FlatOut<&f>::call the
+// same for schemas with out_rows. Where f is the typed call of a public operator, `dispatch` calls
+// that operator through the dispatcher.
+template <auto kFunction, typename... OutRows>
 struct Flat;
 
-template <typename Result, typename... Tensors, Result (*kFunction)(const Arguments&, Tensors...)>
-struct Flat<kFunction> {
-  static Result call(Tensors... tensors, const OptionalTensor& positions,
-                     const OptionalTensor& offsets, const OptionalTensor& cu_seqlens,
-                     c10::SymInt offset, std::string_view layout, at::OptionalIntArrayRef axes,
-                     int64_t rotary_offset, bool interleaved, int64_t blocks, bool inverse,
-                     std::string_view precision) {
-    return kFunction({positions, offsets, cu_seqlens, kNoTensor, std::move(offset), layout, axes,
-                      rotary_offset, interleaved, blocks, inverse, precision},
-                     tensors...);
-  }
-};
-
 template <auto kFunction>
-struct FlatOut;
+using FlatOut = Flat<kFunction, const OptionalTensor&>;
 
-template <typename Result, typename... Tensors, Result (*kFunction)(const Arguments&, Tensors...)>
-struct FlatOut<kFunction> {
+template <typename Result, typename... Tensors, Result (*kFunction)(const Arguments&, Tensors...),
+          typename... OutRows>
+struct Flat<kFunction, OutRows...> {
   static Result call(Tensors... tensors, const OptionalTensor& positions,
                      const OptionalTensor& offsets, const OptionalTensor& cu_seqlens,
-                     const OptionalTensor& out_rows, c10::SymInt offset, std::string_view layout,
+                     OutRows... out_rows, c10::SymInt offset, std::string_view layout,
                      at::OptionalIntArrayRef axes, int64_t rotary_offset, bool interleaved,
-                     int64_t blocks, bool inverse, std::string_view precision) {
-    return kFunction({positions, offsets, cu_seqlens, out_rows, std::move(offset), layout, axes,
-                      rotary_offset, interleaved, blocks, inverse, precision},
-                     tensors...);
+                     int64_t blocks, bool inverse, std::string_view precision,
+                     std::string_view table_layout) {
+    return kFunction(
+        {positions, offsets, cu_seqlens, or_none(out_rows...), std::move(offset), layout, axes,
+         rotary_offset, interleaved, blocks, inverse, precision, table_layout},
+        tensors...);
   }
+
+  static Result dispatch(const char* name, const Arguments& a, Tensors... tensors) {
+    static const auto handle =
+        c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<decltype(call)>();
+    return handle.call(tensors..., a.positions, a.offsets, a.cu_seqlens,
+                       static_cast<OutRows>(a.out_rows)..., a.offset, a.layout, a.axes,
+                       a.rotary_offset, a.interleaved, a.blocks, a.inverse, a.precision,
+                       a.table_layout);
+  }
+
+ private:
+  static const OptionalTensor& or_none() { return kNoTensor; }
+  static const OptionalTensor& or_none(const OptionalTensor& out_rows) { return out_rows; }
 };
-
-// Calls the public operator `name` through the dispatcher; kFunction has its type, Arguments first.
-template <auto kFunction, typename... Tensors>
-auto call_operator(const char* name, const Arguments& a, const Tensors&... tensors) {
-  static const auto handle = c10::Dispatcher::singleton()
-                                 .findSchemaOrThrow(name, "")
-                                 .typed<decltype(Flat<kFunction>::call)>();
-  return handle.call(tensors..., a.positions, a.offsets, a.cu_seqlens, a.offset, a.layout, a.axes,
-                     a.rotary_offset, a.interleaved, a.blocks, a.inverse, a.precision);
-}
-
-template <auto kFunction, typename... Tensors>
-auto call_out_operator(const char* name, const Arguments& a, const Tensors&... tensors) {
-  static const auto handle = c10::Dispatcher::singleton()
-                                 .findSchemaOrThrow(name, "")
-                                 .typed<decltype(FlatOut<kFunction>::call)>();
-  return handle.call(tensors..., a.positions, a.offsets, a.cu_seqlens, a.out_rows, a.offset,
-                     a.layout, a.axes, a.rotary_offset, a.interleaved, a.blocks, a.inverse,
-                     a.precision);
-}
 
 using TensorPair = std::tuple<at::Tensor, at::Tensor>;
 

@@ -11,6 +11,7 @@ namespace {
 
 constexpr std::array<std::string_view, 4> kLayoutNames = {"bshd", "bhsd", "sbhd", "thd"};
 constexpr std::array<std::string_view, 2> kPrecisionNames = {"fp32", "model"};
+constexpr std::array<std::string_view, 3> kTableLayoutNames = {"half", "tiled", "repeated"};
 
 // Where batch, sequence and heads lie in each layout; packed tokens have no batch.
 constexpr int kAxes[4][3] = {{0, 1, 2}, {0, 2, 1}, {1, 0, 2}, {-1, 0, 1}};
@@ -111,13 +112,30 @@ void check_gathered(const Call& call) {
   }
 }
 
-void check_span(const Call& call, const Extents& x, int64_t P) {
+// What to do about a table with more columns than a head has room for.
+std::string advice_for_wide_table(const Call& call, const Extents& x) {
+  const int64_t columns = call.cos.sizes().back();
+  if (call.table_layout == TableLayout::kHalf && columns % 2 == 0 && columns <= x.D) {
+    return "; if every number is there twice (full width), pass table_layout=\"tiled\" or "
+           "\"repeated\"";
+  }
+  if (x.D % 2 == 0) return "";
+  return c10::str("; D is odd, so at most P=", x.D / 2,
+                  " pairs fit and one element of each head is copied");
+}
+
+void check_span(const Call& call, const Extents& x) {
   const Arguments& a = call.arguments;
-  TORCH_CHECK_VALUE(2 * P <= x.D, call.op, ": expected cos with P <= D/2 columns, D=", x.D,
-                    ", got ", call.cos.sizes(),
-                    x.D % 2 == 0 ? ""
-                                 : c10::str("; D is odd, so at most P=", x.D / 2,
-                                            " pairs fit and one element of each head is copied"));
+  const int64_t P = call.P();
+  const bool half = call.table_layout == TableLayout::kHalf;
+  TORCH_CHECK_VALUE(half || call.cos.sizes().back() % 2 == 0, call.op,
+                    ": expected cos with an even number of columns (2P) for table_layout=\"",
+                    a.table_layout, "\", got ", call.cos.sizes(),
+                    "; an odd head_dim leaves one element of each head unrotated");
+  TORCH_CHECK_VALUE(2 * P <= x.D, call.op, ": expected cos with ", half ? "P <= D/2" : "2P <= D",
+                    " columns, D=", x.D, ", got ", call.cos.sizes(),
+                    half ? "" : c10::str(" and table_layout=\"", a.table_layout, "\""),
+                    advice_for_wide_table(call, x));
   TORCH_CHECK_VALUE(a.rotary_offset <= x.D - 2 * P, call.op,
                     ": expected rotary_offset + R <= D, R=", 2 * P, ", D=", x.D,
                     ", got rotary_offset=", a.rotary_offset);
@@ -126,8 +144,9 @@ void check_span(const Call& call, const Extents& x, int64_t P) {
   TORCH_CHECK_VALUE(x.D < int64_t{1} << 31, call.op, ": expected D < 2^31, got ", x.D);
 }
 
-void check_positions(const Call& call, const Extents& x, int64_t P) {
+void check_positions(const Call& call, const Extents& x) {
   const Arguments& a = call.arguments;
+  const int64_t P = call.P();
   const at::IntArrayRef sizes = a.positions->sizes();
   const size_t leading = a.axes.has_value() ? 1 : 0;
   const bool fits = (sizes.size() == leading + 1 && sizes[leading] == x.S) ||
@@ -153,7 +172,7 @@ void check_positions(const Call& call, const Extents& x, int64_t P) {
 
 void check_shared(const Call& call, const Extents& x) {
   const Arguments& a = call.arguments;
-  if (a.positions.has_value()) check_positions(call, x, call.cos.size(1));
+  if (a.positions.has_value()) check_positions(call, x);
   if (a.offsets.has_value()) {
     const int64_t rows = a.cu_seqlens.has_value() ? a.cu_seqlens->size(0) - 1 : x.B;
     TORCH_CHECK_VALUE(a.offsets->dim() == 1 && a.offsets->size(0) == rows, call.op,
@@ -241,10 +260,18 @@ Precision parse_precision(const char* op, std::string_view precision) {
   return static_cast<Precision>(find_name(op, "precision", kPrecisionNames, precision));
 }
 
+TableLayout parse_table_layout(const char* op, std::string_view table_layout) {
+  return static_cast<TableLayout>(find_name(op, "table_layout", kTableLayoutNames, table_layout));
+}
+
 std::string_view name_of(Layout layout) { return kLayoutNames[static_cast<size_t>(layout)]; }
 
 std::string_view name_of(Precision precision) {
   return kPrecisionNames[static_cast<size_t>(precision)];
+}
+
+std::string_view name_of(TableLayout table_layout) {
+  return kTableLayoutNames[static_cast<size_t>(table_layout)];
 }
 
 Extents extents(const at::Tensor& x, Layout layout) {
@@ -275,7 +302,7 @@ void check_sizes(const Call& call) {
   const Extents x = extents(*call.inputs[0], call.layout);
   TORCH_CHECK_VALUE(call.sin.sizes() == call.cos.sizes(), call.op, ": expected sin of cos's shape ",
                     call.cos.sizes(), ", got ", call.sin.sizes());
-  check_span(call, x, call.cos.sizes().back());
+  check_span(call, x);
   for (int i = 0; i < call.count(); ++i) {
     const Extents other = extents(*call.inputs[i], call.layout);
     TORCH_CHECK_VALUE(other.B == x.B && other.S == x.S && other.D == x.D, call.op, ": expected ",

@@ -10,12 +10,20 @@
 
 namespace fused_rope {
 
-// ValueError naming `op` for a word that is no layout or precision.
+// ValueError naming `op` for a word that is none of the names.
 Layout parse_layout(const char* op, std::string_view layout);
 Precision parse_precision(const char* op, std::string_view precision);
+TableLayout parse_table_layout(const char* op, std::string_view table_layout);
 
 std::string_view name_of(Layout layout);
 std::string_view name_of(Precision precision);
+std::string_view name_of(TableLayout table_layout);
+
+// P of a table with so many columns. Int is int64_t or SymInt.
+template <typename Int>
+Int pairs_of(TableLayout table_layout, const Int& columns) {
+  return table_layout == TableLayout::kHalf ? columns : columns / 2;
+}
 
 // One call of an operator: x, or q and k, with what they are rotated by.
 struct Call {
@@ -26,7 +34,9 @@ struct Call {
   const Arguments& arguments;
   Layout layout = parse_layout(op, arguments.layout);
   Precision precision = parse_precision(op, arguments.precision);
+  TableLayout table_layout = parse_table_layout(op, arguments.table_layout);
 
+  int64_t P() const { return pairs_of(table_layout, cos.sizes().back()); }
   int count() const { return inputs[1] == nullptr ? 1 : 2; }
   const char* name(int i) const { return count() == 1 ? "x" : i == 0 ? "q" : "k"; }
   const char* out_name(int i) const { return count() == 1 ? "out" : i == 0 ? "q_out" : "k_out"; }

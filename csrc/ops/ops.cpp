@@ -18,9 +18,19 @@ Arguments without_out_rows(const char* op, const RotateOptions& options) {
 Arguments arguments_of(const RotateOptions& o) {
   at::OptionalIntArrayRef axes;
   if (o.axes().has_value()) axes = at::IntArrayRef(*o.axes());
-  return {o.positions(),   o.offsets(),         o.cu_seqlens(), o.out_rows(),
-          o.offset(),      name_of(o.layout()), axes,           o.rotary_offset(),
-          o.interleaved(), o.blocks(),          o.inverse(),    name_of(o.precision())};
+  return {o.positions(),
+          o.offsets(),
+          o.cu_seqlens(),
+          o.out_rows(),
+          o.offset(),
+          name_of(o.layout()),
+          axes,
+          o.rotary_offset(),
+          o.interleaved(),
+          o.blocks(),
+          o.inverse(),
+          name_of(o.precision()),
+          name_of(o.table_layout())};
 }
 
 at::Tensor rotate(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin,

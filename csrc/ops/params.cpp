@@ -31,10 +31,11 @@ bool is_widened(const at::Tensor& table, at::ScalarType x) {
   return half && table.scalar_type() != x;
 }
 
-TableParams table_params(const at::Tensor& table) {
+TableParams table_params(const at::Tensor& table, TableLayout layout) {
   const at::IntArrayRef sizes = table.sizes();
   const at::IntArrayRef strides = table.strides();
-  TableParams params = {table.const_data_ptr(), 0, 0, 0, 0, strides.back()};
+  const int64_t step = layout == TableLayout::kRepeated ? 2 : 1;
+  TableParams params = {table.const_data_ptr(), 0, 0, 0, 0, step * strides.back()};
   if (sizes.size() == 2) {
     params.m = strides[0];
   } else {
@@ -102,10 +103,10 @@ PreparedCall::PreparedCall(const Call& call, const Outputs& outputs) {
     p.D = e.D;
     p.tensors[i] = {call.inputs[i]->const_data_ptr(), nullptr, e.strides, {}, e.H, false};
   }
-  const int64_t P = call.cos.sizes().back();
+  const int64_t P = call.P();
   p.pairing = {P, a.rotary_offset, a.interleaved ? 1 : P / a.blocks};
-  p.cos = table_params(*cos);
-  p.sin = table_params(*sin);
+  p.cos = table_params(*cos, call.table_layout);
+  p.sin = table_params(*sin, call.table_layout);
   p.rows = row_params(call, call.cos.size(0));
   p.axes = a.axes.has_value() ? a.axes->data() : nullptr;
   p.dtype = dtype_of(x);

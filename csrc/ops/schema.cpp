@@ -13,7 +13,7 @@ TORCH_LIBRARY(fused_rope, m) {
   const std::string options =
       "SymInt offset=0, str layout=\"bshd\", int[]? axes=None, int rotary_offset=0, bool "
       "interleaved=False, "
-      "int blocks=1, bool inverse=False, str precision=\"fp32\")";
+      "int blocks=1, bool inverse=False, str precision=\"fp32\", str table_layout=\"half\")";
   const std::string out_rows = "Tensor? out_rows=None, ";
   const auto def = [&](const std::string& schema) {
     m.def(torch::schema(schema.c_str()), {at::Tag::pt2_compliant_tag});
@@ -37,33 +37,33 @@ TORCH_LIBRARY(fused_rope, m) {
 
 at::Tensor call_rotate(const Arguments& arguments, const at::Tensor& x, const at::Tensor& cos,
                        const at::Tensor& sin) {
-  return call_operator<&call_rotate>("fused_rope::rotate", arguments, x, cos, sin);
+  return Flat<&call_rotate>::dispatch("fused_rope::rotate", arguments, x, cos, sin);
 }
 
 void call_rotate_(const Arguments& arguments, const at::Tensor& x, const at::Tensor& cos,
                   const at::Tensor& sin) {
-  call_operator<&call_rotate_>("fused_rope::rotate_", arguments, x, cos, sin);
+  Flat<&call_rotate_>::dispatch("fused_rope::rotate_", arguments, x, cos, sin);
 }
 
 TensorPair call_rotate_qk(const Arguments& arguments, const at::Tensor& q, const at::Tensor& k,
                           const at::Tensor& cos, const at::Tensor& sin) {
-  return call_operator<&call_rotate_qk>("fused_rope::rotate_qk", arguments, q, k, cos, sin);
+  return Flat<&call_rotate_qk>::dispatch("fused_rope::rotate_qk", arguments, q, k, cos, sin);
 }
 
 void call_rotate_qk_(const Arguments& arguments, const at::Tensor& q, const at::Tensor& k,
                      const at::Tensor& cos, const at::Tensor& sin) {
-  call_operator<&call_rotate_qk_>("fused_rope::rotate_qk_", arguments, q, k, cos, sin);
+  Flat<&call_rotate_qk_>::dispatch("fused_rope::rotate_qk_", arguments, q, k, cos, sin);
 }
 
 void call_rotate_out(const Arguments& arguments, const at::Tensor& x, const at::Tensor& cos,
                      const at::Tensor& sin, const at::Tensor& out) {
-  call_out_operator<&call_rotate_out>("fused_rope::rotate_out", arguments, x, cos, sin, out);
+  FlatOut<&call_rotate_out>::dispatch("fused_rope::rotate_out", arguments, x, cos, sin, out);
 }
 
 void call_rotate_qk_out(const Arguments& arguments, const at::Tensor& q, const at::Tensor& k,
                         const at::Tensor& cos, const at::Tensor& sin, const at::Tensor& q_out,
                         const at::Tensor& k_out) {
-  call_out_operator<&call_rotate_qk_out>("fused_rope::rotate_qk_out", arguments, q, k, cos, sin,
+  FlatOut<&call_rotate_qk_out>::dispatch("fused_rope::rotate_qk_out", arguments, q, k, cos, sin,
                                          q_out, k_out);
 }
 

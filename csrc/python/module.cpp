@@ -15,7 +15,6 @@
 
 #include "fused_rope/version.h"
 #include "ops/arguments.h"
-#include "ops/wide_tables.h"
 
 namespace fused_rope {
 namespace {
@@ -144,7 +143,8 @@ struct Rows {
   OptionalTensor cu_seqlens, out_rows;
 };
 
-// The tuple of layout, axes, rotary_offset, interleaved, blocks, inverse, precision.
+// The tuple of layout, axes, rotary_offset, interleaved, blocks, inverse, precision,
+// table_layout.
 struct Options {
   explicit Options(Reader reader)
       : layout(reader.text("layout")),
@@ -153,7 +153,8 @@ struct Options {
         interleaved(reader.flag("interleaved")),
         blocks(reader.integer("blocks")),
         inverse(reader.flag("inverse")),
-        precision(reader.text("precision")) {}
+        precision(reader.text("precision")),
+        table_layout(reader.text("table_layout")) {}
 
   std::string_view layout;
   std::optional<std::vector<int64_t>> axes;
@@ -162,6 +163,7 @@ struct Options {
   int64_t blocks;
   bool inverse;
   std::string_view precision;
+  std::string_view table_layout;
 };
 
 Arguments arguments_of(const Rows& rows, const Options& o) {
@@ -169,7 +171,7 @@ Arguments arguments_of(const Rows& rows, const Options& o) {
   if (o.axes.has_value()) axes = at::IntArrayRef(*o.axes);
   return {rows.positions, rows.offsets, rows.cu_seqlens, rows.out_rows, rows.offset,
           o.layout,       axes,         o.rotary_offset, o.interleaved, o.blocks,
-          o.inverse,      o.precision};
+          o.inverse,      o.precision,  o.table_layout};
 }
 
 PyObject* wrap(at::Tensor&& tensor) {
@@ -229,51 +231,14 @@ struct Entry<kFunction> {
   }
 };
 
-// rotate_qk_wide with q, k, cos, sin, positions, a tuple of WideTables' members, and Options.
-// NotImplemented where it does nothing.
-struct WideEntry {
-  inline static PyMethodDef method = {};
-
-  static PyObject* call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-    HANDLE_TH_ERRORS
-    if (is_intercepted()) Py_RETURN_NOTIMPLEMENTED;
-    Reader reader("rotate_qk", arguments, count);
-    const at::Tensor& q = reader.tensor("q");
-    const at::Tensor& k = reader.tensor("k");
-    const at::Tensor& cos = reader.tensor("cos");
-    const at::Tensor& sin = reader.tensor("sin");
-    const OptionalTensor positions = reader.optional_tensor("positions");
-    if (reader.has_subclass()) Py_RETURN_NOTIMPLEMENTED;
-    Reader tables = reader.tuple("tables");
-    const WideTables form = {tables.integer("dims"), tables.text("width"), tables.flag("trailing")};
-    const Options o(reader.tuple("options"));
-    const auto run = [&] {
-      const py::gil_scoped_release no_gil;
-      const Arguments a = {positions, kNoTensor,  kNoTensor,       kNoTensor,     0,
-                           o.layout,  {},         o.rotary_offset, o.interleaved, o.blocks,
-                           o.inverse, o.precision};
-      return rotate_qk_wide(a, form, q, k, cos, sin);
-    };
-    std::optional<TensorPair> rotated = run();
-    if (!rotated.has_value()) Py_RETURN_NOTIMPLEMENTED;
-    return wrap(std::move(*rotated));
-    END_HANDLE_TH_ERRORS
-  }
-};
-
 template <typename E>
-void def(py::module_& m, const char* name) {
+void def(py::module_& m, const char* name, const typename E::Names& tensors) {
+  E::names = tensors;
   E::method = {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&E::call)),
                METH_FASTCALL, nullptr};
   PyObject* function = PyCFunction_New(&E::method, nullptr);
   if (function == nullptr) throw py::error_already_set();
   m.add_object(name, py::reinterpret_steal<py::object>(function));
-}
-
-template <typename E>
-void def(py::module_& m, const char* name, const typename E::Names& tensors) {
-  E::names = tensors;
-  def<E>(m, name);
 }
 
 PYBIND11_MODULE(_C, m) {
@@ -292,7 +257,6 @@ PYBIND11_MODULE(_C, m) {
   def<Entry<&call_rotate_qk_>>(m, "rotate_qk_", {"q", "k", "cos", "sin"});
   def<Entry<&call_rotate_out>>(m, "rotate_out", {"x", "cos", "sin", "out"});
   def<Entry<&call_rotate_qk_out>>(m, "rotate_qk_out", {"q", "k", "cos", "sin", "q_out", "k_out"});
-  def<WideEntry>(m, "rotate_qk_wide");
 }
 
 }  // namespace

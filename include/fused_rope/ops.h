@@ -53,10 +53,12 @@ struct RotateOptions {
   TORCH_ARG(int64_t, blocks) = 1;
   TORCH_ARG(bool, inverse) = false;
   TORCH_ARG(Precision, precision) = Precision::kFp32;
+  // The columns of cos and sin: P (kHalf), or 2P (kTiled, kRepeated).
+  TORCH_ARG(TableLayout, table_layout) = TableLayout::kHalf;
 };
 
 // x rotated by shared tables [M, P], per-token tables [B or 1, S, P] or per-head tables [B or 1, S,
-// H, P].
+// H, P]; 2P columns where table_layout says so.
 FUSED_ROPE_API at::Tensor rotate(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin,
                                  const RotateOptions& options = {});
 

@@ -8,8 +8,8 @@ go through the reference.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,19 @@ from torch import Tensor
 from . import reference
 
 Call = Callable[..., Any]
-_OPTIONS = ("layout", "axes", "rotary_offset", "interleaved", "blocks", "inverse", "precision")
+
+
+class Options(NamedTuple):
+    """The options of an operator, in its schema's order."""
+
+    layout: str
+    axes: Sequence[int] | None
+    rotary_offset: int
+    interleaved: bool
+    blocks: int
+    inverse: bool
+    precision: str
+    table_layout: str
 
 
 def call(
@@ -34,7 +46,7 @@ def call(
     in_place = name.endswith("_")
     # What backward may read must not be overwritten.
     kept = [x.clone() for x in xs] if in_place else xs
-    out = _Rotate.apply(below, options, *rows, cos, sin, *kept)  # type: ignore[no-untyped-call]
+    out = _Rotate.apply(below, Options(*options), *rows, cos, sin, *kept)  # type: ignore[no-untyped-call]
     if in_place:
         for x, rotated in zip(xs, out, strict=True):
             x.copy_(rotated)
@@ -49,7 +61,7 @@ class _Rotate(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(below: Call, options: tuple[Any, ...], *inputs: Any) -> tuple[Tensor, ...]:
+    def forward(below: Call, options: Options, *inputs: Any) -> tuple[Tensor, ...]:
         out: tuple[Tensor, ...] = _rotate(below, options, *inputs)
         return out
 
@@ -65,7 +77,7 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         rows, (cos, sin), xs = _inputs(ctx)
-        inverse = _flipped(ctx.options)
+        inverse = ctx.options._replace(inverse=not ctx.options.inverse)
         x_grads = [
             None if g is None else _rotate(ctx.below, inverse, *rows, cos, sin, g)[0] for g in grads
         ]
@@ -104,12 +116,12 @@ class _Rotate(torch.autograd.Function):
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[Any, ...], below: Call, options: tuple[Any, ...], *inputs: Any
+        info: Any, in_dims: tuple[Any, ...], below: Call, options: Options, *inputs: Any
     ) -> Any:
         dims = in_dims[2:]
         if any(d is not None for d in dims[:5]) or inputs[3].dim() == 4:
             return _one_by_one(info.batch_size, dims, below, options, inputs)
-        heads = options[0].index("h")
+        heads = options.layout.index("h")
         folded, sizes = zip(
             *(
                 _fold(x, d, heads, info.batch_size)
@@ -124,7 +136,7 @@ class _Rotate(torch.autograd.Function):
 
 def _rotate(
     below: Call,
-    options: tuple[Any, ...],
+    options: Options,
     positions: Any,
     offset: Any,
     cu_seqlens: Any,
@@ -143,12 +155,11 @@ def _rotate(
 
 
 def _reference(
-    options: tuple[Any, ...], positions: Any, offset: Any, cu_seqlens: Any, *tensors: Tensor
+    options: Options, positions: Any, offset: Any, cu_seqlens: Any, *tensors: Tensor
 ) -> Any:
     cos, sin, *xs = tensors
-    named: dict[str, Any] = dict(zip(_OPTIONS, options, strict=True))
     rows = {"positions": positions, "offset": offset, "cu_seqlens": cu_seqlens}
-    return tuple(reference.rotate(x, cos, sin, **rows, **named) for x in xs)
+    return tuple(reference.rotate(x, cos, sin, **rows, **options._asdict()) for x in xs)
 
 
 def _inputs(ctx: Any) -> tuple[list[Any], list[Tensor], list[Tensor]]:
@@ -157,10 +168,6 @@ def _inputs(ctx: Any) -> tuple[list[Any], list[Tensor], list[Tensor]]:
         other if t is None else t for t, other in zip(ctx.saved_tensors, ctx.others, strict=True)
     ]
     return inputs[:3], inputs[3:5], inputs[5:]
-
-
-def _flipped(options: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (*options[:5], not options[5], options[6])
 
 
 def _fold(x: Tensor, dim: int | None, heads: int, size: int) -> tuple[Tensor, tuple[int, int]]:
@@ -177,7 +184,7 @@ def _one_by_one(
     size: int,
     dims: tuple[int | None, ...],
     below: Call,
-    options: tuple[Any, ...],
+    options: Options,
     inputs: tuple[Any, ...],
 ) -> Any:
     """Tables or rows differ between samples: nothing to share, one call each."""

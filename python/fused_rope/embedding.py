@@ -255,6 +255,7 @@ class RotaryEmbedding(torch.nn.Module):
             self.blocks,
             False,
             self.precision,
+            "half",
         )
         rotated: Tensor | tuple[Tensor, Tensor]
         if k is None:

@@ -28,6 +28,7 @@ def rotate(
     sin: Tensor,
     *,
     layout: str = "bshd",
+    table_layout: str = "half",
     positions: Tensor | None = None,
     offset: int | Tensor = 0,
     cu_seqlens: Tensor | None = None,
@@ -58,9 +59,14 @@ def rotate(
 
     Args:
         x: float16, bfloat16, float32 or float64, any strides, in the order that `layout` names.
-        cos, sin: half-width tables of one floating dtype, any strides: shared [M, P], per token [B
-            or 1, S, P] or per token and head [B or 1, S, H, P]. R is 2P.
+        cos, sin: tables of one floating dtype, any strides: shared [M, P], per token [B or 1, S, P]
+            or per token and head [B or 1, S, H, P]; 2P columns where `table_layout` says so. R is
+            2P.
         layout: "bshd", "bhsd", "sbhd" (4-D) or "thd" (packed sequences, 3-D).
+        table_layout: the columns of cos and sin. "half": P, one for each pair. "tiled": 2P, the
+            second half a copy of the first (Hugging Face's cat(freqs, freqs)). "repeated": 2P,
+            each number twice in succession (repeat_interleave, as in diffusers). The copies are
+            never read: they have no effect, and their gradient is 0.
         positions: the row of a shared table that each token reads, int32 or int64, [S], [1, S] or
             [B, S] ([T] for "thd"), with a leading axis A beside `axes`; -1 copies the token
             through. Without it, row i for token i.
@@ -98,7 +104,16 @@ def rotate(
         >>> fused_rope.rotate(x, cos, sin).shape
         torch.Size([2, 128, 32, 64])
     """
-    options = (layout, axes, rotary_offset, interleaved, blocks, inverse, precision)
+    options = (
+        layout,
+        axes,
+        rotary_offset,
+        interleaved,
+        blocks,
+        inverse,
+        precision,
+        table_layout,
+    )
     if out is not None:
         call("rotate_out", (x, cos, sin, out), positions, offset, cu_seqlens, options, out_rows)
         return out
@@ -114,6 +129,7 @@ def rotate_(
     sin: Tensor,
     *,
     layout: str = "bshd",
+    table_layout: str = "half",
     positions: Tensor | None = None,
     offset: int | Tensor = 0,
     cu_seqlens: Tensor | None = None,
@@ -141,7 +157,16 @@ def rotate_(
         >>> cos, sin = fused_rope.cos_sin_table(inv_freq, 128)
         >>> q = fused_rope.rotate_(qkv[:, :, 0], cos, sin)
     """
-    options = (layout, axes, rotary_offset, interleaved, blocks, inverse, precision)
+    options = (
+        layout,
+        axes,
+        rotary_offset,
+        interleaved,
+        blocks,
+        inverse,
+        precision,
+        table_layout,
+    )
     call("rotate_", (x, cos, sin), positions, offset, cu_seqlens, options)
     return x
 
@@ -153,6 +178,7 @@ def rotate_qk(
     sin: Tensor,
     *,
     layout: str = "bshd",
+    table_layout: str = "half",
     positions: Tensor | None = None,
     offset: int | Tensor = 0,
     cu_seqlens: Tensor | None = None,
@@ -179,7 +205,16 @@ def rotate_qk(
         >>> cos, sin = fused_rope.cos_sin_table(inv_freq, 4096)
         >>> q, k = fused_rope.rotate_qk(q, k, cos, sin, layout="bhsd", offset=17)
     """
-    options = (layout, axes, rotary_offset, interleaved, blocks, inverse, precision)
+    options = (
+        layout,
+        axes,
+        rotary_offset,
+        interleaved,
+        blocks,
+        inverse,
+        precision,
+        table_layout,
+    )
     if out is not None:
         if isinstance(out, Tensor) or len(out) != 2:
             got = "one tensor" if isinstance(out, Tensor) else f"{len(out)} of them"
@@ -207,6 +242,7 @@ def rotate_qk_(
     sin: Tensor,
     *,
     layout: str = "bshd",
+    table_layout: str = "half",
     positions: Tensor | None = None,
     offset: int | Tensor = 0,
     cu_seqlens: Tensor | None = None,
@@ -229,7 +265,16 @@ def rotate_qk_(
         >>> cos, sin = fused_rope.cos_sin_table(inv_freq, 128)
         >>> q, k = fused_rope.rotate_qk_(qkv[:, :, :8], qkv[:, :, 8:10], cos, sin)
     """
-    options = (layout, axes, rotary_offset, interleaved, blocks, inverse, precision)
+    options = (
+        layout,
+        axes,
+        rotary_offset,
+        interleaved,
+        blocks,
+        inverse,
+        precision,
+        table_layout,
+    )
     call("rotate_qk_", (q, k, cos, sin), positions, offset, cu_seqlens, options)
     return q, k
 
@@ -292,36 +337,6 @@ def _(
     )
 
 
-def rotate_qk_wide(
-    q: Tensor,
-    k: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor | None,
-    tables: tuple[int, str, bool],
-    options: tuple[Any, ...],
-) -> tuple[Tensor, Tensor] | None:
-    """`rotate_qk` for facades whose tables are views away from the operator's.
-
-    The views are made on the way to the operator: for its own cost, Python's would buy four calls.
-
-    Args:
-        tables: how many dimensions the operator's tables have; of full-width tables the columns
-            that it reads: "tiled" or "first" (the first half), "repeated" (every second), "half"
-            (all), "either" (the first D/2, which may be all); whether the last lanes turn.
-        options: layout, axes, rotary_offset, interleaved, blocks, inverse, precision; where the
-            tables' dtype is wider than q's, "fp32" takes the place of "model".
-
-    Returns:
-        None where it cannot be done: the caller then makes the views and calls `rotate_qk`.
-    """
-    if _in_dynamo():
-        return None
-    rotated: tuple[Tensor, Tensor]
-    rotated = _C.rotate_qk_wide(q, k, cos, sin, positions, tables, options)
-    return None if rotated is NotImplemented else rotated
-
-
 def call(
     name: str,
     tensors: tuple[Tensor, ...],
@@ -335,7 +350,7 @@ def call(
 
     Args:
         tensors: x, or q and k; cos, sin; the outputs.
-        options: layout, axes, rotary_offset, interleaved, blocks, inverse, precision.
+        options: layout, axes, rotary_offset, interleaved, blocks, inverse, precision, table_layout.
     """
     if out_rows is not None and not name.endswith("_out"):
         raise ValueError(f"{name}: expected out beside out_rows, got none")

@@ -35,6 +35,7 @@ def rotate(
     sin: Tensor,
     *,
     layout: str = "bshd",
+    table_layout: str = "half",
     positions: Tensor | None = None,
     offset: int | Tensor = 0,
     cu_seqlens: Tensor | None = None,
@@ -51,7 +52,8 @@ def rotate(
 
     Args:
         x: [B, S, H, D] in the order that `layout` names, or [T, H, D] for "thd"; any float dtype.
-        cos, sin: [M, P] shared rows, [B or 1, S, P] per token, or [B or 1, S, H, P] per head too.
+        cos, sin: [M, P] shared rows, [B or 1, S, P] per token, or [B or 1, S, H, P] per head too;
+            2P columns where `table_layout` is "tiled" or "repeated".
 
     Returns:
         A tensor of x's shape and dtype, or `out`.
@@ -73,6 +75,7 @@ def rotate(
         cos,
         sin,
         layout=layout,
+        table_layout=table_layout,
         positions=positions,
         offset=offset,
         cu_seqlens=cu_seqlens,
@@ -157,6 +160,18 @@ def table_rows(
     return torch.where(skip, 0, row + offset), skip
 
 
+def half_width(table: Tensor, table_layout: str) -> Tensor:
+    """The columns of a table [..., P or 2P] that are read, one for each pair: a view [..., P]."""
+    if table_layout == "half":
+        return table
+    if table.shape[-1] % 2 or table_layout not in ("tiled", "repeated"):
+        raise ValueError(
+            "expected table_layout half, tiled or repeated, and an even number of columns for the "
+            f"latter two, got {table_layout!r} and cos {list(table.shape)}"
+        )
+    return table[..., ::2] if table_layout == "repeated" else table.chunk(2, -1)[0]
+
+
 def gather(cos: Tensor, sin: Tensor, S: int, **rows: Any) -> tuple[Tensor, Tensor, Tensor | None]:
     """cos and sin of S tokens, [B or 1, S, H or 1, P], and which of them are copied through.
 
@@ -237,6 +252,7 @@ def _rotated(
     sin: Tensor,
     *,
     layout: str = "bshd",
+    table_layout: str = "half",
     positions: Tensor | None = None,
     offset: int | Tensor = 0,
     cu_seqlens: Tensor | None = None,
@@ -246,8 +262,8 @@ def _rotated(
     """Every one of `tensors`, which share their tokens, rotated."""
     views = [_as_bshd(x, layout) for x in tensors]
     tables = gather(
-        cos,
-        sin,
+        half_width(cos, table_layout),
+        half_width(sin, table_layout),
         views[0].shape[1],
         positions=positions,
         offset=offset,
@@ -266,9 +282,17 @@ def _from_bshd(x: Tensor, layout: str) -> Tensor:
     return x.squeeze(0) if layout == "thd" else x.transpose(*_TRANSPOSED[layout])
 
 
-def _overwrite(x: Tensor, y: Tensor, cos: Tensor, *, rotary_offset: int = 0, **_: Any) -> Tensor:
-    """Only the rotated lanes of x become those of y."""
-    R = 2 * cos.shape[-1]
+def _overwrite(
+    x: Tensor,
+    y: Tensor,
+    cos: Tensor,
+    *,
+    rotary_offset: int = 0,
+    table_layout: str = "half",
+    **_: Any,
+) -> Tensor:
+    """Only the rotated elements of x become those of y."""
+    R = 2 * half_width(cos, table_layout).shape[-1]
     x.narrow(-1, rotary_offset, R).copy_(y.narrow(-1, rotary_offset, R))
     return x
 
@@ -314,7 +338,7 @@ def _kernel(form: Callable[..., Any], *, out: bool = False) -> Callable[..., Any
     n = 2 if form in (rotate_qk, rotate_qk_) else 1
     rows = ("positions", "offsets", "cu_seqlens") + (("out_rows",) if out else ())
     rest = ("offset", "layout", "axes", "rotary_offset", "interleaved", "blocks", "inverse")
-    names = (*rows, *rest, "precision")
+    names = (*rows, *rest, "precision", "table_layout")
 
     operator = getattr(torch.ops.fused_rope, form.__name__ + "_out" * out)
 

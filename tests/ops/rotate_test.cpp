@@ -325,6 +325,31 @@ TEST_P(Rotate, ModelPrecisionIsEagerPyTorch) {
   }
 }
 
+TEST_P(Rotate, FullWidthTablesRotateAsHalfWidthOnes) {
+  const at::Tensor q = randn({2, 5, 3, 32}), k = randn({2, 5, 3, 32});
+  for (const at::IntArrayRef sizes :
+       {at::IntArrayRef{5, 8}, at::IntArrayRef{1, 5, 8}, at::IntArrayRef{2, 5, 3, 8}}) {
+    const auto [cos, sin] = tables(sizes);
+    const auto o = RotateOptions().rotary_offset(4).interleaved(true);
+    const auto expected = rotate_qk(q, k, cos, sin, o);
+    const auto nan = [](const at::Tensor& t) { return at::full_like(t, NAN); };  // never read
+    const auto tiled = [&](const at::Tensor& t) { return at::cat({t, nan(t)}, -1); };
+    const auto repeated = [&](const at::Tensor& t) {
+      return at::stack({t, nan(t)}, -1).flatten(-2);
+    };
+    const auto check = [&](const at::Tensor& c, const at::Tensor& s, TableLayout table_layout) {
+      const auto full = RotateOptions(o).table_layout(table_layout);
+      const auto [q_out, k_out] = rotate_qk(q, k, c, s, full);
+      expect_same_bits(q_out, std::get<0>(expected));
+      expect_same_bits(k_out, std::get<1>(expected));
+      expect_same_bits(rotate_(q.clone(), c, s, full), q_out);
+      expect_same_bits(rotate_out(at::empty_like(q), q, c, s, full), q_out);
+    };
+    check(tiled(cos), tiled(sin), TableLayout::kTiled);
+    check(repeated(cos), repeated(sin), TableLayout::kRepeated);
+  }
+}
+
 TEST_P(Rotate, InverseRestores) {
   const at::Tensor x = randn({2, 7, 3, 32}, at::kDouble);
   const auto [cos, sin] = tables({7, 16}, at::kDouble);

@@ -201,7 +201,12 @@ class Case:
         if len(set(self.H)) == 1:
             forms.append((batch, self.S, self.H[0], P))
         sizes, dtype = rng.choice(forms), rng.choice((torch.float32, torch.float32, *DTYPES))
-        self.cos, self.sin = (self.memory.floats(sizes, dtype, expand=True) for _ in range(2))
+        self.kw["table_layout"] = table_layout = rng.choice(("half", "half", "tiled", "repeated"))
+        columns = {"half": (P, slice(P)), "tiled": (2 * P, slice(P))}
+        width, read = columns.get(table_layout, (2 * P, slice(0, 2 * P, 2)))
+        sizes = (*sizes[:-1], width)
+        self.full = tuple(self.memory.floats(sizes, dtype, expand=True) for _ in range(2))
+        self.cos, self.sin = (t[..., read] for t in self.full)
 
     def rows(self) -> None:
         """positions, offset, cu_seqlens and axes that stay inside the table."""
@@ -257,7 +262,7 @@ class Case:
             return repr(value)
 
         sizes = f"B={self.B} S={self.S} H={self.H} D={self.D} P={self.P} {self.dtype}"
-        named = {"cos": self.cos, "sin": self.sin, **self.kw}
+        named = {"cos": self.full[0], "sin": self.full[1], **self.kw}
         return "\n  ".join([f"{self.form} {sizes}", *(f"{n}={text(v)}" for n, v in named.items())])
 
     # --- what is called, and what must come of it ------------------------------------------------
@@ -268,6 +273,7 @@ class Case:
         inputs = self.inputs(expand=not (in_place or "out" in self.form))
         gradients = self.gradients(inputs) if self.form == "backward" else []
         kw = self.kw | {"inverse": self.kw["inverse"] != (self.form == "backward")}
+        del kw["table_layout"]
         want = [bits(x, self.cos, self.sin, **kw) for x in gradients or inputs]
         if self.kw["precision"] == "fp32":
             self.check_bound(gradients or inputs, want, kw)
@@ -283,7 +289,7 @@ class Case:
         return Call(
             self.form,
             [view(x) for x in inputs],
-            [view(t) for t in (self.cos, self.sin)],
+            [view(t) for t in self.full],
             {n: view(v) if isinstance(v, Tensor) else v for n, v in self.kw.items()},
             [view(g) for g in gradients],
             [view(t) for t in results],

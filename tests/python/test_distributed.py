@@ -165,6 +165,18 @@ def sequence(mesh: DeviceMesh) -> None:
 
 
 @check
+def full_width_tables(mesh: DeviceMesh) -> None:
+    for table_layout in ("tiled", "repeated"):
+        for shape, dim in ((S,), 0), ((1, S), 1), ((B, S), 1):
+            cos, sin = (torch.cat([t, t], -1) for t in tables(mesh.device_type, *shape))
+            options = {"table_layout": table_layout}
+            expect_local(mesh, [Shard(0)], [Shard(0)], cos, sin, **options)
+            expect_local(mesh, [Shard(2)], [Shard(2)], cos, sin, **options)
+            cos, sin = (distribute_tensor(t, mesh, [Shard(dim)]) for t in (cos, sin))
+            expect_local(mesh, [Shard(1)], [Shard(1)], cos, sin, **options)
+
+
+@check
 def tables_along_the_sequence(mesh: DeviceMesh) -> None:
     device = mesh.device_type
     for shape, dim in ((S,), 0), ((1, S), 1), ((B, S), 1):

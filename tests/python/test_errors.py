@@ -208,17 +208,11 @@ def test_numbers_too_large_for_the_operator(name, number):
 
 
 @pytest.mark.parametrize("missing", ["q", "k", "cos", "sin"])
-def test_wrong_types_beside_full_width_tables(missing):
-    """Facades read their arguments by another way."""
-    q, (cos, sin) = torch.randn(2, 4, 5, 16), angles(5, 16)
+def test_none_instead_of_a_tensor(missing):
+    q, (cos, sin) = torch.randn(2, 5, 4, 16), angles(5, 8)
     tensors = dict(q=q, k=q, cos=cos, sin=sin) | {missing: None}
     with pytest.raises(TypeError, match=f"^rotate_qk: expected {missing} to be a Tensor, got None"):
-        fused_rope.functional.rotate_qk_wide(
-            *tensors.values(),
-            None,
-            (2, "tiled", False),
-            ("bhsd", None, 0, False, 1, False, "fp32"),
-        )
+        fused_rope.rotate_qk(*tensors.values())
 
 
 NESTED = r"nested tensor: pass the values\(\) .* cu_seqlens"

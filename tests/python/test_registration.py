@@ -12,7 +12,8 @@ from torch.library import opcheck
 ROWS = "Tensor? positions=None, Tensor? offsets=None, Tensor? cu_seqlens=None"
 OPTIONS = (
     'SymInt offset=0, str layout="bshd", int[]? axes=None, int rotary_offset=0, '
-    'bool interleaved=False, int blocks=1, bool inverse=False, str precision="fp32"'
+    'bool interleaved=False, int blocks=1, bool inverse=False, str precision="fp32", '
+    'str table_layout="half"'
 )
 OUT = f"{ROWS}, Tensor? out_rows=None, {OPTIONS}"
 SCHEMAS = {
@@ -73,23 +74,26 @@ CHECKED = [(name, False) for name in SCHEMAS] + [("rotate", True), ("rotate_qk",
 
 
 @pytest.mark.parametrize("name,grad", CHECKED)
-@pytest.mark.parametrize("rows", ["none", "positions", "offset", "lengths"])
+@pytest.mark.parametrize("rows", ["none", "positions", "offset", "lengths", "full width"])
 def test_opcheck(name, grad, rows, device):
     kw = {
         "none": dict(),
         "positions": dict(positions=torch.tensor([[0, -1, 3, 2, 8], [1, 1, 1, 0, 4]])),
         "offset": dict(offset=3, interleaved=True),
+        "full width": dict(table_layout="tiled"),
         "lengths": dict(offsets=torch.tensor([0, 4], dtype=torch.int32), precision="model"),
     }[rows]
     kw = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in kw.items()}
     opcheck(getattr(torch.ops.fused_rope, name).default, arguments(name, device, grad), kw)
 
 
+@pytest.mark.parametrize("table_layout", ["half", "tiled", "repeated"])
 @pytest.mark.parametrize("name", ["rotate", "rotate_qk"])
-def test_opcheck_of_trained_tables(name, device):
+def test_opcheck_of_trained_tables(name, table_layout, device):
     *inputs, cos, sin = arguments(name, device, grad=True)
     op = getattr(torch.ops.fused_rope, name).default
-    opcheck(op, (*inputs, cos.requires_grad_(), sin.requires_grad_()))
+    tables = (cos.requires_grad_(), sin.requires_grad_())
+    opcheck(op, (*inputs, *tables), dict(table_layout=table_layout))
 
 
 def test_opcheck_of_out_rows(device):

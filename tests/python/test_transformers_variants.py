@@ -87,7 +87,7 @@ def test_outputs_and_gradients(name, dtype, device, patched, monkeypatch):
     def both(q, k, *a, **o):
         return +q, +k
 
-    still = SimpleNamespace(rotate=lambda x, *a, **o: +x, rotate_qk=both, rotate_qk_wide=both)
+    still = SimpleNamespace(rotate=lambda x, *a, **o: +x, rotate_qk=both)
     monkeypatch.setattr(shims, "functional", still)
     assert distance([o.detach() for o in tensors(model(**arguments))], stock) > 1e-3
 

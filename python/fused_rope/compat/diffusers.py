@@ -13,7 +13,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import functional
-from ._tables import for_all_tokens, half_width, real_and_imaginary
+from ._tables import for_all_tokens, real_and_imaginary
 
 __all__ = ["apply_rotary_emb"]
 
@@ -71,11 +71,15 @@ def apply_rotary_emb(
             f"{use_real_unbind_dim} and {sequence_dim}"
         )
     interleaved = use_real_unbind_dim == -1
-    cos, sin = (
-        _rows(half_width(table.to(x.device), interleaved), x, sequence_dim) for table in freqs_cis
-    )
+    cos, sin = (_rows(table.to(x.device), x, sequence_dim) for table in freqs_cis)
     return functional.rotate(
-        x, cos, sin, layout=_LAYOUTS[sequence_dim], interleaved=interleaved, out=out
+        x,
+        cos,
+        sin,
+        layout=_LAYOUTS[sequence_dim],
+        table_layout="repeated" if interleaved else "tiled",
+        interleaved=interleaved,
+        out=out,
     )
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .. import functional
 from ..frequencies import mrope_axes
-from ._tables import half_width, real_and_imaginary
+from ._tables import real_and_imaginary
 
 __all__ = [
     "LigerLlama4RopeFunction",
@@ -77,9 +77,8 @@ def liger_rotary_pos_emb(
         >>> q, k = liger_rotary_pos_emb(q, k, angle.cos(), angle.sin())
     """
     layout = _layout("liger_rotary_pos_emb", unsqueeze_dim)
-    D = q.shape[-1]
-    cos, sin = _pairs("cos", cos, D, rotary_dim), _pairs("sin", sin, D, rotary_dim)
-    return functional.rotate_qk(q, k, cos, sin, layout=layout)
+    table_layout = _table_layout(cos, q.shape[-1], rotary_dim)
+    return functional.rotate_qk(q, k, cos, sin, layout=layout, table_layout=table_layout)
 
 
 def liger_rotary_pos_emb_vision(
@@ -95,7 +94,7 @@ def liger_rotary_pos_emb_vision(
         >>> angle = torch.cat([angle, angle], -1)
         >>> q, k = liger_rotary_pos_emb_vision(q, k, angle.cos(), angle.sin())
     """
-    return functional.rotate_qk(q, k, half_width(cos), half_width(sin), layout="thd")
+    return functional.rotate_qk(q, k, cos, sin, layout="thd", table_layout="tiled")
 
 
 def liger_multimodal_rotary_pos_emb(
@@ -135,9 +134,10 @@ def liger_multimodal_rotary_pos_emb(
     return functional.rotate_qk(
         q,
         k,
-        half_width(cos.flatten(0, 2)),
-        half_width(sin.flatten(0, 2)),
+        cos.flatten(0, 2),
+        sin.flatten(0, 2),
         layout=layout,
+        table_layout="tiled",
         positions=positions,
         axes=mrope_axes(mrope_section),
     )
@@ -255,9 +255,10 @@ def rope_backward(dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor) -> tuple[Ten
         >>> cos, sin = (torch.cat([t, t], -1) for t in (angle.cos(), angle.sin()))
         >>> dq, dk = rope_backward(dq, dk, cos, sin)
     """
-    D = dq.shape[-1]
-    cos, sin = _pairs("cos", cos, D, None), _pairs("sin", sin, D, None)
-    return functional.rotate_qk(dq, dk, cos, sin, layout="bhsd", inverse=True)
+    table_layout = _table_layout(cos, dq.shape[-1], None)
+    return functional.rotate_qk(
+        dq, dk, cos, sin, layout="bhsd", table_layout=table_layout, inverse=True
+    )
 
 
 def _layout(operator: str, unsqueeze_dim: int) -> str:
@@ -266,17 +267,17 @@ def _layout(operator: str, unsqueeze_dim: int) -> str:
     return _LAYOUTS[unsqueeze_dim]
 
 
-def _pairs(name: str, table: Tensor, D: int, rotary_dim: int | None) -> Tensor:
-    """The half-width view of a table of full width, or of half width where rotary_dim says so."""
-    width = table.shape[-1]
+def _table_layout(cos: Tensor, D: int, rotary_dim: int | None) -> str:
+    """Tables have full width, or half of it where rotary_dim says so."""
+    width = cos.shape[-1]
     if rotary_dim is None and 2 * width == D:
         raise ValueError(
-            f"liger_rotary_pos_emb: expected {name} of full width, or rotary_dim with D/2={width}"
-            f" columns, which may mean {width} rotated elements or {D}, got {list(table.shape)}"
+            f"liger_rotary_pos_emb: expected cos of full width, or rotary_dim with D/2={width}"
+            f" columns, which may mean {width} rotated elements or {D}, got {list(cos.shape)}"
         )
     if rotary_dim is not None and width not in (rotary_dim, rotary_dim // 2):
         raise ValueError(
-            f"liger_rotary_pos_emb: expected {name} of R={rotary_dim} or R/2 columns, got "
-            f"{list(table.shape)}"
+            f"liger_rotary_pos_emb: expected cos of R={rotary_dim} or R/2 columns, got "
+            f"{list(cos.shape)}"
         )
-    return table if rotary_dim is not None and 2 * width == rotary_dim else half_width(table)
+    return "half" if rotary_dim is not None and 2 * width == rotary_dim else "tiled"

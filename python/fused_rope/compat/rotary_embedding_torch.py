@@ -21,7 +21,6 @@ from torch import Tensor
 
 from .. import functional
 from ..frequencies import _series
-from ._tables import half_width
 
 __all__ = [
     "RotaryEmbedding",
@@ -68,10 +67,7 @@ def apply_rotary_emb(
     if freqs_seq_dim is not None:
         first = max(freqs.shape[freqs_seq_dim] - t.shape[seq_dim], 0)
         freqs = freqs.narrow(freqs_seq_dim, first, freqs.shape[freqs_seq_dim] - first)
-    angle = half_width(freqs, interleaved=True)
-    cos, sin = angle.cos(), angle.sin()
-    if isinstance(scale, Tensor) and scale.dim():
-        scale = half_width(scale, interleaved=True)
+    cos, sin = freqs.cos(), freqs.sin()
     if isinstance(scale, Tensor) or scale != 1.0:
         cos, sin = cos * scale, sin * scale
     return _rotate_broadcast(t, cos, sin, start_index)
@@ -446,7 +442,7 @@ def _align(rows: Tensor, seq_dim: int) -> Tensor:
 
 
 def _rotate_broadcast(t: Tensor, cos: Tensor, sin: Tensor, rotary_offset: int) -> Tensor:
-    """Rotates t [..., D] by tables [..., P] that broadcast against it."""
+    """Rotates t [..., D] by tables [..., R], every number twice, that broadcast against it."""
     if cos.dim() > t.dim():
         raise ValueError(
             f"apply_rotary_emb: expected freqs of at most {t.dim()} dimensions, as t has, got "
@@ -469,5 +465,13 @@ def _rotate_broadcast(t: Tensor, cos: Tensor, sin: Tensor, rotary_offset: int) -
         cos, sin = cos[:, :, 0], sin[:, :, 0]
     else:
         cos, sin = (table.transpose(1, 2) for table in (cos, sin))
-    y = functional.rotate(x, cos, sin, layout=layout, rotary_offset=rotary_offset, interleaved=True)
+    y = functional.rotate(
+        x,
+        cos,
+        sin,
+        layout=layout,
+        table_layout="repeated",
+        rotary_offset=rotary_offset,
+        interleaved=True,
+    )
     return y.contiguous().view(shape)

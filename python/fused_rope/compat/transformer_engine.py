@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from .. import functional
-from ._tables import half_width
 
 __all__ = ["apply_rotary_pos_emb"]
 
@@ -76,7 +75,7 @@ def apply_rotary_pos_emb(
             "apply_rotary_pos_emb: expected freqs of [M, 1, 1, R], or [M, B, 1, R] with neither "
             f"start_positions nor 'thd', got {list(freqs.shape)}"
         )
-    angle = half_width(freqs[:, :, 0], interleaved)
+    angle = freqs[:, :, 0]
     positions = None
     if tensor_format == "thd":
         if cu_seqlens is None:
@@ -97,6 +96,7 @@ def apply_rotary_pos_emb(
         angle.cos(),
         angle.sin(),
         layout=tensor_format,
+        table_layout="repeated" if interleaved else "tiled",
         positions=positions,
         offset=0 if start_positions is None else start_positions,
         cu_seqlens=cu_seqlens,

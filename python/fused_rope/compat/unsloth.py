@@ -14,7 +14,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import functional
-from ._tables import check_even
 
 __all__ = [
     "Fast_RoPE_Embedding",
@@ -22,9 +21,6 @@ __all__ = [
     "fast_rope_embedding",
     "inplace_rope_embedding",
 ]
-
-_TABLES = (2, "either", False)
-_OPTIONS = ("bhsd", None, 0, False, 1, False, "fp32")
 
 
 def fast_rope_embedding(
@@ -61,14 +57,9 @@ def fast_rope_embedding(
     positions = rope_embedding_indices
     if positions is not None and positions.numel() == Q.shape[0] * Q.shape[-2]:
         positions = positions.reshape(Q.shape[0], Q.shape[-2])
-    if not inplace:
-        rotated = functional.rotate_qk_wide(Q, K, cos, sin, positions, _TABLES, _OPTIONS)
-        if rotated is not None:
-            return rotated
     form = functional.rotate_qk_ if inplace else functional.rotate_qk
-    D = Q.shape[-1]
-    tables = (_table("cos", cos, D), _table("sin", sin, D))
-    return form(Q, K, *tables, layout="bhsd", positions=positions)
+    cos, sin, table_layout = _tables(cos, sin, Q.shape[-1])
+    return form(Q, K, cos, sin, layout="bhsd", table_layout=table_layout, positions=positions)
 
 
 def inplace_rope_embedding(
@@ -93,8 +84,8 @@ class Fast_RoPE_Embedding:
     @staticmethod
     def apply(Q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Q [B, S, H, D] rotated by rows 0 to S - 1; tables as in `fast_rope_embedding`."""
-        D = Q.shape[-1]
-        return functional.rotate(Q, _table("cos", cos, D), _table("sin", sin, D), layout="bshd")
+        cos, sin, table_layout = _tables(cos, sin, Q.shape[-1])
+        return functional.rotate(Q, cos, sin, layout="bshd", table_layout=table_layout)
 
 
 class Fast_RoPE_Embedding_QK:
@@ -108,14 +99,21 @@ class Fast_RoPE_Embedding_QK:
         return fast_rope_embedding(Q, K, cos, sin, rope_indices)
 
 
-def _table(name: str, table: Tensor, D: int) -> Tensor:
-    """The half-width view [M, D/2] of a table with leading dimensions of size 1."""
-    *leading, width = table.shape
-    if not leading or width not in (D // 2, D) or any(n != 1 for n in leading[:-1]):
-        raise ValueError(
-            f"rotate_qk: expected {name} of [M, D/2] or [M, D] with D={D}, after any dimensions of "
-            f"size 1, got {list(table.shape)}"
-        )
-    if width == D:
-        check_even(table)
-    return table.view(leading[-1], width)[:, : D // 2]
+def _tables(cos: Tensor, sin: Tensor, D: int) -> tuple[Tensor, Tensor, str]:
+    """Tables [M, D/2] or [M, D], without leading dimensions of size 1, and their table_layout."""
+    for name, table in (("cos", cos), ("sin", sin)):
+        shape = table.shape
+        if (
+            len(shape) < 2
+            or shape[-1] not in (D // 2, D)
+            or (len(shape) > 2 and any(n != 1 for n in shape[:-2]))
+        ):
+            raise ValueError(
+                f"rotate_qk: expected {name} of [M, D/2] or [M, D] with D={D}, after any "
+                f"dimensions of size 1, got {list(shape)}"
+            )
+    if cos.dim() > 2:
+        cos = cos.view(cos.shape[-2:])
+    if sin.dim() > 2:
+        sin = sin.view(sin.shape[-2:])
+    return cos, sin, "tiled" if cos.shape[-1] == D else "half"

@@ -1,7 +1,7 @@
 """One shim for each signature with which models call their rotary function.
 
-A shim reads halves of tables, views and rows, and calls the operator; it computes nothing. `Style`
-holds what differs between functions of one signature.
+A shim reads views and rows, and calls the operator; it computes nothing. `Style` holds what differs
+between functions of one signature.
 
 Letters: B batch, S sequence length, T tokens, Hq, Hk query and key heads, D head_dim, R rotary_dim,
 P = R/2 pairs, M table rows.
@@ -28,7 +28,7 @@ class Style:
 
     Attributes:
         width: "half" [..., P]; full width [..., R] as "tiled" (two equal halves) or "repeated"
-            (every value twice); or "first": full width, of which the model too reads one half.
+            (every value twice); or "first": the first half counts, as the model too reads no more.
         interleaved: a pair are neighbours.
         inverse: the inverse rotation.
         trailing: the last R elements are rotated, not the first.
@@ -43,27 +43,26 @@ class Style:
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, precision: str, **rows: Any) -> Tensor:
         """`functional.rotate` in this style."""
-        cos, sin = self.half(cos), self.half(sin)
         return functional.rotate(x, cos, sin, **self._options(x, cos, precision), **rows)
 
     def rotate_qk(
         self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, precision: str, **rows: Any
     ) -> Pair:
         """`functional.rotate_qk` in this style."""
-        cos, sin = self.half(cos), self.half(sin)
         return functional.rotate_qk(q, k, cos, sin, **self._options(q, cos, precision), **rows)
 
-    def half(self, table: Tensor) -> Tensor:
-        """The half of a table that the operator reads: a view."""
-        if self.width == "half":
-            return table
-        return table[..., ::2] if self.width == "repeated" else table[..., : table.shape[-1] // 2]
+    @property
+    def table_layout(self) -> str:
+        """The operator's word for `width`."""
+        return "tiled" if self.width == "first" else self.width
 
     def _options(self, x: Tensor, cos: Tensor, precision: str) -> dict[str, Any]:
         # A wider table widens a model's products; the operator's "fp32" is that, rounded to x.
-        wider = torch.promote_types(x.dtype, cos.dtype) != x.dtype
+        wider = cos.dtype != x.dtype and torch.promote_types(x.dtype, cos.dtype) != x.dtype
+        R = cos.shape[-1] * (2 if self.width == "half" else 1)
         return {
-            "rotary_offset": x.shape[-1] - 2 * cos.shape[-1] if self.trailing else 0,
+            "table_layout": self.table_layout,
+            "rotary_offset": x.shape[-1] - R if self.trailing else 0,
             "interleaved": self.interleaved,
             "inverse": self.inverse,
             "precision": "fp32" if self.float32 or wider else precision,
@@ -102,9 +101,15 @@ def layout_of(x: Tensor, cos: Tensor, unsqueeze_dim: int) -> str:
     return layout
 
 
-def batched(table: Tensor) -> Tensor:
-    """[S, R] as [1, S, R], the operator's table with a row for each token."""
-    return table[None] if table.dim() == 2 else table
+def per_token(table: Tensor, x: Tensor, layout: str) -> Tensor:
+    """The operator's table for [B or 1, S, R] or [S, R].
+
+    With S rows [S, R] is a shared table as it is. With any other number it becomes [1, M, R], which
+    the operator refuses, as the models do.
+    """
+    if table.dim() == 2 and table.shape[0] != x.shape[-2 if layout == "bhsd" else -3]:
+        return table[None]
+    return table
 
 
 def pair(style: Style) -> Shim:
@@ -112,7 +117,6 @@ def pair(style: Style) -> Shim:
 
     Without batches, cos [T, R] and unsqueeze_dim 1, also [T, H, D].
     """
-    tables = (3, style.width, style.trailing)
 
     def rotate(
         q: Tensor,
@@ -124,12 +128,8 @@ def pair(style: Style) -> Shim:
         precision: str = "model",
     ) -> Pair:
         layout = layout_of(q, cos, unsqueeze_dim)
-        rounding = "fp32" if style.float32 else precision
-        options = (layout, None, 0, style.interleaved, 1, style.inverse, rounding)
-        rotated = functional.rotate_qk_wide(q, k, cos, sin, None, tables, options)
-        if rotated is not None:
-            return rotated
-        return style.rotate_qk(q, k, batched(cos), batched(sin), precision, layout=layout)
+        cos, sin = per_token(cos, q, layout), per_token(sin, q, layout)
+        return style.rotate_qk(q, k, cos, sin, precision, layout=layout)
 
     return rotate
 
@@ -146,7 +146,8 @@ def single(style: Style) -> Shim:
         precision: str = "model",
     ) -> Tensor:
         layout = layout_of(x, cos, unsqueeze_dim)
-        return style.rotate(x, batched(cos), batched(sin), precision, layout=layout)
+        cos, sin = per_token(cos, x, layout), per_token(sin, x, layout)
+        return style.rotate(x, cos, sin, precision, layout=layout)
 
     return rotate
 
@@ -196,8 +197,8 @@ def last_queries(style: Style) -> Shim:
         layout = layout_of(q, cos, unsqueeze_dim)
         if layout != "bhsd":
             raise ValueError(f"apply_rotary_pos_emb: expected unsqueeze_dim 1, got {unsqueeze_dim}")
-        cos, sin, S = batched(cos), batched(sin), q.shape[-2]
-        q = style.rotate(q, cos[:, -S:], sin[:, -S:], precision, layout=layout)
+        cos, sin, S = per_token(cos, k, layout), per_token(sin, k, layout), q.shape[-2]
+        q = style.rotate(q, cos[..., -S:, :], sin[..., -S:, :], precision, layout=layout)
         return q, style.rotate(k, cos, sin, precision, layout=layout)
 
     return rotate
@@ -231,7 +232,8 @@ def token_major(style: Style) -> Shim:
 
     def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, precision: str = "model") -> Pair:
         layout = "thd" if q.dim() == 3 else "bshd"
-        return style.rotate_qk(q, k, batched(cos), batched(sin), precision, layout=layout)
+        cos, sin = per_token(cos, q, layout), per_token(sin, q, layout)
+        return style.rotate_qk(q, k, cos, sin, precision, layout=layout)
 
     return rotate
 
@@ -240,7 +242,8 @@ def head_major(style: Style) -> Shim:
     """q and k [B, H, S, D]; cos [S, R], with dimensions of size 1 before these or without."""
 
     def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, precision: str = "model") -> Pair:
-        return style.rotate_qk(q, k, rows(cos)[None], rows(sin)[None], precision, layout="bhsd")
+        cos, sin = per_token(rows(cos), q, "bhsd"), per_token(rows(sin), q, "bhsd")
+        return style.rotate_qk(q, k, cos, sin, precision, layout="bhsd")
 
     return rotate
 
@@ -322,7 +325,7 @@ def blocks(
         return spans[..., : spans.shape[-1] // 2].flatten(-2)
 
     layout = layout_of(x, cos, unsqueeze_dim)
-    cos, sin = batched(halves(cos)), batched(halves(sin))
+    cos, sin = per_token(halves(cos), x, layout), per_token(halves(sin), x, layout)
     return Style("half").rotate(x, cos, sin, precision, layout=layout, blocks=A)
 
 
