@@ -33,6 +33,7 @@ void refuse_all(torch::Library& m) {
 
 }  // namespace
 
+TORCH_LIBRARY_IMPL(fused_rope, AutogradNestedTensor, m) { refuse_all<&refuse_nested>(m); }
 TORCH_LIBRARY_IMPL(fused_rope, NestedTensorCPU, m) { refuse_all<&refuse_nested>(m); }
 TORCH_LIBRARY_IMPL(fused_rope, NestedTensorCUDA, m) { refuse_all<&refuse_nested>(m); }
 TORCH_LIBRARY_IMPL(fused_rope, QuantizedCPU, m) { refuse_all<&refuse_quantized>(m); }

@@ -367,11 +367,14 @@ def call(
         )
     number, offsets = (0, offset) if isinstance(offset, Tensor) else (offset, None)
     extra = (out_rows,) if name.endswith("_out") else ()
+    arguments = (*tensors, positions, offsets, cu_seqlens, *extra, number, *options)
     operator = getattr(_ops, name)
+    if _in_dynamo():
+        return operator(*arguments)
     try:
-        return operator(*tensors, positions, offsets, cu_seqlens, *extra, number, *options)
+        return operator(*arguments)
     except NotImplementedError:
-        if any(tensor.is_nested for tensor in tensors):
+        if any(isinstance(a, Tensor) and a.is_nested for a in arguments):
             raise nested_error(name) from None
         raise
 

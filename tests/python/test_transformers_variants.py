@@ -256,7 +256,9 @@ def test_a_form_is_the_only_one(name):
         if found == ON_CUDA_ONLY:
             continue
         assert found[0] is forms[0]
-        assert len(forms) == 1 or forms[0].name.endswith(("optional", "queries", "in place"))
+        assert len(forms) == 1 or forms[0].name.endswith(
+            ("optional", "queries", "order preserved", "in place")
+        )
 
 
 def test_not_a_rotation_is_left_alone():
