@@ -115,13 +115,16 @@ void check_gathered(const Call& call) {
 // What to do about a table with more columns than a head has room for.
 std::string advice_for_wide_table(const Call& call, const Extents& x) {
   const int64_t columns = call.cos.sizes().back();
-  if (call.table_layout == TableLayout::kHalf && columns % 2 == 0 && columns <= x.D) {
-    return "; if every number is there twice (full width), pass table_layout=\"tiled\" or "
-           "\"repeated\"";
+  std::string advice;
+  if (x.D % 2 == 1) {
+    advice = c10::str("; D is odd, so at most P=", x.D / 2,
+                      " pairs fit and one element of each head is copied");
   }
-  if (x.D % 2 == 0) return "";
-  return c10::str("; D is odd, so at most P=", x.D / 2,
-                  " pairs fit and one element of each head is copied");
+  if (call.table_layout == TableLayout::kHalf && columns % 2 == 0 && columns <= x.D) {
+    advice += "; if every number is there twice (full width), pass table_layout=\"tiled\" or ";
+    advice += "\"repeated\"";
+  }
+  return advice;
 }
 
 void check_span(const Call& call, const Extents& x) {

@@ -327,8 +327,8 @@ TEST_P(Rotate, ModelPrecisionIsEagerPyTorch) {
 
 TEST_P(Rotate, FullWidthTablesRotateAsHalfWidthOnes) {
   const at::Tensor q = randn({2, 5, 3, 32}), k = randn({2, 5, 3, 32});
-  for (const at::IntArrayRef sizes :
-       {at::IntArrayRef{5, 8}, at::IntArrayRef{1, 5, 8}, at::IntArrayRef{2, 5, 3, 8}}) {
+  const std::vector<std::vector<int64_t>> shapes = {{5, 8}, {1, 5, 8}, {2, 5, 3, 8}};
+  for (const auto& sizes : shapes) {
     const auto [cos, sin] = tables(sizes);
     const auto o = RotateOptions().rotary_offset(4).interleaved(true);
     const auto expected = rotate_qk(q, k, cos, sin, o);

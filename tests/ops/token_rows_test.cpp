@@ -14,8 +14,8 @@ constexpr int64_t kMax = std::numeric_limits<int64_t>::max();
 Arguments row_arguments(const RotateOptions& o) {
   at::OptionalIntArrayRef axes;
   if (o.axes().has_value()) axes = at::IntArrayRef(*o.axes());
-  return {o.positions(), o.offsets(), o.cu_seqlens(), kNoTensor, o.offset(), "bshd",
-          axes,          0,           false,          1,         false,      "fp32"};
+  return {o.positions(), o.offsets(), o.cu_seqlens(), kNoTensor, o.offset(), "bshd", axes, 0,
+          false,         1,           false,          "fp32",    "half"};
 }
 
 class TokenRows : public OnDevice {

@@ -623,7 +623,7 @@ def forbidden(monkeypatch):
             raise AssertionError("reached")
 
         shims = importlib.import_module("fused_rope.compat.transformers.shims")
-        for name in ("rotate", "rotate_qk"):
+        for name in ("call", "rotate", "rotate_qk"):
             monkeypatch.setattr(shims.functional, name, reached)
         monkeypatch.setattr(patching.Tables, "__call__", reached)
 

@@ -57,9 +57,11 @@ def fast_rope_embedding(
     positions = rope_embedding_indices
     if positions is not None and positions.numel() == Q.shape[0] * Q.shape[-2]:
         positions = positions.reshape(Q.shape[0], Q.shape[-2])
-    form = functional.rotate_qk_ if inplace else functional.rotate_qk
     cos, sin, table_layout = _tables(cos, sin, Q.shape[-1])
-    return form(Q, K, cos, sin, layout="bhsd", table_layout=table_layout, positions=positions)
+    options = ("bhsd", None, 0, False, 1, False, "fp32", table_layout)
+    name = "rotate_qk_" if inplace else "rotate_qk"
+    rotated = functional.call(name, (Q, K, cos, sin), positions, 0, None, options)
+    return (Q, K) if inplace else rotated
 
 
 def inplace_rope_embedding(
@@ -101,19 +103,17 @@ class Fast_RoPE_Embedding_QK:
 
 def _tables(cos: Tensor, sin: Tensor, D: int) -> tuple[Tensor, Tensor, str]:
     """Tables [M, D/2] or [M, D], without leading dimensions of size 1, and their table_layout."""
-    for name, table in (("cos", cos), ("sin", sin)):
-        shape = table.shape
-        if (
-            len(shape) < 2
-            or shape[-1] not in (D // 2, D)
-            or (len(shape) > 2 and any(n != 1 for n in shape[:-2]))
-        ):
-            raise ValueError(
-                f"rotate_qk: expected {name} of [M, D/2] or [M, D] with D={D}, after any "
-                f"dimensions of size 1, got {list(shape)}"
-            )
-    if cos.dim() > 2:
-        cos = cos.view(cos.shape[-2:])
-    if sin.dim() > 2:
-        sin = sin.view(sin.shape[-2:])
+    if cos.dim() != 2 or sin.dim() != 2 or cos.shape[1] not in (D // 2, D):
+        cos, sin = _rows("cos", cos, D), _rows("sin", sin, D)
     return cos, sin, "tiled" if cos.shape[-1] == D else "half"
+
+
+def _rows(name: str, table: Tensor, D: int) -> Tensor:
+    """The view of a table without its leading dimensions, which must be of size 1."""
+    shape = table.shape
+    if len(shape) < 2 or shape[-1] not in (D // 2, D) or any(n != 1 for n in shape[:-2]):
+        raise ValueError(
+            f"rotate_qk: expected {name} of [M, D/2] or [M, D] with D={D}, after any dimensions of "
+            f"size 1, got {list(shape)}"
+        )
+    return table.view(shape[-2:])

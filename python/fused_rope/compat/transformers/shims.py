@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -41,32 +42,61 @@ class Style:
     trailing: bool = False
     float32: bool = False
 
-    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, precision: str, **rows: Any) -> Tensor:
+    def rotate(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        precision: str,
+        layout: str,
+        positions: Tensor | None = None,
+        blocks: int = 1,
+    ) -> Tensor:
         """`functional.rotate` in this style."""
-        return functional.rotate(x, cos, sin, **self._options(x, cos, precision), **rows)
+        options = self._options(x, cos, precision, layout, blocks)
+        rotated: Tensor = functional.call("rotate", (x, cos, sin), positions, 0, None, options)
+        return rotated
 
     def rotate_qk(
-        self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, precision: str, **rows: Any
+        self,
+        q: Tensor,
+        k: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        precision: str,
+        layout: str,
+        positions: Tensor | None = None,
     ) -> Pair:
         """`functional.rotate_qk` in this style."""
-        return functional.rotate_qk(q, k, cos, sin, **self._options(q, cos, precision), **rows)
+        options = self._options(q, cos, precision, layout)
+        rotated: Pair = functional.call("rotate_qk", (q, k, cos, sin), positions, 0, None, options)
+        return rotated
 
-    @property
+    @cached_property
     def table_layout(self) -> str:
         """The operator's word for `width`."""
         return "tiled" if self.width == "first" else self.width
 
-    def _options(self, x: Tensor, cos: Tensor, precision: str) -> dict[str, Any]:
+    def _options(
+        self, x: Tensor, cos: Tensor, precision: str, layout: str, blocks: int = 1
+    ) -> tuple[Any, ...]:
+        """The options of `functional.call`."""
         # A wider table widens a model's products; the operator's "fp32" is that, rounded to x.
         wider = cos.dtype != x.dtype and torch.promote_types(x.dtype, cos.dtype) != x.dtype
-        R = cos.shape[-1] * (2 if self.width == "half" else 1)
-        return {
-            "table_layout": self.table_layout,
-            "rotary_offset": x.shape[-1] - R if self.trailing else 0,
-            "interleaved": self.interleaved,
-            "inverse": self.inverse,
-            "precision": "fp32" if self.float32 or wider else precision,
-        }
+        rounding = "fp32" if self.float32 or wider else precision
+        offset = 0
+        if self.trailing:
+            offset = x.shape[-1] - cos.shape[-1] * (2 if self.width == "half" else 1)
+        return (
+            layout,
+            None,
+            offset,
+            self.interleaved,
+            blocks,
+            self.inverse,
+            rounding,
+            self.table_layout,
+        )
 
 
 HALF = Style()
