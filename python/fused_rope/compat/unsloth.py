@@ -103,9 +103,11 @@ class Fast_RoPE_Embedding_QK:
 
 def _tables(cos: Tensor, sin: Tensor, D: int) -> tuple[Tensor, Tensor, str]:
     """Tables [M, D/2] or [M, D], without leading dimensions of size 1, and their table_layout."""
-    if cos.dim() != 2 or sin.dim() != 2 or cos.shape[1] not in (D // 2, D):
-        cos, sin = _rows("cos", cos, D), _rows("sin", sin, D)
-    return cos, sin, "tiled" if cos.shape[-1] == D else "half"
+    shape = cos.shape
+    if len(shape) == 2 and shape[1] == D and sin.dim() == 2:  # the common form, checked first
+        return cos, sin, "tiled"
+    cos, sin = _rows("cos", cos, D), _rows("sin", sin, D)
+    return cos, sin, "tiled" if cos.shape[1] == D else "half"
 
 
 def _rows(name: str, table: Tensor, D: int) -> Tensor:

@@ -82,8 +82,9 @@ class Style:
     ) -> tuple[Any, ...]:
         """The options of `functional.call`."""
         # A wider table widens a model's products; the operator's "fp32" is that, rounded to x.
-        wider = cos.dtype != x.dtype and torch.promote_types(x.dtype, cos.dtype) != x.dtype
-        rounding = "fp32" if self.float32 or wider else precision
+        x_dtype, dtype = x.dtype, cos.dtype
+        if self.float32 or (dtype != x_dtype and torch.promote_types(x_dtype, dtype) != x_dtype):
+            precision = "fp32"
         offset = 0
         if self.trailing:
             offset = x.shape[-1] - cos.shape[-1] * (2 if self.width == "half" else 1)
@@ -94,7 +95,7 @@ class Style:
             self.interleaved,
             blocks,
             self.inverse,
-            rounding,
+            precision,
             self.table_layout,
         )
 
@@ -131,15 +132,15 @@ def layout_of(x: Tensor, cos: Tensor, unsqueeze_dim: int) -> str:
     return layout
 
 
-def per_token(table: Tensor, x: Tensor, layout: str) -> Tensor:
-    """The operator's table for [B or 1, S, R] or [S, R].
+def per_token(cos: Tensor, sin: Tensor, x: Tensor, layout: str) -> Pair:
+    """The operator's tables for [B or 1, S, R] or [S, R].
 
     With S rows [S, R] is a shared table as it is. With any other number it becomes [1, M, R], which
     the operator refuses, as the models do.
     """
-    if table.dim() == 2 and table.shape[0] != x.shape[-2 if layout == "bhsd" else -3]:
-        return table[None]
-    return table
+    if cos.dim() == 2 and cos.shape[0] != x.shape[-2 if layout == "bhsd" else -3]:
+        return cos[None], sin[None]
+    return cos, sin
 
 
 def pair(style: Style) -> Shim:
@@ -158,8 +159,8 @@ def pair(style: Style) -> Shim:
         precision: str = "model",
     ) -> Pair:
         layout = layout_of(q, cos, unsqueeze_dim)
-        cos, sin = per_token(cos, q, layout), per_token(sin, q, layout)
-        return style.rotate_qk(q, k, cos, sin, precision, layout=layout)
+        cos, sin = per_token(cos, sin, q, layout)
+        return style.rotate_qk(q, k, cos, sin, precision, layout)
 
     return rotate
 
@@ -176,7 +177,7 @@ def single(style: Style) -> Shim:
         precision: str = "model",
     ) -> Tensor:
         layout = layout_of(x, cos, unsqueeze_dim)
-        cos, sin = per_token(cos, x, layout), per_token(sin, x, layout)
+        cos, sin = per_token(cos, sin, x, layout)
         return style.rotate(x, cos, sin, precision, layout=layout)
 
     return rotate
@@ -227,7 +228,8 @@ def last_queries(style: Style) -> Shim:
         layout = layout_of(q, cos, unsqueeze_dim)
         if layout != "bhsd":
             raise ValueError(f"apply_rotary_pos_emb: expected unsqueeze_dim 1, got {unsqueeze_dim}")
-        cos, sin, S = per_token(cos, k, layout), per_token(sin, k, layout), q.shape[-2]
+        cos, sin = per_token(cos, sin, k, layout)
+        S = q.shape[-2]
         q = style.rotate(q, cos[..., -S:, :], sin[..., -S:, :], precision, layout=layout)
         return q, style.rotate(k, cos, sin, precision, layout=layout)
 
@@ -262,7 +264,7 @@ def token_major(style: Style) -> Shim:
 
     def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, precision: str = "model") -> Pair:
         layout = "thd" if q.dim() == 3 else "bshd"
-        cos, sin = per_token(cos, q, layout), per_token(sin, q, layout)
+        cos, sin = per_token(cos, sin, q, layout)
         return style.rotate_qk(q, k, cos, sin, precision, layout=layout)
 
     return rotate
@@ -272,7 +274,7 @@ def head_major(style: Style) -> Shim:
     """q and k [B, H, S, D]; cos [S, R], with dimensions of size 1 before these or without."""
 
     def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, precision: str = "model") -> Pair:
-        cos, sin = per_token(rows(cos), q, "bhsd"), per_token(rows(sin), q, "bhsd")
+        cos, sin = per_token(rows(cos), rows(sin), q, "bhsd")
         return style.rotate_qk(q, k, cos, sin, precision, layout="bhsd")
 
     return rotate
@@ -355,7 +357,7 @@ def blocks(
         return spans[..., : spans.shape[-1] // 2].flatten(-2)
 
     layout = layout_of(x, cos, unsqueeze_dim)
-    cos, sin = per_token(halves(cos), x, layout), per_token(halves(sin), x, layout)
+    cos, sin = per_token(halves(cos), halves(sin), x, layout)
     return Style("half").rotate(x, cos, sin, precision, layout=layout, blocks=A)
 
 
