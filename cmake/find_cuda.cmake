@@ -1,12 +1,12 @@
-# Finds nvcc and settles what is built with it. FUSED_ROPE_WITH_CUDA: the operators get CUDA kernels. Where torch has
-# no CUDA the kernels, which know nothing of torch, are still compiled, for one architecture, so that they cannot rot.
+# Finds nvcc and decides what it builds. FUSED_ROPE_WITH_CUDA means that the operators get CUDA kernels. The kernels do
+# not depend on torch: if torch has no CUDA, they are still compiled, for one architecture, to keep them building.
 
 set(FUSED_ROPE_WITH_CUDA OFF)
 if(NOT FUSED_ROPE_CUDA)
   return()
 endif()
 
-# Says why the operators get no CUDA kernels: an error where they were asked for.
+# Reports why the operators get no CUDA kernels. This is an error if FUSED_ROPE_CUDA=ON.
 function(fused_rope_no_cuda why)
   if(FUSED_ROPE_CUDA STREQUAL AUTO)
     message(STATUS "CPU only: ${why}")
@@ -24,7 +24,7 @@ if(NOT nvcc)
   return()
 endif()
 
-# The nvcc on PATH may be a script around the real one, which says where it lies.
+# The nvcc on PATH may be a wrapper script. A dry run prints the directory of the real one.
 execute_process(COMMAND ${nvcc} --dryrun -x cu /dev/null ERROR_VARIABLE dryrun OUTPUT_QUIET)
 if(dryrun MATCHES "_HERE_=([^\r\n]+)")
   set(nvcc ${CMAKE_MATCH_1}/nvcc)
@@ -43,12 +43,12 @@ else()
   target_include_directories(torch::cudart INTERFACE ${CUDAToolkit_INCLUDE_DIRS})
 endif()
 
-# Architectures, in torch's own form ("8.0;9.0+PTX") from TORCH_CUDA_ARCH_LIST, else all supported that nvcc knows.
+# Architectures: TORCH_CUDA_ARCH_LIST in torch's format ("8.0;9.0+PTX"), else every supported one that nvcc has.
 if(NOT DEFINED TORCH_CUDA_ARCH_LIST)
   set(TORCH_CUDA_ARCH_LIST $ENV{TORCH_CUDA_ARCH_LIST})
 endif()
 if(CMAKE_CUDA_ARCHITECTURES)
-  # Chosen by the user in CMake's own form.
+  # Set by the user in CMake's format.
 elseif(TORCH_CUDA_ARCH_LIST)
   string(REGEX MATCHALL "[^ ;]+" entries "${TORCH_CUDA_ARCH_LIST}")
   foreach(entry IN LISTS entries)

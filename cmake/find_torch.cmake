@@ -1,12 +1,12 @@
-# Finds torch. The Python extension takes its interpreter's torch and no other; C++ alone takes the one that
-# CMAKE_PREFIX_PATH or Torch_DIR names, else the interpreter's too.
+# Finds torch. The Python extension always uses its interpreter's torch. A C++-only build uses the torch that
+# CMAKE_PREFIX_PATH or Torch_DIR names, else the interpreter's.
 # Sets TORCH_FULL_VERSION (such as 2.13.0+cpu) and, for a CUDA build of torch, TORCH_CUDA_MAJOR.
 
-set(Python_FIND_UNVERSIONED_NAMES FIRST)  # python3 before python3.x: the virtual environment's before the system's
+set(Python_FIND_UNVERSIONED_NAMES FIRST)  # python3 before python3.x: prefers the virtual environment to the system
 find_package(Python QUIET COMPONENTS Interpreter)
 
 if(Python_Interpreter_FOUND)
-  # What torch.utils.cmake_prefix_path says, without the seconds that importing torch takes.
+  # The same path as torch.utils.cmake_prefix_path, without importing torch, which takes seconds.
   execute_process(
       COMMAND ${Python_EXECUTABLE} -c "from importlib.util import find_spec; print(*find_spec('torch').submodule_search_locations)"
       OUTPUT_VARIABLE torch_in_python OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
@@ -21,8 +21,9 @@ elseif(torch_in_python)
   list(APPEND CMAKE_PREFIX_PATH ${torch_in_python}/share/cmake)
 endif()
 
-# Torch's own search for CUDA wants a whole toolkit, takes a wrapper script named nvcc for the toolkit's root, and
-# ends the configuration where there is none. It is left out where this target exists; find_cuda.cmake fills it.
+# Torch's own search for CUDA requires a whole toolkit, mistakes the directory of an nvcc wrapper script for the
+# toolkit's root, and aborts if there is none. Torch skips the search if this target exists; find_cuda.cmake adds its
+# include directories.
 add_library(torch::cudart INTERFACE IMPORTED)
 find_package(Torch 2.11 REQUIRED)
 
@@ -37,13 +38,13 @@ if(EXISTS ${TORCH_INSTALL_PREFIX}/lib/libc10_cuda.so)
   string(REGEX MATCH "[0-9]+$" TORCH_CUDA_MAJOR "${runtime}")
 endif()
 
-# Exceptions and streams cross the border to torch, which shares one C++ runtime with its process. A compiler that links
-# a static one would bring a second: both sides would crash on the other's messages.
-try_compile(runtime_probe_linked
-    SOURCE_FROM_CONTENT probe.cpp "#include <iostream>\nint main() { std::cout << 1; }\n"
-    COPY_FILE ${CMAKE_BINARY_DIR}/runtime_probe)
-if(runtime_probe_linked AND CMAKE_SYSTEM_NAME STREQUAL Linux)
-  file(STRINGS ${CMAKE_BINARY_DIR}/runtime_probe shared_runtime REGEX "^libstdc\\+\\+[.]so|^libc\\+\\+[.]so")
+# Exceptions and streams cross the boundary to torch, so both sides must share one C++ runtime. If the compiler links a
+# static runtime, there are two, and exceptions thrown by one side crash the other.
+try_compile(runtime_check_linked
+    SOURCE_FROM_CONTENT check.cpp "#include <iostream>\nint main() { std::cout << 1; }\n"
+    COPY_FILE ${CMAKE_BINARY_DIR}/runtime_check)
+if(runtime_check_linked AND CMAKE_SYSTEM_NAME STREQUAL Linux)
+  file(STRINGS ${CMAKE_BINARY_DIR}/runtime_check shared_runtime REGEX "^libstdc\\+\\+[.]so|^libc\\+\\+[.]so")
   if(NOT shared_runtime)
     find_library(FUSED_ROPE_LIBSTDCXX libstdc++.so.6 PATH_SUFFIXES ${CMAKE_LIBRARY_ARCHITECTURE} REQUIRED)
     message(STATUS "The compiler links a static C++ runtime: linking torch's, ${FUSED_ROPE_LIBSTDCXX}")

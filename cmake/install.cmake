@@ -1,5 +1,5 @@
-# Installs a tree that may be moved: lib/, include/ and the CMake package FusedRope. The wheel is the same tree under
-# fused_rope/, with the component `python` beside it.
+# Installs a relocatable tree: lib/, include/ and the CMake package FusedRope. The wheel has the same tree under
+# fused_rope/, and the component `python` as well.
 
 set(CMAKE_INSTALL_MESSAGE LAZY)
 set(package_dir ${CMAKE_INSTALL_LIBDIR}/cmake/FusedRope)

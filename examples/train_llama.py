@@ -2,9 +2,9 @@
 
     python examples/train_llama.py [--steps 100] [--device cpu] [--out build/demo.png]
 
-Both start from the same weights and read the same batches, so their losses can be held against each
-other; they take turns step by step, so that what else the machine does slows both alike. The text
-is on every machine: the sources of Python's own standard library, one token a byte.
+Both runs start from the same weights and read the same batches, so their losses are comparable.
+Their steps alternate, so that other load on the machine slows both equally. The model is byte-level
+and reads the sources of Python's standard library; nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 SEED = 0
 BATCH, LENGTH = 8, 128
-LAST = 10  # steps whose mean is called the final loss: one batch alone is noisy
+LAST = 10  # the final loss is the mean of this many steps, as one batch is noisy
 
 CONFIG = LlamaConfig(
     vocab_size=256,
@@ -37,7 +37,7 @@ CONFIG = LlamaConfig(
     num_key_value_heads=2,
     max_position_embeddings=LENGTH,
     use_cache=False,
-    attn_implementation="eager",  # its sums have one order, on CUDA too
+    attn_implementation="eager",  # deterministic order of sums, on CUDA too
 )
 
 
@@ -50,7 +50,7 @@ def read_text() -> Tensor:
 
 
 def batches(text: Tensor, steps: int, device: torch.device) -> Iterator[Tensor]:
-    """The same random excerpts at every call, int64 [BATCH, LENGTH] each."""
+    """Yields the same random excerpts on every call, int64 [BATCH, LENGTH] each."""
     generator = torch.Generator().manual_seed(SEED)
     for _ in range(steps):
         starts = torch.randint(len(text) - LENGTH, (BATCH, 1), generator=generator)
@@ -58,14 +58,14 @@ def batches(text: Tensor, steps: int, device: torch.device) -> Iterator[Tensor]:
 
 
 def make_model(device: torch.device) -> LlamaForCausalLM:
-    """The same random weights at every call."""
+    """Returns a model with the same random weights on every call."""
     torch.manual_seed(SEED)
     return LlamaForCausalLM(CONFIG).to(device)
 
 
 @contextmanager
 def patched(model: LlamaForCausalLM) -> Iterator[str]:
-    """The model on the fused operator; yields what was replaced."""
+    """Patches the model inside the context; yields the report of what was replaced."""
     report = patch(model)
     if not report.patched:
         raise SystemExit(f"this release of transformers could not be patched:\n{report}")
@@ -83,24 +83,24 @@ def logits_and_gradients(model: LlamaForCausalLM, batch: Tensor) -> tuple[Tensor
 
 
 def compare(model: LlamaForCausalLM, batch: Tensor) -> None:
-    """Prints how far the patched model is from the stock one on the same weights and batch."""
-    stock_logits, stock_gradients = logits_and_gradients(model, batch)
+    """Prints how far the patched model is from the original, with the same weights and batch."""
+    original_logits, original_gradients = logits_and_gradients(model, batch)
     with patched(model) as report:
         print(report)
         logits, gradients = logits_and_gradients(model, batch)
-    print("Largest difference between stock and patched, same weights, same batch:")
-    print("  logits   ", difference([logits], [stock_logits]))
-    print("  gradients", difference(gradients, stock_gradients))
+    print("Largest difference between original and patched, same weights, same batch:")
+    print("  logits   ", difference([logits], [original_logits]))
+    print("  gradients", difference(gradients, original_gradients))
 
 
-def difference(ours: list[Tensor], stock: list[Tensor]) -> str:
-    largest = max((x - y).abs().max().item() for x, y in zip(ours, stock, strict=True))
-    scale = max(y.abs().max().item() for y in stock)
+def difference(ours: list[Tensor], original: list[Tensor]) -> str:
+    largest = max((x - y).abs().max().item() for x, y in zip(ours, original, strict=True))
+    scale = max(y.abs().max().item() for y in original)
     return f"{largest:.2g}, of values up to {scale:.2g}"
 
 
 class Run:
-    """One training run: a model, its optimizer, and what each step left behind."""
+    """One training run: a model, its optimizer, and the loss and time of each step."""
 
     def __init__(self, device: torch.device) -> None:
         self.model = make_model(device)
@@ -129,21 +129,23 @@ class Run:
 
 
 def train(text: Tensor, steps: int, device: torch.device) -> dict[str, Run]:
-    stock, fused = Run(device), Run(device)
+    original, fused = Run(device), Run(device)
     with tqdm(batches(text, steps, device), "Training", total=steps, unit="step") as progress:
         for batch in progress:
-            stock.step(batch)
+            original.step(batch)
             with patched(fused.model):
                 fused.step(batch)
-            progress.set_postfix(stock=f"{stock.losses[-1]:.3f}", patched=f"{fused.losses[-1]:.3f}")
-    return {"stock": stock, "patched": fused}
+            progress.set_postfix(
+                original=f"{original.losses[-1]:.3f}", patched=f"{fused.losses[-1]:.3f}"
+            )
+    return {"original": original, "patched": fused}
 
 
 def draw(runs: dict[str, Run], path: Path) -> None:
-    """The loss curves beside the times per step."""
+    """Plots the loss curves and the times per step."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     loss_axes, time_axes = figure.subplots(1, 2, width_ratios=(3, 2))
-    # One curve lies on the other: the wide pale line shows what is under the thin dark one.
+    # The curves coincide: a wide pale line stays visible under a thin dark one.
     styles = ({"color": "tab:orange", "lw": 5, "alpha": 0.5}, {"color": "tab:blue", "lw": 1.2})
     for style, (name, run) in zip(styles, runs.items(), strict=True):
         label = f"{name}: {run.final_loss:.4f} at the end"
@@ -152,7 +154,7 @@ def draw(runs: dict[str, Run], path: Path) -> None:
     loss_axes.legend()
 
     labels = [f"{name}\nmedian {run.median_milliseconds:.1f} ms" for name, run in runs.items()]
-    # The first step warms caches and allocators up; whiskers end at the 10th and 90th percentile.
+    # The first step warms up caches and allocators. Whiskers: 10th and 90th percentile.
     times = [run.milliseconds[1:] for run in runs.values()]
     boxes = time_axes.boxplot(
         times,

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes .venv from nothing: a compiler and GoogleTest from Debian where they are missing, the torch of $PYTHON where
-# it has one (its environment is only read), else $TORCH, and the packages of pyproject.toml's group `dev`.
+# Creates .venv: installs a compiler and GoogleTest from Debian if they are missing, uses the torch of $PYTHON if it has
+# one (its environment is not modified), else installs $TORCH, and installs the group `dev` of pyproject.toml.
 source "$(dirname "$0")/common.sh"
 
 python=$(command -v "${PYTHON:-python3}") || die "There is no ${PYTHON:-python3}: install Python 3.10 or later, or set PYTHON=."
@@ -19,10 +19,10 @@ if [ ${#missing[@]} -gt 0 ]; then
   [ "$(id -u)" = 0 ] && sudo= || sudo="sudo -n"
   export DEBIAN_FRONTEND=noninteractive
   { $sudo apt-get update -q && $sudo apt-get install -q -y --no-install-recommends "${missing[@]}"; } ||
-    die "These Debian packages, or their like, are missing here and could not be installed: ${missing[*]}"
+    die "These Debian packages are missing and could not be installed; install them or their equivalents: ${missing[*]}"
 fi
 
-say "Making .venv for $python"
+say "Creating .venv for $python"
 make_venv .venv "$python"
 if "$python" -c 'import torch' 2>/dev/null; then
   site_packages=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')

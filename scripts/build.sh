@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs the package into .venv in place, with the C++ tests in build/. A second run only rebuilds what changed.
+# Installs the package into .venv in editable mode and builds the C++ tests in build/. Later runs build incrementally.
 source "$(dirname "$0")/common.sh"
 scripts/bootstrap.sh
 export PATH=$PWD/.venv/bin:$PATH

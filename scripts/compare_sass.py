@@ -1,11 +1,11 @@
-r"""Compares the machine code of two cubins kernel by kernel, whatever the kernels are called.
+r"""Compares the machine code of two cubins kernel by kernel, ignoring the kernels' names.
 
-Run `python scripts/compare_sass.py BEFORE.cubin AFTER.cubin` with the results of
+Run `python scripts/compare_sass.py BEFORE.cubin AFTER.cubin` on the results of
 
     nvcc -cubin -arch=sm_90 -O3 -std=c++20 -DNDEBUG -D__LINE__=1 -Iinclude \
         -o AFTER.cubin csrc/cuda/float16.cu
 
-before and after a change; -D__LINE__=1 keeps the lines of assertions out of the code.
+before and after a change; -D__LINE__=1 keeps the line numbers of assertions out of the code.
 """
 
 import collections

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Builds everything with a CUDA torch in an environment of its own, .venv-cuda, and tests it as far as a machine
-# without a GPU can: the CUDA kernels are registered, and the operators are right on the CPU.
+# Builds the library with a CUDA torch in a separate environment, .venv-cuda, and runs the tests that need no GPU: the
+# CUDA kernels are registered, and the operators are right on the CPU.
 source "$(dirname "$0")/common.sh"
 command -v nvcc >/dev/null || [ -x "${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" ] ||
-  die "make cuda-build needs nvcc (CUDA 13) on PATH or under CUDA_HOME, and there is none."
+  die "make cuda-build needs nvcc (CUDA 13): put it on PATH or set CUDA_HOME."
 
 stamp=.venv-cuda/bootstrapped
 wanted="${PYTHON:-python3} ${CUDA_TORCH:=torch==2.14.1} $(dependency_groups)"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The CPU's C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer, and those that share modules among threads
-# under ThreadSanitizer.
+# Runs the C++ tests on the CPU under AddressSanitizer and UndefinedBehaviorSanitizer, and the tests that share modules
+# between threads under ThreadSanitizer.
 source "$(dirname "$0")/common.sh"
 export PATH=$PWD/.venv/bin:$PATH
 

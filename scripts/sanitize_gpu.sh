@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Every instance of the CUDA kernel under compute-sanitizer: scripts/sanitize_gpu.sh [TOOL...], all four tools if none
-# is named. Each prints one line for each plan; a fault, or a result that is not the CPU's, prints the log and fails.
+# Runs every instance of the CUDA kernel under compute-sanitizer: scripts/sanitize_gpu.sh [TOOL...], by default all four
+# tools. Prints one line per tool and plan. A fault, or a result that differs from the CPU's, prints the log and fails.
 source "$(dirname "$0")/common.sh"
 export PATH=$PWD/.venv/bin:$PATH:${CUDA_HOME:-/usr/local/cuda}/bin
 export PYTHONPATH=${PYTHONPATH:+$PYTHONPATH:}$PWD/python
-export PYTORCH_NO_CUDA_MEMORY_CACHING=1  # else torch hands out parts of one block, and overruns stay inside it
-command -v compute-sanitizer >/dev/null || die "There is no compute-sanitizer on PATH or in CUDA_HOME/bin."
+export PYTORCH_NO_CUDA_MEMORY_CACHING=1  # otherwise tensors share one block, which hides overruns
+command -v compute-sanitizer >/dev/null || die "make sanitize-gpu needs compute-sanitizer: put it on PATH or set CUDA_HOME."
 
 [ $# -gt 0 ] || set -- memcheck initcheck racecheck synccheck
 log=$(mktemp)

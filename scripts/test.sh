@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Every test: C++ by ctest, Python by pytest, and those of transformers once more with its last release 4 and with the
-# `kernels` package, which is no part of .venv: it changes what transformers' functions are.
+# Runs all tests: C++ with ctest and Python with pytest. The transformers tests run again with the last 4.x release and
+# with the `kernels` package, which is not in .venv because it replaces functions of transformers.
 source "$(dirname "$0")/common.sh"
 scripts/build.sh
 export PATH=$PWD/.venv/bin:$PATH
@@ -21,7 +21,7 @@ kernels=kernels==0.16.2
 say "Python tests with $kernels"
 folder=.venv/kernels
 [ -e $folder/complete ] || {
-  python -m pip list --format=freeze >.venv/constraints.txt  # what it needs too comes in the versions of .venv
+  python -m pip list --format=freeze >.venv/constraints.txt  # dependencies come in the versions of .venv
   python -m pip install -q --target $folder --constraint .venv/constraints.txt $kernels && touch $folder/complete
 }
 PYTHONPATH=$PWD/$folder python -m pytest -q tests/python/test_use_kernels.py tests/python/test_transformers.py

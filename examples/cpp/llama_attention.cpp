@@ -1,10 +1,9 @@
-// Llama's attention in libtorch: grouped queries, rotary positions with Llama 3.1's frequencies, a
-// cache of keys and values. Trains on a target and then decodes token by token.
+// Llama's attention in libtorch: grouped queries, RoPE with Llama 3.1's frequencies, a KV cache.
+// Trains on a target, then decodes token by token.
 //
 //   llama_attention                   random weights and data
-//   llama_attention GIVEN RESULT      weights, "x" and "target" from a file of torch.save, a dict
-//   of
-//                                     tensors; what came of them goes to RESULT, for torch.load
+//   llama_attention GIVEN RESULT      reads weights, "x" and "target" from a dict of tensors that
+//                                     torch.save wrote; writes the results to RESULT for torch.load
 
 #include <fused_rope/fused_rope.h>
 #include <torch/torch.h>
@@ -28,12 +27,12 @@ using Tensors = c10::Dict<std::string, Tensor>;
 constexpr int64_t B = 2, S = 24, E = 64, Hq = 8, Hk = 2, D = 16;
 constexpr int64_t kSteps = 20;
 
-// Keys and values of the tokens so far, in memory for all that may come.
+// Keys and values of the tokens so far, with memory for `tokens` tokens.
 struct Cache {
   explicit Cache(int64_t tokens)
       : k(torch::empty({B, Hk, tokens, D})), v(torch::empty({B, Hk, tokens, D})) {}
 
-  // Adds S tokens and returns all L, [B, Hk, L, D].
+  // Appends S tokens and returns all L, [B, Hk, L, D].
   std::tuple<Tensor, Tensor> append(const Tensor& new_k, const Tensor& new_v) {
     const int64_t added = new_k.size(2);
     k.narrow(2, length, added).copy_(new_k);
@@ -65,7 +64,7 @@ struct LlamaAttentionImpl : nn::Module {
     register_module("rope", rope);
   }
 
-  // x [B, S, E]: the tokens after those in the cache.
+  // x [B, S, E]: the tokens that follow those in the cache.
   Tensor forward(const Tensor& x, Cache* cache = nullptr) {
     const auto heads = [&](nn::Linear& projection) {
       return projection(x).unflatten(-1, {-1, D}).transpose(1, 2);
@@ -87,7 +86,7 @@ struct LlamaAttentionImpl : nn::Module {
 };
 TORCH_MODULE(LlamaAttention);
 
-// The prompt at once, then one token after the other.
+// Runs the prompt in one call, then one token per call.
 Tensor decode(LlamaAttention& attention, const Tensor& x, int64_t prompt) {
   const torch::NoGradGuard no_grad;
   Cache cache(x.size(1));
@@ -98,7 +97,7 @@ Tensor decode(LlamaAttention& attention, const Tensor& x, int64_t prompt) {
   return torch::cat(outs, 1);
 }
 
-// Losses of kSteps steps of gradient descent.
+// Returns the losses of kSteps steps of gradient descent.
 Tensor train(LlamaAttention& attention, const Tensor& x, const Tensor& target) {
   torch::optim::SGD optimizer(attention->parameters(), /*lr=*/0.5);
   std::vector<Tensor> losses;

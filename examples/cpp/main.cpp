@@ -31,7 +31,7 @@ int main() {
   const Tensor out = attend(q, k, v, cos, sin, /*offset=*/0);
   out.sum().backward();
 
-  // Attention sees only distances: moving all tokens by the same offset changes rounding alone.
+  // Attention depends only on relative positions: a common offset changes nothing but rounding.
   const Tensor moved = attend(q, k, v, cos, sin, /*offset=*/1000);
   const double change = (moved - out).abs().max().item<double>();
   std::printf("fused_rope %s: q.grad %.3g, k.grad %.3g, moved by 1000 tokens: %.1e\n",
