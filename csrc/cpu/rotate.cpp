@@ -1,4 +1,4 @@
-// The CPU backend: checks all rows before it writes anything, then distributes tokens over threads.
+// The CPU backend: checks all rows before any write, then distributes tokens over threads.
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
 
@@ -31,8 +31,8 @@ void launch_rotate(const Call& call, const kernels::RotateParams& p) {
   const int64_t tokens = p.B * p.S;
   const int64_t elements = p.D * kernels::total_heads(p);  // of a token
   if (tokens == 0 || elements == 0) return;
-  constexpr int64_t kGrain =
-      32768;  // at::internal::GRAIN_SIZE: less work does not pay for a thread
+  // at::internal::GRAIN_SIZE: less work per thread does not pay.
+  constexpr int64_t kGrain = 32768;
   const int64_t grain = std::max<int64_t>(1, kGrain / elements);
   if (kernels::has_lookups(p.rows)) {
     at::parallel_for(0, tokens, kGrain,

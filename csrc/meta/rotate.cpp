@@ -1,4 +1,4 @@
-// Shapes and strides without data: what tracers, compilers and meta tensors see.
+// The Meta backend: shapes and strides without data, for tracers, compilers and meta tensors.
 #include "ops/forms.h"
 
 namespace fused_rope {

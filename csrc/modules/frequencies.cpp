@@ -1,4 +1,4 @@
-// The operations and their order are those of frequencies.py, so that the bits are too.
+// Operations and their order match frequencies.py, so that results are bitwise identical.
 #include "fused_rope/frequencies.h"
 
 #include <ATen/TensorOperators.h>
@@ -42,8 +42,8 @@ double need_trained(const RopeScaling& scaling) {
 // RoFormer (Su et al., 2021).
 Series series(int64_t R, double base) {
   Series inv_freq;
-  for (int64_t lane = 0; lane < R; lane += 2) {
-    inv_freq.push_back(1.0 / std::pow(base, static_cast<double>(lane) / static_cast<double>(R)));
+  for (int64_t i = 0; i < R; i += 2) {
+    inv_freq.push_back(1.0 / std::pow(base, static_cast<double>(i) / static_cast<double>(R)));
   }
   return inv_freq;
 }
@@ -65,10 +65,11 @@ Series dynamic(int64_t R, double base, const RopeScaling& scaling, int64_t rows)
   return series(R, R > 2 ? base * std::pow(stretch, power) : base);
 }
 
-// YaRN (Peng et al., 2023): slow pairs interpolate, fast ones do not, a ramp lies between.
-Series yarn(int64_t lanes, double base, const RopeScaling& scaling) {
+// YaRN (Peng et al., 2023): interpolates low frequencies, keeps high ones, and blends linearly
+// between.
+Series yarn(int64_t rotary_dim, double base, const RopeScaling& scaling) {
   const double factor = need_factor(scaling), trained = need_trained(scaling);
-  const auto R = static_cast<double>(lanes);
+  const auto R = static_cast<double>(rotary_dim);
   const auto pair_that_turns = [&](double times) {
     return R * std::log(trained / (times * 2 * std::numbers::pi)) / (2 * std::log(base));
   };
@@ -78,7 +79,7 @@ Series yarn(int64_t lanes, double base, const RopeScaling& scaling) {
   low = std::max(low, 0.0);
   high = std::min(high, R - 1);
   const double width = high == low ? 0.001 : high - low;
-  Series inv_freq = series(lanes, base);
+  Series inv_freq = series(rotary_dim, base);
   for (size_t j = 0; j < inv_freq.size(); ++j) {
     const double interpolated = std::clamp((static_cast<double>(j) - low) / width, 0.0, 1.0);
     inv_freq[j] = inv_freq[j] / factor * interpolated + inv_freq[j] * (1 - interpolated);
@@ -96,7 +97,7 @@ double yarn_attention_factor(const RopeScaling& scaling) {
   return numerator != 0 && denominator != 0 ? mscale(numerator) / mscale(denominator) : mscale(1);
 }
 
-// LongRoPE (Ding et al., 2024): a searched factor for each pair, others for long texts.
+// LongRoPE (Ding et al., 2024): one searched factor per pair, with a second set for long sequences.
 Series longrope(int64_t R, double base, const RopeScaling& scaling, int64_t rows) {
   const auto list = [&](const std::optional<Series>& values, const char* key) {
     const Series& found = need(values, scaling, key);
@@ -119,7 +120,7 @@ double longrope_attention_factor(const RopeScaling& scaling) {
   return std::sqrt(1 + std::log(factor) / std::log(need_trained(scaling)));
 }
 
-// Llama 3.1: long waves interpolate, short ones do not, a blend by wavelength lies between.
+// Llama 3.1: interpolates long wavelengths, keeps short ones, and blends between.
 Series llama3(int64_t R, double base, const RopeScaling& scaling) {
   const double factor = need_factor(scaling), trained = need_trained(scaling);
   const double slow = need(scaling.low_freq_factor(), scaling, "low_freq_factor");
@@ -134,7 +135,7 @@ Series llama3(int64_t R, double base, const RopeScaling& scaling) {
   return inv_freq;
 }
 
-// p-RoPE (Gemma 4): only the fastest pairs turn, with the series of all R lanes.
+// p-RoPE (Gemma 4): rotates only the pairs of highest frequency, with the series of all R elements.
 Series proportional(int64_t R, double base, const RopeScaling& scaling) {
   const auto turning =
       static_cast<size_t>(std::floor(scaling.partial_rotary_factor() * static_cast<double>(R) / 2));
@@ -151,7 +152,7 @@ int64_t quarter(int64_t R, const RopeScaling& scaling) {
   return R / 4;
 }
 
-// modded-nanogpt: R/4 frequencies whose last is 1/base, and R/4 pairs that do not turn.
+// modded-nanogpt: R/4 frequencies whose last is 1/base, and R/4 pairs that are not rotated.
 Series half_truncated(int64_t R, double base, const RopeScaling& scaling) {
   const int64_t turning = quarter(R, scaling);
   const double step = 1 / static_cast<double>(std::max<int64_t>(turning - 1, 1));
@@ -162,7 +163,7 @@ Series half_truncated(int64_t R, double base, const RopeScaling& scaling) {
   return inv_freq;
 }
 
-// 2-D vision: rows and columns, told apart by `axes`, share the frequencies of R/2 lanes.
+// 2-D vision: rows and columns, distinguished by `axes`, share the frequencies of R/2 elements.
 Series axial(int64_t R, double base, const RopeScaling& scaling) {
   quarter(R, scaling);
   const Series once = series(R / 2, base);

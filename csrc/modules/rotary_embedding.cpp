@@ -93,7 +93,7 @@ std::tuple<at::Tensor, at::Tensor> RotaryEmbeddingImpl::table() const {
 
 void RotaryEmbeddingImpl::reserve(int64_t rows) { tables_->reserve(rows); }
 
-// clone() calls this too, on a copy that has tables already.
+// clone() also calls this, on a copy that already has tables.
 void RotaryEmbeddingImpl::reset() {
   check(options);
   tables_ = tables_ == nullptr
@@ -120,8 +120,7 @@ void RotaryEmbeddingImpl::pretty_print(std::ostream& stream) const {
          << ", base=" << options.base() << ")";
 }
 
-// Takes the table of this call, which stays the same until the call ends, and the operator's
-// options.
+// Returns the table, which does not change until the call returns, and the operator's options.
 RotaryEmbeddingImpl::Rotation RotaryEmbeddingImpl::prepare(const at::Tensor& q,
                                                            const Where& where) const {
   TORCH_CHECK_VALUE(q.dim() > 0 && q.size(-1) == options.head_dim(),
@@ -149,9 +148,9 @@ RotaryEmbeddingImpl::Rotation RotaryEmbeddingImpl::prepare(const at::Tensor& q,
   return {tables_->take(q.device(), rows), std::move(rotation)};
 }
 
-// Whether the frequencies of a call for `rows`, where they are known, are no table's. Meta tensors
-// ask for shapes, and without Python they lack some of the functions that would compute rows. A
-// trace must not record the frequencies of its example.
+// Whether the call must compute its own rows because no table has its frequencies. `rows` is given
+// if known on the host. Meta tensors need only shapes, and without Python they lack some of the
+// functions that compute rows. A trace must not record the frequencies of its example inputs.
 bool RotaryEmbeddingImpl::needs_rows_of_its_own(const at::Tensor& q, std::optional<int64_t> rows,
                                                 const Where& where) const {
   const bool to_be_refused = where.cu_seqlens().has_value() && options.layout() != Layout::kTHD;
@@ -161,7 +160,7 @@ bool RotaryEmbeddingImpl::needs_rows_of_its_own(const at::Tensor& q, std::option
          static_cast<double>(*rows) > *options.scaling().original_max_position_embeddings();
 }
 
-// A table of a row for each token (and axis), computed on the device, and positions that name them.
+// Computes a table with one row per token (and axis) on the device, and positions that index it.
 RotaryEmbeddingImpl::Rotation RotaryEmbeddingImpl::with_rows_of_its_own(
     const at::Tensor& q, const Where& where, RotateOptions rotation) const {
   check_indices(where.positions(), "positions");

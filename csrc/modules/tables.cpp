@@ -19,7 +19,8 @@
 namespace fused_rope {
 namespace {
 
-// What outlives a call is made outside the caller's inference mode, tracer, transforms and modes.
+// Tensors that outlive a call must not depend on the caller's inference mode, tracer, transforms or
+// modes.
 class OutsideModes {
   c10::impl::ForceDispatchKeyGuard dispatch_{c10::default_included_set, c10::default_excluded_set};
   c10::InferenceMode normal_{false};
@@ -40,13 +41,13 @@ bool is_captured([[maybe_unused]] at::Device device) {
 #endif
 }
 
-// The device of tensors that are made on `device`: "cuda" is the current one.
+// Resolves "cuda" to the current device.
 at::Device with_index(at::Device device) {
   const OutsideModes outside;
   return at::empty({0}, at::TensorOptions(device)).device();
 }
 
-// A captured copy would read host memory that has other contents by the time of a replay.
+// A captured copy would read host memory whose contents may have changed before a replay.
 void check_not_captured(at::Device device, const std::string& what, const std::string& advice) {
   TORCH_CHECK(!is_captured(device), "RotaryEmbedding: expected ", what, " on ", device,
               " before a CUDA graph is captured, got none; move the module there", advice,
@@ -55,7 +56,7 @@ void check_not_captured(at::Device device, const std::string& what, const std::s
 
 constexpr int64_t kMaxRows = (int64_t{1} << 31) + 1;  // of cos_sin_table
 
-// A length that makes a sequence of growths cost as much as the last of them.
+// Doubles the length, so that a series of growths costs only as much as the last one.
 int64_t grown_rows(int64_t needed, int64_t present) {
   return needed <= present ? present : std::max(needed, std::min(2 * present, kMaxRows));
 }
@@ -103,7 +104,7 @@ std::shared_ptr<SharedRows> SharedRows::of(const at::Tensor& inv_freq, double sc
     std::mutex mutex;
     std::unordered_map<std::string, std::weak_ptr<SharedRows>> rows;
   };
-  static Registry& registry = *new Registry;  // outlives every static module
+  static Registry& registry = *new Registry;  // never destroyed: static modules may still use it
   std::string numbers(static_cast<const char*>(inv_freq.const_data_ptr()), inv_freq.nbytes());
   numbers.append(reinterpret_cast<const char*>(&scale), sizeof scale);
   const std::lock_guard lock(registry.mutex);
@@ -209,7 +210,7 @@ void TableCache::reserve(int64_t rows) {
   const Regime regime = regime_of(rows);
   std::array<int64_t, kRegimes> wanted = state_.rows;
   wanted[regime] = grown_rows(rows, wanted[regime]);
-  // Shorter calls are of the usual regime.
+  // Calls up to the trained length use the usual regime.
   if (regime == kLong) wanted[kUsual] = std::max(wanted[kUsual], static_cast<int64_t>(trained_));
   std::vector<at::Device> devices;
   for (const OnDevice& present : state_.devices) devices.push_back(present.device);
@@ -221,7 +222,7 @@ void TableCache::move(at::Device to) {
   Lock lock(mutex_);
   prepare(lock, device, state_.rows);
   const Regime regime = state_.regime;
-  find_or_build(lock, device, regime, std::nullopt);  // what prepare left may be gone by now
+  find_or_build(lock, device, regime, std::nullopt);  // another thread may have removed it
   std::erase_if(state_.devices, [&](const OnDevice& on) { return on.device != device; });
   state_.device = device;
   state_.regime = regime;

@@ -1,5 +1,5 @@
-// The tables of modules. A pair of tensors never changes once it exists: whoever took one, a call,
-// autograd or a CUDA graph, keeps it however the module grows, moves or changes its regime.
+// The tables of modules. A pair of tensors is immutable: a call, autograd or a CUDA graph that
+// holds one is not affected if the module grows, moves or changes its regime.
 //
 // Letters: P pairs, M table rows.
 #pragma once
@@ -23,12 +23,12 @@ namespace fused_rope {
 // Two tensors on one device, readable from every stream.
 class DevicePair {
  public:
-  // The current stream of the tensors' device is the one that writes them.
+  // The tensors must be written on their device's current stream.
   DevicePair(at::Tensor first, at::Tensor second);
 
   const at::Tensor first, second;
 
-  // Orders the current stream after the write, and a reuse of the memory after that stream.
+  // Orders the current stream after the write, and any reuse of the memory after the stream.
   void use_on_current_stream() const;
 
  private:
@@ -49,18 +49,18 @@ struct Table {
   std::shared_ptr<const DevicePair> memory;
 };
 
-// The rows of one set of frequencies, for all modules of the process that use the same numbers:
-// computed once, on the host, and copied once to each device. The host's rows live as long as any
-// of the modules, a device's copy as long as any module that uses it there.
+// The rows of one set of frequencies, shared by all modules of the process that use it: computed
+// once on the host and copied once to each device. The host rows live as long as any of the
+// modules, a device's copy as long as any module that uses it there.
 class SharedRows {
  public:
   SharedRows(const at::Tensor& inv_freq, double scale) : inv_freq_(inv_freq), scale_(scale) {}
 
-  // The one of these numbers. inv_freq: float64 [P], contiguous, on the CPU.
+  // The shared instance for these values. inv_freq: float64 [P], contiguous, on the CPU.
   static std::shared_ptr<SharedRows> of(const at::Tensor& inv_freq, double scale);
 
-  // At least `rows` rows on `device`. Does not synchronize. Throws while a CUDA graph is captured
-  // on the device's current stream, if the rows are not there already.
+  // At least `rows` rows on `device`. Does not synchronize. Throws if the rows are not there yet
+  // and a CUDA graph is captured on the device's current stream.
   std::shared_ptr<const DevicePair> on(at::Device device, int64_t rows);
 
  private:
@@ -71,26 +71,26 @@ class SharedRows {
   std::unordered_map<at::Device, std::weak_ptr<const DevicePair>> copies_;
 };
 
-// The tables of one module: on each device that it was called on, and for longrope one for each of
-// its two regimes. Threads may call every function at once.
+// The tables of one module: one on each device that it was called on, and two with longrope, one
+// per regime. Every function is thread-safe.
 class TableCache {
  public:
-  // Tables of max_seq_len rows; of as many as `former` has, where that is more.
+  // Makes tables of max_seq_len rows, or of as many as `former` has, whichever is more.
   TableCache(const RotaryEmbeddingOptions& options, at::Device device,
              const TableCache* former = nullptr);
   TableCache(const TableCache& other);
 
-  // The table on `device` for a call that needs `rows` rows, to which it grows; for one whose rows
-  // only the device knows, as long as it is.
+  // The table on `device`, grown to at least `rows` rows. Without `rows`, which only the device
+  // then knows, the table keeps its length.
   std::shared_ptr<const Table> take(at::Device device, std::optional<int64_t> rows);
 
-  // The table that was taken last, on the device that the module has been moved to since.
+  // The table of the last take(), on the module's current device.
   std::shared_ptr<const Table> current();
 
   // The two tensors that varying_frequencies needs, on `device`.
   std::shared_ptr<const DevicePair> constants(at::Device device);
 
-  // The factor of cosine and sine.
+  // The factor that scales cosine and sine.
   double scale() const { return scale_; }
 
   // Grows the tables on all devices to `rows` rows.
@@ -112,13 +112,13 @@ class TableCache {
     OnDevice* find(at::Device device);
     OnDevice& find_or_add(at::Device device);
 
-    // Of the last call, or what the module was moved to since.
+    // The device of the last call or of the last move since.
     at::Device device;
     Regime regime = kUsual;
     // M of each regime, 0 before its first use.
     std::array<int64_t, kRegimes> rows = {};
     std::vector<OnDevice> devices = {};
-    // A CUDA graph reads these by their addresses: they live as long as the module.
+    // CUDA graphs read these by address, so they live as long as the module.
     std::vector<std::shared_ptr<const DevicePair>> captured = {};
   };
   using Lock = std::unique_lock<std::mutex>;
@@ -128,7 +128,7 @@ class TableCache {
   std::shared_ptr<const Table> find_or_build(Lock& lock, at::Device device, Regime regime,
                                              std::optional<int64_t> rows);
   std::shared_ptr<const DevicePair> find_or_copy_constants(Lock& lock, at::Device device);
-  // All that calls on `device` may need, with so many rows of each regime.
+  // Builds everything that calls on `device` may need, with `rows` rows of each regime.
   void prepare(Lock& lock, at::Device device, std::array<int64_t, kRegimes> rows);
   void use(const std::shared_ptr<const DevicePair>& pair);
 

@@ -9,11 +9,11 @@
 
 namespace fused_rope {
 
-// Whether the frequencies of `scaling` depend on the rows at all.
+// Whether the frequencies of `scaling` depend on the number of rows.
 bool varies(const RopeScaling& scaling);
 
-// Two tensors, float64 [P] on the CPU: the frequencies up to the trained length, and for dynamic
-// the exponents of its stretch, for longrope the frequencies past the trained length.
+// Two tensors, float64 [P] on the CPU: the frequencies up to the trained length, and the exponents
+// of the stretch (dynamic) or the frequencies past the trained length (longrope).
 std::tuple<at::Tensor, at::Tensor> varying_constants(int64_t rotary_dim, double base,
                                                      const RopeScaling& scaling);
 

@@ -1,4 +1,4 @@
-// The libtorch functions: each is a call of the operator of its name.
+// The libtorch functions: each calls the operator of the same name.
 #include "fused_rope/ops.h"
 
 #include "ops/checks.h"

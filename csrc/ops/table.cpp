@@ -1,5 +1,5 @@
-// cos_sin_table: always built on the host, so that every device holds the same bits, and copied
-// without waiting.
+// cos_sin_table: built on the host, so that tables are bitwise identical on every device, and
+// copied without synchronizing.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/InferenceMode.h>
@@ -18,8 +18,8 @@ struct Angle {
   double cos, sin;
 };
 
-// cos and sin of m * f. The product's rounding error e is worth 200 ulp of float32 at m = 2^31; it
-// is kept.
+// cos and sin of m * f. The product's rounding error e, worth 200 float32 ulp at m = 2^31, is
+// corrected to first order.
 Angle angle_of(double m, double f) {
   const double p = m * f;
   const double e = std::fma(m, f, -p);
@@ -53,7 +53,7 @@ TensorPair build(const at::Tensor& inv_freq, c10::SymInt sym_rows, c10::SymInt s
   const int64_t rows = sym_rows.guard_int(__FILE__, __LINE__);
   const int64_t first = sym_first.guard_int(__FILE__, __LINE__);
   check_table(inv_freq, rows, first, dtype);
-  // A table made in inference mode could never be trained with.
+  // Autograd cannot save inference tensors, so make normal ones in inference mode too.
   const c10::InferenceMode no_inference_tensors(false);
   const at::Tensor frequencies = inv_freq.detach().to(at::kCPU, at::kDouble).contiguous();
   const int64_t P = frequencies.size(0);

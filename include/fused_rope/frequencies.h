@@ -16,7 +16,7 @@
 
 namespace fused_rope {
 
-// How frequencies are stretched so that a model reads longer texts than it was trained on.
+// How frequencies are scaled for sequences longer than the trained length.
 enum class RopeType {
   kDefault,
   kLinear,
@@ -29,17 +29,17 @@ enum class RopeType {
   kAxial
 };
 
-// A kind of scaling and its keys, named as in Hugging Face configs. What a kind needs has no
+// A scaling and its keys, named as in Hugging Face configs. Keys that a kind requires have no
 // default:
 //
 //   kLinear         factor
 //   kDynamic        factor, original_max_position_embeddings
-//   kYarn           factor, original_max_position_embeddings; or also beta_fast, beta_slow,
+//   kYarn           factor, original_max_position_embeddings; optional beta_fast, beta_slow,
 //                   attention_factor, mscale, mscale_all_dim, truncate
 //   kLongRope       short_factor, long_factor (P each), original_max_position_embeddings, and
 //                   factor or attention_factor
 //   kLlama3         factor, low_freq_factor, high_freq_factor, original_max_position_embeddings
-//   kProportional   or also partial_rotary_factor, factor
+//   kProportional   optional partial_rotary_factor, factor
 //   kHalfTruncated  (R/4 frequencies from 1 down to 1/base, then R/4 zeros)
 //   kAxial          (the frequencies of R/2 elements, once for each of two axes)
 //
@@ -63,9 +63,10 @@ struct RopeScaling {
   TORCH_ARG(double, partial_rotary_factor) = 1;
 };
 
-// The inverse frequencies of R elements, float64 [P] on the CPU, and the factor that scales cosine
-// and sine. `rows` says how many positions are in use, on which kDynamic and kLongRope depend.
-// ValueError for an R that does not fit, a key that is missing or a list of another length than P.
+// Returns the inverse frequencies of R elements, float64 [P] on the CPU, and the factor that scales
+// cosine and sine. `rows` is the number of positions in use; only kDynamic and kLongRope depend on
+// it. Throws c10::ValueError for an odd R, an R that the kind does not support, a missing key, or a
+// list whose length is not P.
 FUSED_ROPE_API std::tuple<at::Tensor, double> frequencies(int64_t rotary_dim, double base = 10000.0,
                                                           const RopeScaling& scaling = {},
                                                           int64_t rows = 0);

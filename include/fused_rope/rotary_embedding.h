@@ -1,5 +1,5 @@
-// A libtorch module that has a table, picks its rows and calls the operators: the C++ form of
-// Python's fused_rope.RotaryEmbedding, with the same numbers.
+// A libtorch module that owns a table, selects its rows and calls the operators: the C++ version of
+// Python's fused_rope.RotaryEmbedding, with the same results.
 //
 // Letters: B batch, S sequence length, T packed tokens, N packed sequences, H heads, D head_dim, R
 // rotary_dim, P = R/2 pairs, M table rows, A position axes.
@@ -23,10 +23,10 @@ struct RotaryEmbeddingOptions {
   RotaryEmbeddingOptions(int64_t head_dim) : head_dim_(head_dim) {}  // NOLINT
 
   TORCH_ARG(int64_t, head_dim);
-  // R, even; all elements from rotary_offset on where not given.
+  // R, even; by default all elements from rotary_offset on.
   TORCH_ARG(std::optional<int64_t>, rotary_dim);
   TORCH_ARG(int64_t, rotary_offset) = 0;
-  // M, to begin with.
+  // The initial M.
   TORCH_ARG(int64_t, max_seq_len) = 2048;
   // Base of the frequencies ("rope_theta").
   TORCH_ARG(double, base) = 10000.0;
@@ -38,21 +38,21 @@ struct RotaryEmbeddingOptions {
   // M-RoPE: the position axis that each of the P pairs follows.
   TORCH_ARG(std::optional<std::vector<int64_t>>, axes);
   TORCH_ARG(Precision, precision) = Precision::kFp32;
-  // The table's first device.
+  // The table's initial device.
   TORCH_ARG(at::Device, device) = at::kCPU;
 };
 
-// Where the tokens of one call are: rope(q, k, 17), or
+// The positions of one call's tokens: rope(q, k, 17), or
 // rope(q, k, RotaryEmbeddingForwardOptions().positions(positions)).
 struct RotaryEmbeddingForwardOptions {
   RotaryEmbeddingForwardOptions(int64_t offset = 0) : offset_(offset) {}  // NOLINT
 
-  // Tokens before these: one number, or an int32 or int64 tensor [B] or [N] ("offsets").
+  // The number of preceding tokens: one int, or an int32 or int64 tensor [B] or [N] ("offsets").
   TORCH_ARG(int64_t, offset);
   TORCH_ARG(std::optional<at::Tensor>, offsets);
   // int32 or int64 [S], [1, S], [B, S] or [T], [1, T]; -1: not rotated. With axes, a leading axis A
-  // before these; without it all axes share the positions. What could be [A, S] as well as [B, S]
-  // is read as [B, S].
+  // before these; without that axis, all axes share the positions. A shape that could be [A, S] or
+  // [B, S] is read as [B, S].
   TORCH_ARG(std::optional<at::Tensor>, positions);
   // First token of each packed sequence and the end of the last, int32 or int64 [N + 1].
   TORCH_ARG(std::optional<at::Tensor>, cu_seqlens);
@@ -63,52 +63,52 @@ class TableCache;
 
 // The table is computed in float64 and kept in float32. It is neither a parameter nor a buffer:
 // to(dtype) does not change it, save and load skip it, to(device) moves it. A call with q on
-// another device adds a copy there, and devices may alternate. Where the rows are known on the host
-// (no tensor says where tokens are) the table grows by itself; otherwise it has max_seq_len rows
+// another device adds a copy there, and devices may alternate. If the rows are known on the host
+// (no tensor gives positions), the table grows automatically; otherwise it has max_seq_len rows
 // until reserve(rows).
 //
-// A table never changes once it exists. A call takes one and keeps it until it ends; growth makes
-// another. So threads may share a module: forward, rotate, reserve, to, clone and the accessors may
-// run at the same time; a change of `options`, reset() and assignment may not. Modules of the same
-// numbers share memory: one table on the host and one copy on each device, until the last of them
-// goes. A table that a CUDA graph was captured with lives as long as the module.
+// Tables are immutable. A call holds its table until it returns; growth creates a new table. So
+// threads may share a module: forward, rotate, reserve, to, clone and the accessors may run
+// concurrently; changes of `options`, reset() and assignment may not. Modules with the same
+// frequencies share memory: one table on the host and one copy on each device, until the last such
+// module is destroyed. A table used in a captured CUDA graph lives as long as the module.
 //
-// The frequencies of dynamic and longrope scaling follow from the largest position of the current
-// call alone. Where only the device knows that position, and wherever they change from row to row
+// The frequencies of dynamic and longrope scaling depend only on the largest position of the
+// current call. If only the device knows that position, or if every row changes the frequencies
 // (dynamic, past the trained length), the call computes a row for each of its tokens on the device,
-// in float64, without synchronizing: then any position is valid, and positions need no reserve().
+// in float64, without synchronizing. Then any position is valid and reserve() is not needed.
 //
 //   fused_rope::RotaryEmbedding rope(RotaryEmbeddingOptions(64).layout(Layout::kBHSD).base(5e5));
 //   const auto [q_rotated, k_rotated] = rope(q, k);
 class FUSED_ROPE_API RotaryEmbeddingImpl : public torch::nn::Cloneable<RotaryEmbeddingImpl> {
  public:
-  // ValueError where sizes do not fit each other or the scaling lacks a key.
+  // Throws c10::ValueError if sizes do not match or the scaling lacks a key.
   explicit RotaryEmbeddingImpl(RotaryEmbeddingOptions options);
   RotaryEmbeddingImpl(const RotaryEmbeddingImpl& other);
   RotaryEmbeddingImpl& operator=(const RotaryEmbeddingImpl& other);
 
-  // q [B, S, H, D] in the order of the layout, or [T, H, D]; k the same with any number of heads.
-  // Both rotated; neither is changed. Throws as rotate_qk.
+  // Returns q and k rotated; the inputs are not modified. q is [B, S, H, D] in the order of the
+  // layout, or [T, H, D]; k is the same with any number of heads. Throws like rotate_qk.
   std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& q, const at::Tensor& k,
                                              const RotaryEmbeddingForwardOptions& where = {});
 
-  // q alone, for query-only layers.
+  // Returns q rotated, for query-only layers.
   at::Tensor rotate(const at::Tensor& q, const RotaryEmbeddingForwardOptions& where = {});
 
-  // Makes sure that the table has `rows` rows on every device it is on. Needed before tensors say
-  // where tokens are, and before the capture of a CUDA graph, which cannot build a table.
+  // Ensures that the table has at least `rows` rows on each of its devices. Call it before tensors
+  // give positions, and before capturing a CUDA graph, which cannot build a table.
   void reserve(int64_t rows);
 
-  // float32 [M, P], to be read only: other modules may share the memory. The table of the last
-  // call, on the device that the module was moved to since. table() is one pair even while other
-  // threads make the table grow.
+  // float32 [M, P], read-only: other modules may share the memory. They are the table of the last
+  // call, on the module's current device. table() returns a consistent pair even if another thread
+  // grows the table.
   at::Tensor cos() const;
   at::Tensor sin() const;
   std::tuple<at::Tensor, at::Tensor> table() const;
 
   // Applies changed `options`.
   void reset() override;
-  // The copy is on `device`, if given; else where this module is.
+  // The copy is on `device` if given, else on this module's device.
   std::shared_ptr<torch::nn::Module> clone(
       const std::optional<at::Device>& device = std::nullopt) const override;
   void to(at::Device device, at::ScalarType dtype, bool non_blocking = false) override;
@@ -120,7 +120,7 @@ class FUSED_ROPE_API RotaryEmbeddingImpl : public torch::nn::Cloneable<RotaryEmb
   RotaryEmbeddingOptions options;
 
  private:
-  // What the operator is called with.
+  // The arguments of the operator.
   struct Rotation {
     std::shared_ptr<const Table> table;
     RotateOptions options;
@@ -137,7 +137,7 @@ class FUSED_ROPE_API RotaryEmbeddingImpl : public torch::nn::Cloneable<RotaryEmb
   std::shared_ptr<TableCache> tables_;
 };
 
-// A shared handle to RotaryEmbeddingImpl, as all of libtorch's modules.
+// A shared handle to RotaryEmbeddingImpl, like all libtorch modules.
 TORCH_MODULE(RotaryEmbedding);
 
 }  // namespace fused_rope
