@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 CASES ?= 10000
 export PYTHON TORCH
 
-.PHONY: build demo test bench bench-compare fuzz format lint sanitize sanitize-gpu cuda-build clean
+.PHONY: build demo test bench bench-cliffs bench-compare fuzz format lint sanitize sanitize-gpu cuda-build clean
 
 build:  # create .venv and build the library into python/, ready to import
 	scripts/build.sh
@@ -14,6 +14,8 @@ test:  # ctest, pytest, and the transformers tests again with an older transform
 	scripts/test.sh
 bench: build  # time every case on the available device; ARGS= options of benchmarks/run.py
 	.venv/bin/python benchmarks/run.py --plots $(ARGS)
+bench-cliffs: build  # draw the fraction of a clone over head_dim, rotary_dim, offsets, sequences and axes
+	.venv/bin/python benchmarks/cliffs.py $(ARGS)
 bench-compare: build  # compare two results: A=before.json B=after.json
 	.venv/bin/python benchmarks/compare.py $(A) $(B)
 fuzz: build  # compare random calls with the float64 oracle

@@ -1,7 +1,7 @@
-"""What is measured: shapes, variants and directions as data.
+"""The cases, variants and directions of the suite, as data.
 
-Letters: B batch, S sequence length, T tokens of a packed batch, Hq and Hk query and key heads,
-D head_dim, R rotary_dim, P = R/2 pairs, M table rows.
+Letters: B batch, S sequence length, T tokens of a packed batch, N sequences in it, Hq and Hk query
+and key heads, D head_dim, R rotary_dim, P = R/2 pairs, M table rows.
 """
 
 from __future__ import annotations
@@ -26,20 +26,30 @@ WORDS = (
     "positions32",
     "positions64",
     "mrope",
+    "mrope_uneven",
+    "mrope_interleaved",
+    "mrope_mixed",
     "offsets",
     "cu_seqlens",
+    "sequences",
     "out_rows",
+    "unaligned",
     "float16",
     "float32",
 )
-"""Every word a variant may hold, in the order in which they are written."""
+"""The words of a variant, in the order in which they are written."""
+
+NUMBERED = ("sequences", "unaligned")
+"""Words that may end in a number: sequences64 (N), unaligned4 (a storage offset of 4 elements)."""
+
+MROPE = tuple(word for word in WORDS if word.startswith("mrope"))
 
 DIRECTIONS = ("forward", "backward", "both", "in_place", "forward_grad")
 
 
 @dataclass(frozen=True)
 class Case:
-    """One shape: q is [B, S, Hq, D] and k [B, S, Hk, D] when the variant says nothing else."""
+    """One shape: q is [B, S, Hq, D] and k [B, S, Hk, D] unless the variant names a layout."""
 
     name: str
     B: int
@@ -70,8 +80,15 @@ CASES = {
         Case("wide512", 2, 4096, 8, 1, 512),
         Case("mla", 2, 4096, 64, 1, 192, R=64, rotary_offset=128),
         Case("dsv4", 2, 4096, 64, 1, 512, R=64, rotary_offset=448),
+        Case("vit72", 4, 4096, 16, 16, 72),
+        Case("vit88", 4, 4096, 16, 16, 88),
+        Case("d100", 4, 4096, 32, 8, 100),
+        Case("neox20b", 4, 4096, 64, 64, 96, R=24),
+        Case("pythia", 4, 4096, 32, 32, 80, R=20),
         Case("call", 1, 1, 32, 8, 128),
         Case("cpu", 1, 1024, 32, 8, 128),
+        Case("cpu_vit72", 1, 1024, 16, 16, 72),
+        Case("cpu_neox20b", 1, 1024, 64, 64, 96, R=24),
         Case("tiny", 2, 8, 4, 2, 16),
     )
 }
@@ -79,25 +96,35 @@ CASES = {
 
 @dataclass(frozen=True)
 class Work:
-    """A case and a variant: the memory and the arithmetic of one row, whoever does it."""
+    """A case and a variant: the memory and the arithmetic of a row, for every provider."""
 
     case: Case
     variant: str = ""
 
     def __post_init__(self) -> None:
-        words = self.variant.split()
+        words = list(self._words)
         if [word for word in WORDS if word in words] != words:
             raise ValueError(
                 f"expected words of a variant in the order {WORDS}, got {self.variant!r}"
             )
 
+    @property
+    def _words(self) -> dict[str, int | None]:
+        """The words of the variant without their numbers, and the number of each."""
+        words: dict[str, int | None] = {}
+        for word in self.variant.split():
+            stem = word.rstrip("0123456789")
+            numbered = stem in NUMBERED and stem != word
+            words[stem if numbered else word] = int(word[len(stem) :]) if numbered else None
+        return words
+
     def has(self, *words: str) -> bool:
         """Whether the variant holds any of these words."""
-        return any(word in self.variant.split() for word in words)
+        return any(word in self._words for word in words)
 
     def only(self, *words: str) -> bool:
-        """Whether the variant holds no other words than these."""
-        return set(self.variant.split()) <= set(words)
+        """Whether the variant holds no words but these."""
+        return self._words.keys() <= set(words)
 
     @property
     def name(self) -> str:
@@ -117,7 +144,7 @@ class Work:
 
     @property
     def heads(self) -> tuple[int, int]:
-        """Hq and Hk. Tables for each head need equally many."""
+        """Hq and Hk. Per-head tables require Hq = Hk."""
         return self.case.Hq, self.case.Hq if self.has("per_head") else self.case.Hk
 
     @property
@@ -138,6 +165,17 @@ class Work:
     def tokens(self) -> int:
         return self.case.B * self.case.S
 
+    @property
+    def sequences(self) -> int:
+        """N of a variant with cu_seqlens."""
+        return self._words.get("sequences") or self.case.B
+
+    @property
+    def storage_offset(self) -> int:
+        """Elements between a 16-byte boundary and the first element of q and of k."""
+        number = self._words.get("unaligned", 0)
+        return 1 if number is None else number
+
 
 def input_bytes(work: Work) -> int:
     """Bytes of one q and one k."""
@@ -147,8 +185,8 @@ def input_bytes(work: Work) -> int:
 def bytes_moved(work: Work, direction: str) -> int:
     """Bytes that a call must read and write.
 
-    q and k count once each way, per-token and per-head tables once, shared tables not. In place
-    with R < D only the rotated elements are touched.
+    q and k count once per direction of transfer, per-token and per-head tables once, shared tables
+    not at all. An in-place call with R < D touches only the rotated elements.
     """
     width = work.R if direction == "in_place" else work.case.D
     moved = 2 * work.tokens * sum(work.heads) * width * work.dtype.itemsize
@@ -158,13 +196,20 @@ def bytes_moved(work: Work, direction: str) -> int:
 
 
 def baseline_bytes(work: Work, direction: str) -> int:
-    """Bytes that the baseline reads and writes: as many; for `both` those of forward alone."""
+    """Bytes that the baseline reads and writes: as many as the call; for `both`, as forward."""
     return bytes_moved(work, "forward" if direction == "both" else direction)
 
 
 LARGE = ("train", "prefill", "mha1", "mha2", "d64", "wide256", "wide80", "wide96", "wide512")
 MID = ("mid2048", "mid512")
 DECODE = ("decode256", "decode64", "decode1")
+ODD = ("vit72", "vit88", "d100", "neox20b", "pythia")  # not made of whole 16-byte vectors
+ODD_VARIANTS = (
+    "mrope_mixed",
+    "unaligned",
+    "thd cu_seqlens sequences64",
+    "thd cu_seqlens sequences1024",
+)
 TRAIN_VARIANTS = (
     "bhsd",
     "bhsd_view",
@@ -198,9 +243,12 @@ POSITIONS = (
     *(("call", words) for words in ("positions32", "positions64")),
     *((name, words) for name in DECODE[:2] for words in ("positions32", "positions64")),
 )
-CPU_VARIANTS = ("", "bhsd", "interleaved", "partial2", "float16", "float32")
+CPU_WORKS = (
+    *(("cpu", words) for words in ("", "bhsd", "interleaved", "partial2", "float16", "float32")),
+    *(("cpu", words) for words in ("mrope", "mrope_mixed")),
+    *((name, words) for name in ("cpu_vit72", "cpu_neox20b") for words in ("", "float32")),
+)
 ALL_WAYS = ("forward", "backward", "in_place")
-
 
 TARGET_PEERS = ("liger", "flash_attn", "inductor", "unsloth", "flashinfer")
 PEER_WORKS = (
@@ -208,16 +256,17 @@ PEER_WORKS = (
     *((name, "") for name in (*MID, *DECODE)),
     *((name, "positions32") for name in DECODE[:2]),
 )
+ODD_WORKS = (*((name, "") for name in ODD), *(("train", words) for words in ODD_VARIANTS))
 
 
 def default_directions(work: Work) -> tuple[str, ...]:
-    """The directions that are measured of a case when nobody asks for others."""
+    """The directions that a run measures by default."""
     name = work.case.name
     if name == "call":
         return ("forward", "forward_grad", "in_place")
     if name in ("mla", "dsv4"):
         return ("in_place",)
-    if name in DECODE:
+    if name in DECODE or work.variant in ODD_VARIANTS:
         return ("forward", "in_place")
     if (name, work.variant) in FORWARD_ONLY or work.has("out_rows"):
         return ("forward",)
@@ -227,34 +276,35 @@ def default_directions(work: Work) -> tuple[str, ...]:
 def default_plan(device: str) -> Iterator[Work]:
     """Every case and variant of a full run."""
     if device == "cpu":
-        yield from (Work(CASES["cpu"], variant) for variant in CPU_VARIANTS)
+        yield from (Work(CASES[name], variant) for name, variant in CPU_WORKS)
         return
-    yield from (Work(CASES[name]) for name in ("call", *LARGE, *MID, *DECODE, "mla", "dsv4"))
-    yield from (Work(CASES["train"], variant) for variant in TRAIN_VARIANTS)
+    yield from (Work(CASES[name]) for name in ("call", *LARGE, *MID, *DECODE, "mla", "dsv4", *ODD))
+    yield from (Work(CASES["train"], variant) for variant in (*TRAIN_VARIANTS, *ODD_VARIANTS))
     yield from (Work(CASES[name], variant) for name, variant in (*POSITIONS, *FORWARD_ONLY))
 
 
 def is_target(work: Work, direction: str, provider: str) -> bool:
-    """Whether a target is about this figure: ours, or of a peer that ours is compared with."""
+    """Whether a target is about this figure: one of ours, or of a peer it is compared with."""
     place = work.case.name, work.variant
     if place in FORWARD_ONLY:
         return False
     if provider == "fused_rope" or work.case.name in ("call", "cpu"):
         return True
-    if (place, direction, provider) == (("train", ""), "forward", "eager_hf"):
-        return True
-    if place == ("train", "") and direction == "both" and provider.startswith("fused_rope_"):
-        return True
-    ways = (
-        ("forward", "in_place", "backward") if place == ("train", "") else ("forward", "in_place")
-    )
-    return place in PEER_WORKS and direction in ways and provider in TARGET_PEERS
+    if place in ODD_WORKS:
+        return provider == "flash_attn" and direction in ("forward", "in_place")
+    if place == ("train", ""):
+        if (direction, provider) == ("forward", "eager_hf"):
+            return True
+        if direction == "both":
+            return provider in ("fused_rope_hf", "fused_rope_unsloth")
+    directions = ALL_WAYS if place == ("train", "") else ("forward", "in_place")
+    return place in PEER_WORKS and direction in directions and provider in TARGET_PEERS
 
 
 def select(
     device: str, cases: Sequence[str] | None = None, variants: Sequence[str] | None = None
 ) -> list[Work]:
-    """The default plan, or of it these cases; with variants, each case in each of them."""
+    """The default plan, restricted to `cases`; with `variants`, their product with the cases."""
     if variants is not None:
         names = cases or ["cpu" if device == "cpu" else "train"]
         return [Work(CASES[name], variant) for name in names for variant in variants]

@@ -33,7 +33,7 @@ def compare(a: dict[Key, dict[str, Any]], b: dict[Key, dict[str, Any]]) -> str:
     ]
     for key in (key for key in a if key in b):
         old, new = a[key], b[key]
-        relative = (row["median"] / row["yardstick"] for row in (old, new))
+        relative = (row["median"] / row["baseline"] for row in (old, new))
         times = f"{old['median']:.4g}", f"{new['median']:.4g}"
         cells = (*key, *times, change(old["median"], new["median"]), change(*relative))
         lines.append("| " + " | ".join(cells) + " |")

@@ -226,7 +226,7 @@ def contest(shape: Shape, args: argparse.Namespace, left_out: list[str]) -> list
             "provider": name,
             "metric": "gpu_us" if device.type == "cuda" else "cpu_us",
             "median": figure.median,
-            "yardstick": baseline.median if baseline else figure.median,
+            "baseline": baseline.median if baseline else figure.median,
             "quartiles": [figure.low, figure.high],
         }
         for name, figure in figures.items()
@@ -237,7 +237,7 @@ def markdown(rows: Sequence[Row]) -> str:
     """Microseconds of a layer; in brackets the multiple that Hugging Face's way takes."""
     lines = ["| chain | label | way | us a layer | of eager |", "| --- | --- | --- | ---: | ---: |"]
     for row in rows:
-        ratio = row["median"] / row["yardstick"]
+        ratio = row["median"] / row["baseline"]
         names = f"| {row['case']} | {row['variant']} | {row['provider']} "
         lines.append(f"{names}| {row['median']:.2f} | {ratio:.3f} |")
     return "\n".join(lines)

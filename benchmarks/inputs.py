@@ -1,12 +1,13 @@
-"""Tensors of a piece of work: random q and k in the memory it names, tables, positions."""
+"""The tensors of a work: random q and k in the memory that it names, tables, positions."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from cases import Work
+from cases import MROPE, Work
 from torch import Tensor
 
 OFFSET_STEP = 7
@@ -14,13 +15,13 @@ OFFSET_STEP = 7
 
 @dataclass(frozen=True)
 class InputSet:
-    """What one call reads. Shared tables and options are the same objects in every set."""
+    """The inputs of one call. Shared tables and options are the same objects in every set."""
 
     q: Tensor
     k: Tensor
     cos: Tensor
     sin: Tensor
-    angles: Tensor  # [M, P] float64, what cos and sin were made from
+    angles: Tensor  # [M, P] float64, the angles of cos and sin
     options: dict[str, Any] = field(
         default_factory=dict
     )  # keywords of fused_rope and of the oracle
@@ -28,7 +29,7 @@ class InputSet:
 
 
 def make_sets(work: Work, count: int, device: torch.device) -> list[InputSet]:
-    """`count` sets in memory of their own, filled with normally distributed numbers."""
+    """`count` sets in separate memory; q and k are normally distributed."""
     q, k = _heads(work, count, device)
     angles = _angles(work, device)
     options = _options(work, device)
@@ -39,11 +40,13 @@ def make_sets(work: Work, count: int, device: torch.device) -> list[InputSet]:
 
 
 def _heads(work: Work, count: int, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
-    """q and k of every set, cut from one allocation."""
+    """q and k of every set, views of one allocation each."""
     (B, S, D), (Hq, Hk) = (work.case.B, work.case.S, work.case.D), work.heads
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(count, *shape, dtype=work.dtype, device=device)
+        elements = work.storage_offset + count * math.prod(shape)
+        x = torch.randn(elements, dtype=work.dtype, device=device)
+        return x[work.storage_offset :].view(count, *shape)
 
     if work.has("packed"):
         qkv = draw(B, S, Hq + 2 * Hk, D)
@@ -57,12 +60,20 @@ def _heads(work: Work, count: int, device: torch.device) -> tuple[list[Tensor], 
 
 def longest(work: Work) -> int:
     """Length of the longest sequence."""
-    B, S = work.case.B, work.case.S
-    return S + S // 2 if work.has("cu_seqlens") and B > 1 else work.tokens if work.has("thd") else S
+    if work.has("cu_seqlens"):
+        return int(_cu_seqlens(work).diff().max())
+    return work.tokens if work.has("thd") else work.case.S
+
+
+def _cu_seqlens(work: Work) -> Tensor:
+    """[N + 1]: the first sequence has half the mean length, the last one and a half times it."""
+    T, N = work.tokens, work.sequences
+    ends = [i * T // N - T // N // 2 for i in range(1, N)]
+    return torch.tensor([0, *ends, T], dtype=torch.int32)
 
 
 def _angles(work: Work, device: torch.device) -> Tensor:
-    """[M, P] float64: row times 10000^(-2j/R)."""
+    """[M, P] float64: angles[m, j] = m * 10000^(-2j/R)."""
     rows = longest(work) + (OFFSET_STEP * work.case.B if work.has("offsets") else 0)
     pairs = torch.arange(work.P, dtype=torch.float64, device=device)
     row = torch.arange(rows, dtype=torch.float64, device=device)
@@ -70,10 +81,10 @@ def _angles(work: Work, device: torch.device) -> Tensor:
 
 
 def _tables(work: Work, count: int, angles: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """float32 cos and sin of every set: one shared pair; gathered ones are memory of their own."""
+    """float32 cos and sin of every set: one shared pair, or gathered tables in each set."""
     if not work.has("per_token", "per_head"):
         return [angles.cos().float()] * count, [angles.sin().float()] * count
-    if work.has("per_head"):  # frequencies grow a little from head to head
+    if work.has("per_head"):  # each head has frequencies of its own
         speed = 1 + torch.arange(work.heads[0], device=angles.device) / work.heads[0]
         angles = angles[:, None, :] * speed[:, None]
     shape = (count, 1 if work.layout == "thd" else work.case.B, *angles.shape)
@@ -83,7 +94,7 @@ def _tables(work: Work, count: int, angles: Tensor) -> tuple[list[Tensor], list[
 
 def _options(work: Work, device: torch.device) -> dict[str, Any]:
     """The keywords that differ from the defaults."""
-    B, S, P = work.case.B, work.case.S, work.P
+    B, S = work.case.B, work.case.S
     options: dict[str, Any] = {}
     if work.layout != "bshd":
         options["layout"] = work.layout
@@ -94,25 +105,37 @@ def _options(work: Work, device: torch.device) -> dict[str, Any]:
     if work.has("positions32", "positions64"):
         positions = _rolled(B, S, 1, device)
         options["positions"] = positions.int() if work.has("positions32") else positions
-    if work.has("mrope"):
+    if work.has(*MROPE):
         options["positions"] = torch.stack([_rolled(B, S, step, device) for step in (1, 3, 5)])
-        options["axes"] = (0,) * (P // 4) + (1,) * (P * 3 // 8) + (2,) * (P - P // 4 - P * 3 // 8)
+        options["axes"] = _axes(work)
     if work.has("offsets"):
         options["offset"] = OFFSET_STEP * torch.arange(B, device=device)
-    if work.has("cu_seqlens"):  # all but the first and the last sequence are S long
-        ends = [0, *(i * S - S // 2 for i in range(1, B)), B * S]
-        options["cu_seqlens"] = torch.tensor(ends, dtype=torch.int32, device=device)
+    if work.has("cu_seqlens"):
+        options["cu_seqlens"] = _cu_seqlens(work).to(device)
     return options
 
 
+def _axes(work: Work) -> tuple[int, ...]:
+    """The position axis of each pair; the comments give the sections of P = 64."""
+    P = work.P
+    if work.has("mrope_mixed"):  # 24, 20, 20, interleaved (Qwen3-VL)
+        return tuple(j % 3 if j < 3 * (P * 5 // 16) else 0 for j in range(P))
+    if work.has("mrope_interleaved"):  # 22, 21, 21, interleaved
+        return tuple(j % 3 for j in range(P))
+    first, second = (
+        (P * 3 // 16, P * 13 // 32) if work.has("mrope_uneven") else (P // 4, P * 3 // 8)
+    )
+    return (0,) * first + (1,) * second + (2,) * (P - first - second)  # 12, 26, 26; 16, 24, 24
+
+
 def _rolled(B: int, S: int, step: int, device: torch.device) -> Tensor:
-    """[B, S] int64: runs of consecutive rows that begin elsewhere in each batch."""
+    """[B, S] int64: consecutive rows, with a different first row in each batch."""
     start = step * (torch.arange(B, device=device) + 1) * max(S // 16, 1)
     return (torch.arange(S, device=device) + start[:, None]) % S
 
 
 def token_rows(work: Work, inputs: InputSet) -> Tensor:
-    """[B or 1, S] int64: the table row that each token reads."""
+    """[B or 1, S] int64: the table row of each token."""
     positions: Tensor | None = inputs.options.get("positions")
     if positions is not None:
         return positions.long()
@@ -120,7 +143,7 @@ def token_rows(work: Work, inputs: InputSet) -> Tensor:
 
 
 def relayout(x: Tensor, source: str, target: str) -> Tensor:
-    """A view of x [source's letters] in the order of target's."""
+    """A view of x with its dimensions in the order of `target`; both are permuted letters."""
     if source == target:
         return x
     return x.permute([source.index(letter) for letter in target])

@@ -424,7 +424,7 @@ def rows_of(name: str, mode: str, phase: str, contest: Contest) -> list[Row]:
             "provider": variant,
             "metric": metric,
             "median": figure.median,
-            "yardstick": figures["original"][metric].median,
+            "baseline": figures["original"][metric].median,
             "quartiles": [figure.low, figure.high],
             "distance": contest.distances[variant],
         }
@@ -439,7 +439,7 @@ def markdown(rows: Sequence[Row]) -> str:
     lines: dict[tuple[str, ...], dict[str, str]] = {}
     for row in rows:
         key = tuple(row[name] for name in ("case", "variant", "direction", "metric"))
-        ratio = row["median"] / row["yardstick"] if row["yardstick"] else 1.0
+        ratio = row["median"] / row["baseline"] if row["baseline"] else 1.0
         unit = 1e6 if row["metric"] == "peak_bytes" else 1e3
         cell = f"{row['median'] / unit:.4g} ({ratio:.3f})"
         lines.setdefault(key, {})[row["provider"]] = cell

@@ -1,7 +1,8 @@
-"""Pictures of a file of figures: python benchmarks/plots.py results/h100.json
+"""Pictures of a file of figures: python benchmarks/plots.py results/h200.json
 
-<name>_bandwidth.png   GB/s against the bytes that a call moves, with the baseline's line
-<name>_call.png        host time of a call, a bar for each provider
+<name>_bandwidth.png   GB/s against the bytes that a call moves, and the baseline
+<name>_call.png        host time of a call, one bar per provider
+<name>.png             fraction of a clone, one panel per sweep of a file of cliffs.py
 """
 
 from __future__ import annotations
@@ -21,13 +22,25 @@ from matplotlib.figure import Figure
 Row = dict[str, Any]
 COPY = "copy"
 OURS = "fused_rope"
-OF_OTHER_SHAPE = ("mha2", "d64", "wide256", "wide80", "wide96", "wide512", "mla", "dsv4")
+OF_OTHER_SHAPE = (
+    *("mha2", "d64", "wide256", "wide80", "wide96", "wide512", "mla", "dsv4"),
+    *("vit72", "vit88", "d100", "neox20b", "pythia", "cpu_vit72", "cpu_neox20b"),
+)
+SWEEP_TITLES = {
+    "head_dim": "head_dim D",
+    "rotary_dim": "rotary_dim R",
+    "storage_offset": "storage offset in elements",
+    "sequences": "packed sequences N",
+    "axes": "position axes",
+}
 
 
 def draw(path: Path) -> list[Path]:
-    """Draws what the file has figures for, in the same folder."""
+    """Draws all figures of the file, in the same folder."""
     content = json.loads(path.read_text())
     device, rows = content["meta"]["device"], content["rows"]
+    if any("sweep" in row for row in rows):
+        return [draw_cliffs(path)]
     pictures = []
     timed = [row for row in rows if row["metric"] in ("gpu_us", "cpu_us") and _in_curves(row)]
     if timed:
@@ -39,7 +52,7 @@ def draw(path: Path) -> list[Path]:
 
 
 def _in_curves(row: Row) -> bool:
-    """The plain variant of shapes that differ in size alone; our drop-ins run our own kernel."""
+    """Plain variants of the shapes that differ only in size; drop-ins run the same kernel."""
     plain = not row["variant"] and row["case"] not in OF_OTHER_SHAPE
     return plain and not row["provider"].startswith(f"{OURS}_")
 
@@ -62,7 +75,7 @@ def _bandwidth(path: Path, device: str, rows: list[Row]) -> Path:
 
 
 def _curves(axis: Axes, rows: list[Row], colors: dict[str, str]) -> None:
-    copy = sorted({row["bytes"]: row["yardstick"] for row in rows}.items())
+    copy = sorted({row["bytes"]: row["baseline"] for row in rows}.items())
     sizes = [moved / 1e6 for moved, _ in copy]
     axis.plot(sizes, [b / us / 1e3 for b, us in copy], "k--", linewidth=1, label=COPY)
     for provider in dict.fromkeys(row["provider"] for row in rows):
@@ -83,13 +96,43 @@ def _calls(path: Path, device: str, rows: list[Row]) -> Path:
     colors = ["tab:blue" if row["provider"].startswith(OURS) else "tab:gray" for row in rows]
     bars = axis.barh(names, [row["median"] for row in rows], color=colors)
     axis.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
-    add = sum(row["yardstick"] for row in rows) / len(rows)
+    add = sum(row["baseline"] for row in rows) / len(rows)
     axis.axvline(add, color="black", linestyle="--", linewidth=1, label=f"torch.add ({add:.1f})")
     axis.margins(x=0.1)
     axis.invert_yaxis()
     axis.set(xlabel="host microseconds per call", title=f"One decode-sized call, {device}")
     axis.legend(fontsize=8)
     return _save(figure, path)
+
+
+def draw_cliffs(path: Path) -> Path:
+    """One picture of a file of cliffs.py: fraction of the baseline's speed, one panel per sweep."""
+    content = json.loads(path.read_text())
+    rows = content["rows"]
+    sweeps = [name for name in SWEEP_TITLES if any(row["sweep"] == name for row in rows)]
+    figure, axes = plt.subplots(len(sweeps), 1, figsize=(10, 2.6 * len(sweeps)), squeeze=False)
+    for axis, name in zip(axes[:, 0], sweeps, strict=True):
+        _sweep(axis, [row for row in rows if row["sweep"] == name])
+        axis.set(xlabel=SWEEP_TITLES[name], xscale="log" if name == "sequences" else "linear")
+    baseline = "memcpy" if rows[0]["metric"] == "cpu_us" else "clone"
+    figure.suptitle(f"Fraction of a {baseline} of as many bytes, {content['meta']['device']}")
+    return _save(figure, path.with_suffix(".png"))
+
+
+def _sweep(axis: Axes, rows: list[Row]) -> None:
+    """A line per provider and direction; all providers of a direction share a line style."""
+    lines = dict.fromkeys((row["provider"], row["direction"]) for row in rows)
+    for provider, direction in lines:
+        points = [
+            row for row in rows if (row["provider"], row["direction"]) == (provider, direction)
+        ]
+        x, y = [r["x"] for r in points], [r["baseline"] / r["median"] for r in points]
+        axis.plot(x, y, "o-" if direction == "forward" else "s:", markersize=3)
+        axis.lines[-1].set_label(f"{provider}, {direction}")
+    axis.axhline(1, color="black", linestyle="--", linewidth=1)
+    axis.set_ylim(bottom=0)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
 
 
 def _save(figure: Figure, path: Path) -> Path:

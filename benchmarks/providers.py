@@ -321,7 +321,7 @@ class FlashAttn(Provider):
     name = "flash_attn"
     words = (
         *("bhsd", "bhsd_view", "sbhd", "thd", "packed", "interleaved", "partial2", "partial4"),
-        *("offsets", "cu_seqlens", "float16", "float32"),
+        *("offsets", "cu_seqlens", "sequences", "unaligned", "float16", "float32"),
     )
     partial = True
     module_name = "flash_attn.layers.rotary"

@@ -136,7 +136,7 @@ class Runner:
             except Exception as error:
                 self._refuse(bench.work, direction, trial.provider, error)
                 continue
-            before = self._settled(baseline) if "slowed" in row else row["yardsticks"][1]
+            before = self._settled(baseline) if "slowed" in row else row["baselines"][1]
             yield row
             if self.on_gpu and bench.work in PEAK_WORKS:
                 yield self._peak(trial)
@@ -212,10 +212,10 @@ def row_of(
         "provider": trial.provider.name,
         "metric": metric,
         "median": figure.median,
-        "yardstick": sum(baselines) / 2,
+        "baseline": sum(baselines) / 2,
         "bytes": bytes_moved(work, trial.direction),
         "quartiles": [figure.low, figure.high],
-        "yardsticks": list(baselines),
+        "baselines": list(baselines),
     }
 
 

@@ -71,4 +71,4 @@ def table(rows: Sequence[Row], plans: Sequence[str]) -> str:
 
 
 def _cell(row: Row | None) -> str:
-    return f"{row['median']:.4g} ({row['yardstick'] / row['median']:.3f})" if row else "refused"
+    return f"{row['median']:.4g} ({row['baseline'] / row['median']:.3f})" if row else "refused"

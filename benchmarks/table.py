@@ -44,7 +44,7 @@ def _table(metric: str, rows: Sequence[Row]) -> str:
     for key, by_provider in groups.items():
         best = by_provider.get(OURS) or next(iter(by_provider.values()))
         cells = [_cell(metric, by_provider.get(provider)) for provider in providers]
-        lines.append(_line([*key, _rate(metric, best), _number(metric, best["yardstick"]), *cells]))
+        lines.append(_line([*key, _rate(metric, best), _number(metric, best["baseline"]), *cells]))
     return f"{UNITS[metric]} (in brackets: {_relation(metric)})\n\n" + "\n".join(lines)
 
 
@@ -56,7 +56,7 @@ def _relation(metric: str) -> str:
 def _cell(metric: str, row: Row | None) -> str:
     if row is None:
         return ""
-    ratio = row["median"] / row["yardstick"]
+    ratio = row["median"] / row["baseline"]
     shown = 1 / ratio if metric in ("gpu_us", "cpu_us") else ratio
     return f"{_number(metric, row['median'])} ({shown:.3f})"
 
@@ -130,7 +130,7 @@ def _shapes(rows: Sequence[Row]) -> str:
             ours = [found.get((name, variant, way, OURS)) for way in WAYS]
             if not any(ours):
                 continue
-            clone = next(row["yardstick"] for row in ours if row)
+            clone = next(row["baseline"] for row in ours if row)
             theirs = [
                 _quickest(*(found.get((name, variant, way, p)) for way in ("forward", "in_place")))
                 for p in peers
@@ -146,7 +146,7 @@ def _variants(rows: Sequence[Row]) -> str:
     lines = [_line(["variant", "clone", *_titles(WAYS)]), _line(["---"] + ["---:"] * 4)]
     for variant in (name for name in names if name not in ("", "bhsd")):
         ours = [found.get(("train", variant, way, OURS)) for way in WAYS]
-        clone = next((row["yardstick"] for row in ours if row), None)
+        clone = next((row["baseline"] for row in ours if row), None)
         if clone is not None:
             lines.append(_line([variant, _short(clone), *map(_fraction, ours)]))
     return "\n".join(lines)
@@ -159,7 +159,7 @@ def _calls(rows: Sequence[Row]) -> str:
     for provider, variant in dict.fromkeys((row["provider"], row["variant"]) for row in rows):
         figures = (found.get(("call", variant, way, provider)) for way in ways)
         cells = (
-            f"{_short(r['median'])} ({r['median'] / r['yardstick']:.2f})" if r else "-"
+            f"{_short(r['median'])} ({r['median'] / r['baseline']:.2f})" if r else "-"
             for r in figures
         )
         lines.append(_line([f"{provider} {variant}".strip(), *cells]))
@@ -175,7 +175,7 @@ def _short(value: float) -> str:
 
 
 def _fraction(row: Row | None) -> str:
-    return f"{_short(row['median'])} ({row['yardstick'] / row['median']:.2f})" if row else "-"
+    return f"{_short(row['median'])} ({row['baseline'] / row['median']:.2f})" if row else "-"
 
 
 def _quickest(forward: Row | None, in_place: Row | None) -> str:

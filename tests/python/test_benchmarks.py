@@ -1,4 +1,4 @@
-"""The benchmark suite on the CPU: byte counts, memory of inputs, what is refused and written."""
+"""The benchmark suite on the CPU: byte counts, memory of inputs, refused and written rows."""
 
 import json
 import subprocess
@@ -14,9 +14,11 @@ pytest.importorskip("matplotlib")
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
+import cliffs
 import compare
 import measure
 import oracle
+import plots
 import providers
 import run
 import sweep
@@ -24,6 +26,8 @@ import table
 from cases import (
     CASES,
     MID,
+    ODD,
+    ODD_VARIANTS,
     TRAIN_VARIANTS,
     WORDS,
     Work,
@@ -38,7 +42,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trial import Bench, Trial
 
 ROOT = Path(__file__).resolve().parents[2]
-KEYS = {"case", "variant", "direction", "provider", "metric", "median", "yardstick", "bytes"}
+KEYS = {"case", "variant", "direction", "provider", "metric", "median", "baseline", "bytes"}
 
 
 @pytest.mark.parametrize(
@@ -57,6 +61,12 @@ KEYS = {"case", "variant", "direction", "provider", "metric", "median", "yardsti
         ("wide512", "", "forward", 2 * 2 * 4096 * 9 * 512 * 2),
         ("mla", "", "in_place", 2 * 2 * 4096 * 65 * 64 * 2),
         ("decode1", "", "forward", 2 * 40 * 128 * 2),
+        ("vit72", "", "forward", 2 * 4 * 4096 * 32 * 72 * 2),
+        ("d100", "", "in_place", 2 * 4 * 4096 * 40 * 100 * 2),
+        ("neox20b", "", "forward", 2 * 4 * 4096 * 128 * 96 * 2),
+        ("neox20b", "", "in_place", 2 * 4 * 4096 * 128 * 24 * 2),
+        ("pythia", "", "in_place", 2 * 4 * 4096 * 64 * 20 * 2),
+        ("train", "thd cu_seqlens sequences64", "forward", 2 * 4 * 4096 * 40 * 128 * 2),
     ],
 )
 def test_bytes_moved(case, variant, direction, expected):
@@ -68,7 +78,10 @@ def test_baseline_of_forward_and_backward_is_forward_alone():
     assert baseline_bytes(work, "both") == bytes_moved(work, "forward")
 
 
-@pytest.mark.parametrize("variant", ["interleaved bhsd", "bhsd  packed sideways", "half"])
+@pytest.mark.parametrize(
+    "variant",
+    ["interleaved bhsd", "bhsd  packed sideways", "half", "sequences64 thd", "partial3", "mrope2"],
+)
 def test_words_are_known_and_in_order(variant):
     with pytest.raises(ValueError, match="words of a variant"):
         Work(CASES["train"], variant)
@@ -99,6 +112,13 @@ def target_figures():
             yield from ((name, words, way, "fused_rope") for way in ("forward", "in_place"))
         yield (name, "positions32", "in_place", "unsloth")
     yield ("train", "", "in_place", "unsloth")
+    for name in ODD:
+        yield from ((name, "", way, "fused_rope") for way in ("forward", "backward", "in_place"))
+        yield from ((name, "", way, "flash_attn") for way in ("forward", "in_place"))
+    for variant in ODD_VARIANTS:
+        others = () if variant == "mrope_mixed" else ("flash_attn",)
+        for name in ("fused_rope", *others):
+            yield from (("train", variant, way, name) for way in ("forward", "in_place"))
     yield ("call", "positions32", "forward", "fused_rope_unsloth")
     yield from ((name, "", "in_place", "fused_rope") for name in ("mla", "dsv4"))
     yield from (("call", "", way, "fused_rope") for way in ("forward", "forward_grad"))
@@ -124,7 +144,7 @@ def test_a_run_for_the_targets_holds_all_that_they_need():
         for direction, able in step.pairs
         for provider in able
     ]
-    assert len(set(planned)) == len(planned) < 320
+    assert len(set(planned)) == len(planned) < 300
     assert set(target_figures()) <= set(planned)
 
 
@@ -147,6 +167,46 @@ def test_inputs_lie_in_the_memory_that_is_named():
     assert q.shape == (B * S, Hq, D)
     q, k = q_and_k("per_head")
     assert q.shape == k.shape
+    q, k = q_and_k("unaligned")
+    assert {x.data_ptr() % 16 for x in (q, k)} == {2} and q.is_contiguous() and k.is_contiguous()
+
+
+@pytest.mark.parametrize("offset", [0, 1, 4])
+@pytest.mark.parametrize("layout", ["", "bhsd ", "thd "])
+def test_inputs_have_the_storage_offset_that_is_named(layout, offset):
+    inputs = make_sets(Work(CASES["tiny"], f"{layout}unaligned{offset}"), 3, torch.device("cpu"))
+    assert {x.data_ptr() % 16 for one in inputs for x in (one.q, one.k)} == {2 * offset}
+
+
+@pytest.mark.parametrize(
+    "case,words,expected",
+    [
+        ("tiny", "", [0, 4, 16]),
+        ("mid512", " sequences4", [0, 64, 192, 320, 512]),
+        ("mid512", " sequences1", [0, 512]),
+        ("tiny", " sequences16", [*range(16), 16]),
+    ],
+)
+def test_packed_sequences_have_these_ends(case, words, expected):
+    work = Work(CASES[case], f"thd cu_seqlens{words}")
+    (inputs,) = make_sets(work, 1, torch.device("cpu"))
+    assert inputs.options["cu_seqlens"].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    "word,sections,interleaved",
+    [
+        ("mrope", (16, 24, 24), False),
+        ("mrope_uneven", (12, 26, 26), False),
+        ("mrope_interleaved", (22, 21, 21), True),
+        ("mrope_mixed", (24, 20, 20), True),
+    ],
+)
+def test_axes_are_those_of_mrope_sections(word, sections, interleaved):
+    fused_rope = pytest.importorskip("fused_rope")
+    (inputs,) = make_sets(Work(CASES["decode1"], word), 1, torch.device("cpu"))
+    axes = inputs.options["axes"]
+    assert axes == fused_rope.mrope_axes(sections, interleaved=interleaved)
 
 
 @pytest.fixture
@@ -173,7 +233,7 @@ def test_quick_run_writes_figures_and_pictures(tiny):
     assert content["meta"]["refused"] == []
     for row in content["rows"]:
         assert row.keys() >= KEYS
-        assert row["median"] > 0 and row["yardstick"] > 0 and row["bytes"] > 0
+        assert row["median"] > 0 and row["baseline"] > 0 and row["bytes"] > 0
         assert row["metric"] == ("host_us" if row["case"] == "call" else "cpu_us")
     ours = {r["variant"] for r in content["rows"] if r["provider"] == "fused_rope"}
     assert ours == set(variants)
@@ -215,7 +275,9 @@ def test_calls_of_the_module_and_of_drop_ins_have_rows(tiny, case, metric, varia
 
 def test_every_word_is_verified(tiny):
     pytest.importorskip("fused_rope")
-    words = [w for w in WORDS if w != "cu_seqlens"]
+    words = [w for w in WORDS if w not in ("cu_seqlens", "sequences")]
+    words += ["thd cu_seqlens", "thd cu_seqlens sequences5", "thd cu_seqlens sequences64"]
+    words += ["interleaved mrope_mixed", "unaligned3"]
     status, content, _ = tiny(
         *("--cases", "tiny", "--providers", "fused_rope", "--directions", "forward"),
         *("--variants", *words),
@@ -563,7 +625,7 @@ def test_sweep_puts_plans_side_by_side(tmp_path, capsys):
 
 def figure(direction, metric, median, **more):
     row = {"case": "train", "variant": "", "direction": direction, "provider": "fused_rope"}
-    return row | {"metric": metric, "median": median, "yardstick": 80.0, "bytes": 1} | more
+    return row | {"metric": metric, "median": median, "baseline": 80.0, "bytes": 1} | more
 
 
 def test_tables_are_of_times_where_a_call_in_place_allocates_nothing():
@@ -578,6 +640,49 @@ def test_tables_are_of_times_where_a_call_in_place_allocates_nothing():
         "| train in_place | 160 (0.500) | 160 (0.500) |",
     ]
     assert "| train |  | in_place |  | 0.0 | 0.0 (0.000) |" in table.markdown(rows)
+
+
+CLIFFS = ("--device", "cpu", "--quick", "--case", "tiny")
+
+
+def test_cliffs_are_figures_and_one_picture(tmp_path):
+    pytest.importorskip("fused_rope")
+    out = tmp_path / "cliffs_cpu.json"
+    assert cliffs.main([*CLIFFS, "--out", str(out)]) == 0
+    content = json.loads(out.read_text())
+    assert content["meta"]["refused"] == []
+    rows = content["rows"]
+    assert {row["sweep"] for row in rows} == set(cliffs.SWEEPS)
+    for row in rows:
+        assert row.keys() >= KEYS | {"x"} and row["metric"] == "cpu_us"
+        assert row["median"] > 0 and row["baseline"] > 0
+    assert {row["direction"] for row in rows} == {"forward", "in_place"}
+    assert out.with_suffix(".png").stat().st_size > 0
+    assert plots.draw(out) == [out.with_suffix(".png")]
+
+
+@pytest.mark.parametrize(
+    "sweep,expected",
+    [
+        ("head_dim", [*range(16, 257, 4)]),
+        ("rotary_dim", [*range(4, 129, 4)]),
+        ("storage_offset", [*range(9)]),
+        ("sequences", [1, 4, 16, 64, 256, 1024, 4096, 8192]),
+        ("axes", ["positions64", "mrope", "mrope_uneven", "mrope_interleaved", "mrope_mixed"]),
+    ],
+)
+def test_points_of_a_sweep(sweep, expected):
+    points = list(cliffs.SWEEPS[sweep](CASES["train"]))
+    assert [point.x for point in points] == expected
+    assert {point.sweep for point in points} == {sweep}
+    assert len({point.work for point in points}) == len(points)
+
+
+def test_a_sweep_of_a_peer_that_is_not_installed_has_no_picture(tmp_path):
+    out = tmp_path / "cliffs_cpu.json"
+    status = cliffs.main([*CLIFFS, "--sweeps", "axes", "--providers", "liger", "--out", str(out)])
+    assert status == 1 and not out.with_suffix(".png").exists()
+    assert json.loads(out.read_text())["meta"]["skipped"].keys() == {"liger"}
 
 
 def test_readme_shows_the_figures():
@@ -602,7 +707,7 @@ def test_readme_part_is_put_between_its_marks():
 
 
 def test_compare_reads_two_files(tmp_path):
-    rows = [dict.fromkeys(compare.FIELDS, "x") | {"median": m, "yardstick": 2.0} for m in (4, 3)]
+    rows = [dict.fromkeys(compare.FIELDS, "x") | {"median": m, "baseline": 2.0} for m in (4, 3)]
     files = [tmp_path / name for name in ("a.json", "b.json")]
     for file, row in zip(files, rows, strict=True):
         run.write(file, {}, [row])
@@ -616,13 +721,13 @@ def test_compare_reads_two_files(tmp_path):
 )
 def test_compare_shows_the_change_of_calls_that_allocated_nothing(before, after, shown):
     key = ("train", "", "in_place", "fused_rope", "peak_bytes")
-    a, b = ({key: {"median": peak, "yardstick": 8.0}} for peak in (before, after))
+    a, b = ({key: {"median": peak, "baseline": 8.0}} for peak in (before, after))
     assert f"| {shown} | {shown} |" in compare.compare(a, b)
 
 
 def test_compare_shows_the_change():
     key = ("tiny", "", "forward", "fused_rope", "cpu_us")
-    old, new = {key: {"median": 10.0, "yardstick": 5.0}}, {key: {"median": 9.0, "yardstick": 5.0}}
+    old, new = {key: {"median": 10.0, "baseline": 5.0}}, {key: {"median": 9.0, "baseline": 5.0}}
     assert "-10.0 %" in compare.compare(old, new)
     assert "only in B: tiny forward fused_rope cpu_us" in compare.compare({}, new)
 
@@ -651,7 +756,7 @@ def test_models_are_timed_original_and_patched(model_suite):
     assert {"device", "torch", "cuda", "commit", "date"} <= content["meta"].keys()
     found = set()
     for row in content["rows"]:
-        assert row.keys() >= KEYS - {"bytes"} and row["median"] > 0 and row["yardstick"] > 0
+        assert row.keys() >= KEYS - {"bytes"} and row["median"] > 0 and row["baseline"] > 0
         assert row["distance"] == 0  # bitwise identical
         found.add((row["case"], row["direction"], row["provider"], row["metric"]))
     for name in ("llama3_8b", "qwen3_8b"):
