@@ -1,6 +1,6 @@
 """The change between two files of figures: python benchmarks/compare.py A.json B.json
 
-The last column is the change of time / baseline, which also compares runs on different days.
+The last column is the change of time / baseline, which is comparable across runs.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ def load(path: Path) -> dict[Key, dict[str, Any]]:
 
 
 def change(before: float, after: float) -> str:
-    if before == 0:  # peak memory of a call that allocates nothing
+    if before == 0:  # the peak memory of an in-place call
         return "from 0" if after else "0.0 %"
     return f"{100 * (after / before - 1):+.1f} %"
 
 
 def compare(a: dict[Key, dict[str, Any]], b: dict[Key, dict[str, Any]]) -> str:
-    """A markdown table of what both files hold, then the keys that only one holds."""
+    """A markdown table of the figures in both files, then the keys that only one file has."""
     lines = [
         "| " + " | ".join((*FIELDS, "A", "B", "change", "change against baseline")) + " |",
         "| --- | --- | --- | --- | --- | ---: | ---: | ---: | ---: |",

@@ -1,17 +1,17 @@
-"""A decode step's chain around the rotation, captured in one CUDA graph.
+"""The kernels around the rotation in a decode step, captured in one CUDA graph.
 
     python benchmarks/decode_chain.py                       batches of 1 and 64, context of 512
-    python benchmarks/decode_chain.py --label pdl --quick   names what differs in this build
-    python benchmarks/decode_chain.py --tiny --device cpu   does it run at all
+    python benchmarks/decode_chain.py --label pdl --quick   label the rows of this build
+    python benchmarks/decode_chain.py --tiny --device cpu   test the script
 
-For each layer: RMS norm of q and k (for each head, as Qwen3), rotation, k and v into a cache of
-rows [B * context, Hk, D], attention over the cache. Three ways to rotate and write:
+For each layer: RMS norm of each head of q and k (Qwen3), rotation, k and v into a cache of
+rows [B * context, Hk, D], attention over the cache. There are three ways to rotate and write:
 
     eager_hf     Hugging Face's function, then index_copy_
     fused_copy   fused_rope.rotate_qk, then index_copy_
-    fused_write  fused_rope.rotate_qk with out_rows: k goes straight into the cache
+    fused_write  fused_rope.rotate_qk with out_rows, which writes k into the cache
 
-v is written by index_copy_ in all of them. Every way is compared with float64 before it is timed.
+All of them write v by index_copy_. Each is compared with float64 before it is timed.
 Letters: B batch, Hq, Hk query and key heads, D head_dim.
 """
 
@@ -34,12 +34,12 @@ from torch import Tensor
 HERE = Path(__file__).resolve().parent
 Row = dict[str, Any]
 EPS = 1e-6
-TOLERANCE = 2e-2  # of bfloat16 norms, tables, products and attention
+TOLERANCE = 2e-2  # relative; bfloat16 norms, tables, products and attention
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a chain; every sequence has `context` tokens, of which the last is this step's."""
+    """Sizes of a chain; every sequence has `context` tokens, including the one of this step."""
 
     batch: int
     context: int = 512
@@ -50,7 +50,7 @@ class Shape:
 
 
 class Layer:
-    """What one layer's part of the chain reads and writes."""
+    """The tensors of one layer of the chain."""
 
     def __init__(self, shape: Shape, device: torch.device) -> None:
         self.shape = shape
@@ -70,7 +70,7 @@ class Layer:
         self.full_cos, self.full_sin = (t.bfloat16() for t in full)
 
     def normed(self) -> tuple[Tensor, Tensor]:
-        """q [B, Hq, D] and k [B, Hk, D], each head by its root mean square."""
+        """q [B, Hq, D] and k [B, Hk, D] after the RMS norm of each head."""
         D = (self.shape.head_dim,)
         return (
             F.rms_norm(self.q, D, self.q_weight, EPS),
@@ -78,7 +78,7 @@ class Layer:
         )
 
     def attend(self, q: Tensor) -> Tensor:
-        """[B, Hq, D]: q over the rows of its own sequence."""
+        """Attention [B, Hq, D] of q over the cache rows of its sequence."""
         k, v = (
             cache.unflatten(0, (self.shape.batch, -1)).transpose(1, 2)
             for cache in (self.k_cache, self.v_cache)
@@ -123,13 +123,10 @@ Way = Callable[[Layer], Tensor]
 WAYS: dict[str, Way] = {way.__name__: way for way in (eager_hf, fused_copy, fused_write)}
 
 
-# --- what is right ------------------------------------------------------------------------------
-
-
 def expected(layer: Layer) -> tuple[Tensor, Tensor]:
-    """In float64: the attention's result [B, Hq, D], and k [B, Hk, D] as the cache has it."""
+    """In float64: the result of attention [B, Hq, D], and k [B, Hk, D] in the cache."""
 
-    def normed_and_turned(x: Tensor, weight: Tensor) -> Tensor:
+    def normed_and_rotated(x: Tensor, weight: Tensor) -> Tensor:
         x = x.double()
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * weight.double()
         pairs = torch.complex(*x.chunk(2, dim=-1))
@@ -138,8 +135,8 @@ def expected(layer: Layer) -> tuple[Tensor, Tensor]:
         return torch.cat([pairs.real, pairs.imag], dim=-1)
 
     B, groups = layer.shape.batch, layer.shape.query_heads // layer.shape.key_heads
-    q = normed_and_turned(layer.q, layer.q_weight)
-    new_k = normed_and_turned(layer.k, layer.k_weight)
+    q = normed_and_rotated(layer.q, layer.q_weight)
+    new_k = normed_and_rotated(layer.k, layer.k_weight)
     k, v = layer.k_cache.double(), layer.v_cache.double()
     k[layer.slots], v[layer.slots] = new_k, layer.v.double()
     k, v = (x.unflatten(0, (B, -1)).repeat_interleave(groups, dim=2) for x in (k, v))
@@ -152,7 +149,7 @@ def distance(got: Tensor, want: Tensor) -> float:
 
 
 def verify(layer: Layer, run: Callable[[], Tensor], want: tuple[Tensor, Tensor]) -> None:
-    """Raises AssertionError unless `run` writes the cache's own row and attends to it."""
+    """Raises AssertionError unless `run` writes k into the cache and attends to it."""
     before = layer.k_cache.clone()
     layer.k_cache[layer.slots] = float("nan")
     out = run()
@@ -167,11 +164,8 @@ def verify(layer: Layer, run: Callable[[], Tensor], want: tuple[Tensor, Tensor])
         raise AssertionError("rows of other tokens were written")
 
 
-# --- the run ------------------------------------------------------------------------------------
-
-
 class Chain:
-    """All layers by one way: a CUDA graph, or calls on the CPU."""
+    """All layers in one of the ways: a CUDA graph, or calls on the CPU."""
 
     def __init__(self, way: Way, layers: Sequence[Layer], wants: Sequence[Any]) -> None:
         def bind(layer: Layer) -> Callable[[], Tensor]:
@@ -193,12 +187,12 @@ class Chain:
         return graph.outputs[number]
 
     def time(self, effort: measure.Effort) -> measure.Figure:
-        """Microseconds of a layer."""
+        """Microseconds per layer."""
         return self.graph.time(effort) if self.graph else measure.cpu_time(self.calls, effort)
 
 
 def contest(shape: Shape, args: argparse.Namespace, left_out: list[str]) -> list[Row]:
-    """Several rounds, one way after another; a way that fails is named and left out."""
+    """The rows of all ways, measured in alternation; a way that fails is named and left out."""
     device = torch.device(args.device)
     effort = measure.QUICK if args.quick else measure.FULL
     torch.manual_seed(0)
@@ -234,7 +228,7 @@ def contest(shape: Shape, args: argparse.Namespace, left_out: list[str]) -> list
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """Microseconds of a layer; in brackets the multiple that Hugging Face's way takes."""
+    """Microseconds per layer, and their ratio to the baseline."""
     lines = ["| chain | label | way | us a layer | of eager |", "| --- | --- | --- | ---: | ---: |"]
     for row in rows:
         ratio = row["median"] / row["baseline"]
@@ -253,9 +247,9 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--label", default=os.environ.get("FUSED_ROPE_LABEL", ""))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="default: results/<device>_chain.json")
-    parser.add_argument("--quick", action="store_true", help="few repetitions: a trial run")
-    parser.add_argument("--tiny", action="store_true", help="small sizes: does it run")
-    parser.add_argument("--commit", help="what the figures are of, where git cannot tell")
+    parser.add_argument("--quick", action="store_true", help="few repetitions, to try a run")
+    parser.add_argument("--tiny", action="store_true", help="small sizes, to test the script")
+    parser.add_argument("--commit", help="recorded in the file where git is not available")
     return parser.parse_args(argv)
 
 

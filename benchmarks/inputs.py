@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +28,7 @@ class InputSet:
 
 
 def make_sets(work: Work, count: int, device: torch.device) -> list[InputSet]:
-    """`count` sets in separate memory; q and k are normally distributed."""
+    """`count` sets with the same normally distributed q and k, each in its own memory."""
     q, k = _heads(work, count, device)
     angles = _angles(work, device)
     options = _options(work, device)
@@ -44,9 +43,9 @@ def _heads(work: Work, count: int, device: torch.device) -> tuple[list[Tensor], 
     (B, S, D), (Hq, Hk) = (work.case.B, work.case.S, work.case.D), work.heads
 
     def draw(*shape: int) -> Tensor:
-        elements = work.storage_offset + count * math.prod(shape)
-        x = torch.randn(elements, dtype=work.dtype, device=device)
-        return x[work.storage_offset :].view(count, *shape)
+        offset, numbers = work.storage_offset, torch.randn(shape, dtype=work.dtype, device=device)
+        memory = numbers.new_empty(offset + count * numbers.numel())
+        return memory[offset:].view(count, *shape).copy_(numbers)
 
     if work.has("packed"):
         qkv = draw(B, S, Hq + 2 * Hk, D)

@@ -1,4 +1,4 @@
-"""Clocks: GPU time of graphs, host time of a call, CPU time, peak memory, and their baselines."""
+"""GPU time of graphs, host time of a call, CPU time, peak memory, and their baselines."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ import torch
 
 AnyCall = Callable[[], Any]
 
-GRAPH_BYTES = 8e9  # a graph moves this much, some 2 ms, so that its own launch does not count
-GRAPH_CALLS = 512  # or holds this many calls, whichever is less
+GRAPH_BYTES = 8e9  # moved by one graph, about 2 ms, which makes its launch negligible
+GRAPH_CALLS = 512  # at most
 L2_MULTIPLE = 3
 PACE_BYTES = 128 << 20  # more than an L2 cache
-SLOWED = 1.03  # times its best is more than copies differ between runs
+SLOWED = 1.03  # of the best copy time: more than the noise of a copy
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How long one figure may take."""
+    """Limits on the repetitions of one figure."""
 
     seconds: float = 0.4
     least: int = 7
@@ -36,7 +36,7 @@ class Effort:
     most_sets: int | None = None
 
     def repeats(self, one: float) -> int:
-        """How often something that takes `one` second is repeated."""
+        """How often to repeat a measurement of `one` seconds."""
         return max(self.least, min(self.most, int(self.seconds / max(one, 1e-9))))
 
 
@@ -46,7 +46,7 @@ QUICK = Effort(seconds=0.02, least=3, most=5, host_calls=50, host_blocks=5, most
 
 @dataclass(frozen=True)
 class Figure:
-    """Median and quartiles of repeated measurements, in one unit."""
+    """Median and quartiles of repeated measurements."""
 
     median: float
     low: float
@@ -59,20 +59,20 @@ def figure_of(samples: Sequence[float]) -> Figure:
 
 
 def cache_bytes(device: torch.device) -> int:
-    """The GPU's L2 cache; for a CPU a last-level cache that few exceed."""
+    """The size of a GPU's L2 cache; for a CPU, of a typical last-level cache."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
     return 32 << 20
 
 
 def set_count(bytes_of_one: int, cache: int, effort: Effort) -> int:
-    """So many input sets that together they exceed three times the cache; two at least."""
+    """How many input sets exceed three times the cache; at least two."""
     sets = max(2, L2_MULTIPLE * cache // bytes_of_one + 1)
     return min(sets, effort.most_sets or sets)
 
 
 def rounds(sets: int, bytes_of_a_call: int) -> int:
-    """How often a graph goes through all sets."""
+    """How often a graph iterates over all sets."""
     calls = min(GRAPH_CALLS, GRAPH_BYTES / bytes_of_a_call)
     return max(1, round(calls / sets))
 
@@ -81,7 +81,7 @@ DEVICE_NODES = (0, 1, 2)  # of CUgraphNodeType: kernel, copy, fill
 
 
 def device_nodes(graph: int) -> int:
-    """How many nodes of a captured cudaGraph_t work on the device: kernels, copies and fills."""
+    """The number of kernels, copies and fills in a captured cudaGraph_t."""
     driver = ctypes.CDLL("libcuda.so.1")
 
     def ask(name: str, *arguments: Any) -> None:
@@ -101,13 +101,13 @@ def device_nodes(graph: int) -> int:
 
 
 class Graph:
-    """Calls captured in a CUDA graph with a pool of its own; their results live as long."""
+    """Calls captured in a CUDA graph; it keeps their results alive, so each has its own memory."""
 
     def __init__(self, calls: Sequence[AnyCall]) -> None:
         self.calls = len(calls)
-        self._inputs = list(calls)  # every replay reads their memory
+        self._inputs = list(calls)  # replays read their memory
         self.outputs: list[Any] = []
-        self._graph = torch.cuda.CUDAGraph(keep_graph=True)  # so that its nodes can be counted
+        self._graph = torch.cuda.CUDAGraph(keep_graph=True)  # to count its nodes
         with torch.cuda.graph(self._graph, stream=torch.cuda.current_stream()):
             for call in calls:
                 self.outputs.append(call())
@@ -115,7 +115,7 @@ class Graph:
 
     @property
     def kernels(self) -> float:
-        """Kernels of one call; copies and fills count as kernels."""
+        """Kernels, copies and fills per call."""
         nodes = device_nodes(self._graph.raw_cuda_graph())
         return nodes / self.calls if nodes % self.calls else nodes // self.calls
 
@@ -123,7 +123,7 @@ class Graph:
         self._graph.replay()
 
     def time(self, effort: Effort) -> Figure:
-        """GPU microseconds of one call. Replays queue up, so no host time is in it."""
+        """GPU microseconds per call. Replays are enqueued ahead, so host time is excluded."""
         for _ in range(2):
             self.replay()
         one = self._seconds(1)[0]
@@ -142,12 +142,12 @@ class Graph:
 
 
 class CloneGraph(Graph):
-    """The GPU's baseline: a flat clone that reads and writes `bytes_of_a_call` in all."""
+    """The baseline on a GPU: a flat clone that reads and writes `bytes_of_a_call` in total."""
 
     def __init__(
         self, bytes_of_a_call: int, cache: int, device: torch.device, effort: Effort
     ) -> None:
-        elements = max(bytes_of_a_call // 4, 1)  # of two bytes, each read and written
+        elements = max(bytes_of_a_call // 4, 1)  # bfloat16, read once and written once
         sets = set_count(2 * elements, cache, effort)
         source = torch.randn(sets, elements, dtype=torch.bfloat16, device=device)
         source[0].clone()
@@ -155,10 +155,9 @@ class CloneGraph(Graph):
 
 
 class Pace:
-    """Whether a GPU copies as fast as it did at its best in this process.
+    """Detects thermal and power throttling: compares a copy with the best one of this process.
 
-    A card that is hot, or short of power, slows down for seconds or minutes, what is bound by
-    instructions more than copies.
+    Throttling lasts seconds to minutes and slows instruction-bound kernels more than copies.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -171,19 +170,19 @@ class Pace:
         return self.is_slow(self._graph.time(QUICK).median)
 
     def is_slow(self, copy_us: float) -> bool:
-        """Whether the copies took more than a few percent longer than they ever did."""
+        """Whether copies take `SLOWED` times as long as the best ones."""
         self._best = min(self._best, copy_us)
         return copy_us > SLOWED * self._best
 
 
 def pace_of(device: torch.device) -> Pace | None:
-    """The pace of a GPU; a CPU's is not watched."""
+    """The pace of a GPU; None for a CPU."""
     return Pace(device) if device.type == "cuda" else None
 
 
 @contextmanager
 def no_collection() -> Iterator[None]:
-    """Keeps Python's garbage collector out of host times."""
+    """Disables Python's garbage collector."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -199,7 +198,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def host_time(call: AnyCall, device: torch.device, effort: Effort) -> Figure:
-    """Host microseconds of one call: median of blocks, no synchronisation inside a block."""
+    """Host microseconds per call: the median of blocks without synchronization inside."""
 
     def block(calls: int) -> float:
         synchronize(device)
@@ -216,14 +215,14 @@ def host_time(call: AnyCall, device: torch.device, effort: Effort) -> Figure:
 
 
 def add_time(device: torch.device, effort: Effort) -> float:
-    """The baseline of host times: torch.add on one element."""
+    """The baseline of host time: torch.add on one element."""
     x, add = torch.ones(1, device=device), torch.add
     with torch.no_grad():
         return host_time(lambda: add(x, x), device, effort).median
 
 
 def cpu_time(calls: Sequence[AnyCall], effort: Effort) -> Figure:
-    """Microseconds of one call on the CPU; a sample is one pass over all calls."""
+    """CPU microseconds per call; a sample is one pass over all calls."""
 
     def one_pass() -> float:
         start = time.perf_counter()
@@ -238,7 +237,7 @@ def cpu_time(calls: Sequence[AnyCall], effort: Effort) -> Figure:
 
 
 class Memcpy:
-    """The CPU's baseline: copying into memory that is there already, on the same threads."""
+    """The baseline on a CPU: copy_ into existing memory, on the same threads."""
 
     def __init__(self, bytes_of_a_call: int, cache: int, effort: Effort) -> None:
         elements = max(bytes_of_a_call // 4, 1)
@@ -254,7 +253,7 @@ class Memcpy:
 
 
 def peak_bytes(call: AnyCall, device: torch.device) -> int:
-    """Bytes that one call allocates at most, its results included."""
+    """The most bytes that one call has allocated at a time, including its results."""
     synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)

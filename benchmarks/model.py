@@ -1,13 +1,13 @@
-"""Whole models of Hugging Face, original and patched: one-token steps, prefill, a training step.
+"""Hugging Face models, original and patched: one-token steps, prefill, and training steps.
 
     python benchmarks/model.py                         Llama and Qwen3, eager and compiled
     python benchmarks/model.py --models qwen3 --modes eager --phases decode prefill --quick
     python benchmarks/model.py --compile-mode reduce-overhead --modes compiled --phases decode
-    python benchmarks/model.py --tiny --device cpu --backend aot_eager      does it run at all
+    python benchmarks/model.py --tiny --device cpu --backend aot_eager      test the script
 
-Eight layers of 8B width with random weights in bfloat16 and a vocabulary of 1024, so that next to
-nothing is spent outside the layers. Original and patched alternate in one process, a block each,
-and are compared before they are timed. NOTES.md says how each figure is taken.
+Eight layers of 8B width with random bfloat16 weights; the vocabulary is 1024, so the layers take
+nearly all of the time. Blocks of the original and the patched model alternate in one process, and
+their results are compared before they are timed. NOTES.md describes the measurement.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ HERE = Path(__file__).resolve().parent
 Row = dict[str, Any]
 Model = torch.nn.Module
 
-# What patch() is given; None: the model stays as it is.
+# The options of patch(); None: the original model.
 VARIANTS: dict[str, dict[str, Any] | None] = {
     "original": None,
     "patched": {},
@@ -44,12 +44,12 @@ MODES = {
     "eager": ("original", "patched", "patched_rows"),
     "compiled": ("original", "patched", "patched_fused"),
 }
-TOLERANCE = 5e-2  # of bfloat16 through all layers, against the original in the same mode
+TOLERANCE = 5e-2  # relative to the original in the same mode; bfloat16 through all layers
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Tokens of each phase, and widths that replace those of the models."""
+    """The number of tokens of each phase, and widths that override the model's."""
 
     prompt: int = 256
     cache: int = 512
@@ -83,7 +83,7 @@ WIDTHS = {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads":
 
 
 def build(name: str, sizes: Sizes, layers: int, device: torch.device) -> Model:
-    """A model with random weights, made on the device."""
+    """A model with random weights on the device."""
     family, widths, theta = MODELS[name]
     options = {"num_hidden_layers": layers, **WIDTHS, **widths, **sizes.widths}
     config = getattr(transformers, f"{family}Config")(
@@ -103,13 +103,10 @@ def build(name: str, sizes: Sizes, layers: int, device: torch.device) -> Model:
         torch.set_default_dtype(before)
 
 
-# --- phases -------------------------------------------------------------------------------------
-
-
 class Phase:
-    """One kind of call. `call` is the model, or what torch.compile made of it."""
+    """One kind of step. `call` is the model or the compiled model."""
 
-    by_host = False  # whether host time decides, so that steps are timed in blocks
+    by_host = False  # host time matters: measure blocks of steps
 
     def __init__(self, model: Model, sizes: Sizes, device: torch.device) -> None:
         self.model = model.eval()
@@ -122,18 +119,18 @@ class Phase:
         return torch.randint(1, vocabulary, shape, generator=generator).to(self.device)
 
     def rewind(self) -> None:
-        """Makes the next steps those after the prompt."""
+        """Resets the cache to the end of the prompt."""
 
     def step(self, call: Callable[..., Any]) -> Any:
         raise NotImplementedError
 
     def results(self, call: Callable[..., Any]) -> list[Tensor]:
-        """What is compared with the original model's."""
+        """The results that are compared with the original model's."""
         raise NotImplementedError
 
 
 class Decode(Phase):
-    """One token, after a prompt, with a static cache."""
+    """One token after a prompt, with a static cache."""
 
     by_host = True
 
@@ -158,7 +155,7 @@ class Decode(Phase):
 
 
 class Prefill(Phase):
-    """A prompt without a cache; logits of its last token."""
+    """A prompt without a cache; the logits of its last token."""
 
     def __init__(self, model: Model, sizes: Sizes, device: torch.device) -> None:
         super().__init__(model, sizes, device)
@@ -173,7 +170,7 @@ class Prefill(Phase):
 
 
 class Train(Phase):
-    """Forward, loss and backward; gradients are dropped, there is no optimizer."""
+    """Forward, loss and backward, without an optimizer."""
 
     def __init__(self, model: Model, sizes: Sizes, device: torch.device) -> None:
         super().__init__(model, sizes, device)
@@ -187,7 +184,7 @@ class Train(Phase):
         return loss.detach()
 
     def results(self, call: Callable[..., Any]) -> list[Tensor]:
-        """The loss, and gradients that every layer's rotation has a part in."""
+        """The loss, and gradients that depend on the rotation of every layer."""
         loss = call(self.tokens, labels=self.tokens, use_cache=False).loss
         loss.backward()
         attention = self.model.model.layers[0].self_attn
@@ -199,13 +196,10 @@ class Train(Phase):
 PHASES: dict[str, type[Phase]] = {"decode": Decode, "prefill": Prefill, "train": Train}
 
 
-# --- variants -----------------------------------------------------------------------------------
-
-
 @contextmanager
 def applied(model: Model, variant: str) -> Iterator[None]:
-    """Patches as the variant says; patching again installs the same functions, so nothing is
-    compiled anew."""
+    """Applies a variant's patch. Repeated patching installs the same functions, so nothing is
+    recompiled."""
     options = VARIANTS[variant]
     if options is None:
         yield
@@ -219,7 +213,7 @@ def applied(model: Model, variant: str) -> Iterator[None]:
 
 
 def distance(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
-    """The largest norm of a difference, relative to that of `want`."""
+    """The largest relative error in norm."""
     return max(
         float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30))
         for a, b in zip(got, want, strict=True)
@@ -228,7 +222,7 @@ def distance(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
 
 @dataclass(frozen=True)
 class Effort:
-    """How many rounds there are, and how many device-bound steps a block has."""
+    """The number of rounds, and of device-bound steps per block."""
 
     rounds: int
     steps: int
@@ -250,7 +244,7 @@ class Contest:
         self._want: list[Tensor] = []
 
     def enter(self, variant: str) -> None:
-        """Compiles and verifies a variant. The first is what others are compared with."""
+        """Compiles and verifies a variant. The first one is the reference for the others."""
         with applied(self.phase.model, variant):
             got = self.phase.results(self.call)
             self._want = self._want or got
@@ -262,7 +256,7 @@ class Contest:
         self.samples[variant] = {}
 
     def round(self) -> None:
-        """A block of each variant, one after another."""
+        """Measures one block of each variant."""
         for variant, samples in self.samples.items():
             with applied(self.phase.model, variant):
                 self.phase.rewind()
@@ -275,7 +269,7 @@ class Contest:
             return self._host_block() if self.phase.by_host else self._device_block()
 
     def _host_block(self) -> dict[str, list[float]]:
-        """Microseconds a step: until the host may go on, and until the device is done."""
+        """Microseconds per step, of the host alone and until the device has finished."""
         steps = self.phase.sizes.steps
         self.phase.rewind()
         measure.synchronize(self.phase.device)
@@ -288,7 +282,7 @@ class Contest:
         return {"wall_us": [done * 1e6 / steps], "host_us": [enqueued * 1e6 / steps]}
 
     def _device_block(self) -> dict[str, list[float]]:
-        """Microseconds of each step between events on the device."""
+        """Microseconds of each step, between CUDA events."""
         steps = self.effort.steps
         if self.phase.device.type != "cuda":
             start = time.perf_counter()
@@ -306,7 +300,7 @@ class Contest:
         return {"wall_us": [a.elapsed_time(b) * 1e3 for a, b in pairs]}
 
     def peaks(self) -> dict[str, float]:
-        """Bytes that a step takes beyond the model, on CUDA."""
+        """Peak bytes that a step allocates, on CUDA."""
         if self.phase.device.type != "cuda":
             return {}
         found = {}
@@ -321,11 +315,8 @@ class Contest:
         return found
 
 
-# --- the run ------------------------------------------------------------------------------------
-
-
 class Suite:
-    """All contests of a run; what fails, or would begin too late, is named and left out."""
+    """All contests of a run; those that fail or start after the deadline are named and left out."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
@@ -379,7 +370,7 @@ class Suite:
         print(f"{where}: {total:.0f} s, of these {entered:.0f} s before timing", flush=True)
 
     def _enter(self, contest: Contest, where: str, variants: Sequence[str]) -> None:
-        """The original has to succeed; another variant that fails is named and left out."""
+        """Enters all variants. One that fails is left out; if the original fails, it raises."""
         contest.enter("original")
         for variant in (v for v in variants if v != "original"):
             try:
@@ -409,7 +400,7 @@ class Suite:
 
 
 def rows_of(name: str, mode: str, phase: str, contest: Contest) -> list[Row]:
-    """A row for each figure; its baseline is the original's figure of the same contest."""
+    """One row per figure; the baseline is the original's figure of the same contest."""
     figures = {
         variant: {metric: measure.figure_of(values) for metric, values in samples.items()}
         for variant, samples in contest.samples.items()
@@ -434,7 +425,7 @@ def rows_of(name: str, mode: str, phase: str, contest: Contest) -> list[Row]:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """A line for each contest and metric; in brackets the figure over the original's."""
+    """A line per contest and metric; in parentheses, the ratio to the original."""
     variants = list(dict.fromkeys(row["provider"] for row in rows))
     lines: dict[tuple[str, ...], dict[str, str]] = {}
     for row in rows:
@@ -462,11 +453,11 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--backend", default="inductor", help="of torch.compile")
     parser.add_argument("--compile-mode", default="default", help="of torch.compile")
-    parser.add_argument("--seconds", type=float, default=220, help="after these nothing new begins")
+    parser.add_argument("--seconds", type=float, default=220, help="no contest starts after these")
     parser.add_argument("--out", type=Path, help="default: results/<device>_model.json")
-    parser.add_argument("--quick", action="store_true", help="few repetitions: a trial run")
-    parser.add_argument("--tiny", action="store_true", help="small sizes: does it run")
-    parser.add_argument("--commit", help="what the figures are of, where git cannot tell")
+    parser.add_argument("--quick", action="store_true", help="few repetitions, to try a run")
+    parser.add_argument("--tiny", action="store_true", help="small sizes, to test the script")
+    parser.add_argument("--commit", help="recorded in the file where git is not available")
     return parser.parse_args(argv)
 
 

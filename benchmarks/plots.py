@@ -1,7 +1,7 @@
 """Pictures of a file of figures: python benchmarks/plots.py results/h200.json
 
 <name>_bandwidth.png   GB/s against the bytes that a call moves, and the baseline
-<name>_call.png        host time of a call, one bar per provider
+<name>_call.png        host time of a call, one bar per provider and direction
 <name>.png             fraction of a clone, one panel per sweep of a file of cliffs.py
 """
 
@@ -45,7 +45,7 @@ def draw(path: Path) -> list[Path]:
     timed = [row for row in rows if row["metric"] in ("gpu_us", "cpu_us") and _in_curves(row)]
     if timed:
         pictures.append(_bandwidth(path.with_name(f"{path.stem}_bandwidth.png"), device, timed))
-    calls = [row for row in rows if row["metric"] == "host_us"]
+    calls = [row for row in rows if row["metric"] == "host_us" and not row["variant"]]
     if calls:
         pictures.append(_calls(path.with_name(f"{path.stem}_call.png"), device, calls))
     return pictures
@@ -91,7 +91,7 @@ def _curves(axis: Axes, rows: list[Row], colors: dict[str, str]) -> None:
 
 def _calls(path: Path, device: str, rows: list[Row]) -> Path:
     rows = sorted(rows, key=lambda row: row["median"])
-    names = [f"{row['provider']} {row['variant']} ({row['direction']})" for row in rows]
+    names = [f"{row['provider']} ({row['direction']})" for row in rows]
     figure, axis = plt.subplots(figsize=(8, 1 + 0.3 * len(rows)))
     colors = ["tab:blue" if row["provider"].startswith(OURS) else "tab:gray" for row in rows]
     bars = axis.barh(names, [row["median"] for row in rows], color=colors)

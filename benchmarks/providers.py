@@ -1,8 +1,7 @@
-"""One small adapter for each implementation: how its own public Python call is made.
+"""One adapter per implementation, which makes its public Python call.
 
-An adapter names the work that its call can do, prepares views and tables in the convention of that
-call (outside what is timed), and says in which layout the results come back. What cannot be
-imported is skipped and named.
+An adapter declares the works that its call supports and prepares views and tables in that call's
+convention; preparation is not timed. Libraries that cannot be imported are skipped and named.
 """
 
 from __future__ import annotations
@@ -21,18 +20,18 @@ Call = Callable[[], Pair]
 
 OUT_OF_PLACE = ("forward", "backward", "both", "forward_grad")
 EVERY_WAY = (*OUT_OF_PLACE, "in_place")
-CALLS = ("call", "tiny")  # cases of what differs from fused_rope in nothing but host time
+CALLS = ("call", "tiny")  # cases of adapters that differ from fused_rope only in host time
 
 
 class Provider:
-    """Base of the adapters: `bind` makes the call, `restore` views results in the work's layout."""
+    """Base class: `bind` returns the call, `restore` views its results in the work's layout."""
 
     name = ""
     directions: tuple[str, ...] = EVERY_WAY
     words: tuple[str, ...] = ()
-    partial = False  # whether R < D is possible
-    cases: tuple[str, ...] = ()  # the only cases it is measured on, all when empty
-    exact = False  # whether results are rounded once, from float32
+    partial = False  # supports R < D
+    cases: tuple[str, ...] = ()  # the cases it is measured on; empty: all
+    exact = False  # results are rounded once, from float32
     needs_cuda = True
 
     def __init__(self) -> None:
@@ -40,7 +39,7 @@ class Provider:
         self.load()
 
     def load(self) -> None:
-        """Imports what the call needs; raises ImportError where it is not installed."""
+        """Imports the library; raises ImportError if it is not installed."""
 
     def supports(self, work: Work, direction: str) -> bool:
         span = work.R == work.case.D or (self.partial and not work.rotary_offset)
@@ -48,7 +47,7 @@ class Provider:
         return span and asked and work.only(*self.words) and direction in self.ways(work)
 
     def ways(self, work: Work) -> tuple[str, ...]:
-        """The directions under which its calls on this memory are recorded."""
+        """The directions that the call supports on this memory."""
         return self.directions
 
     def layout(self, work: Work) -> str:
@@ -56,14 +55,14 @@ class Provider:
         return work.layout
 
     def view(self, work: Work, x: Tensor) -> Tensor:
-        """q, k or one of their gradients as the call takes it, without a copy."""
+        """A view of q, k or one of their gradients in the call's layout."""
         return relayout(x, work.layout, self.layout(work))
 
     def make_tables(self, work: Work, inputs: InputSet) -> Any:
         return inputs.cos, inputs.sin
 
     def tables(self, work: Work, inputs: InputSet) -> Any:
-        """make_tables, once for all sets that share a table."""
+        """The result of make_tables, computed once for all sets that share a table."""
         if self._tables is None or self._tables[0] is not inputs.cos:
             self._tables = inputs.cos, self.make_tables(work, inputs)
         return self._tables[1]
@@ -77,7 +76,7 @@ class Provider:
 
 
 def full_width(work: Work, inputs: InputSet, dtype: torch.dtype) -> Pair:
-    """cos and sin [B or 1, S, R] as Hugging Face makes them: gathered, tiled, in dtype."""
+    """cos and sin [B or 1, S, R] in Hugging Face's form: gathered, tiled, in dtype."""
     cos, sin = inputs.cos, inputs.sin
     if cos.dim() == 2:
         rows = token_rows(work, inputs)
@@ -113,7 +112,7 @@ class FusedRope(Provider):
 
 
 class FusedRopeModule(Provider):
-    """RotaryEmbedding with a table of its own, called with an int offset or with positions."""
+    """RotaryEmbedding, which owns its table, called with an int offset or with positions."""
 
     name = "fused_rope_module"
     cases: tuple[str, ...] = CALLS
@@ -139,7 +138,7 @@ class FusedRopeModule(Provider):
 
 
 class Reference(Provider):
-    """The pure-PyTorch version that comes with fused_rope."""
+    """fused_rope.reference, in pure PyTorch."""
 
     name = "reference"
     cases = ("call", "cpu", "tiny", "train", "mid512")
@@ -191,7 +190,7 @@ class EagerHF(Provider):
 
 
 class FusedRopeHF(EagerHF):
-    """The drop-in for that function: the same kernel, another way to it."""
+    """The drop-in for apply_rotary_pos_emb."""
 
     name = "fused_rope_hf"
     cases = ("call", "cpu", "tiny", "train", "decode256")
@@ -199,7 +198,7 @@ class FusedRopeHF(EagerHF):
 
 
 class Liger(EagerHF):
-    """Rotates the memory of [B, S, H, D] in place, and copies [B, H, S, D] to it first."""
+    """liger_rotary_pos_emb: in place on [B, S, H, D] memory; [B, H, S, D] is copied to it first."""
 
     name = "liger"
     words = ("bhsd", "bhsd_view", "float16", "float32", "partial2", "partial4")
@@ -214,7 +213,7 @@ class Liger(EagerHF):
 
 
 class FusedRopeLiger(Liger):
-    """The drop-in for that function, which leaves its inputs untouched."""
+    """The drop-in for liger_rotary_pos_emb; it does not change its inputs."""
 
     name = "fused_rope_liger"
     cases = CALLS
@@ -226,7 +225,7 @@ class FusedRopeLiger(Liger):
 
 
 class Unsloth(Provider):
-    """fast_rope_embedding on [B, H, S, D]: in place where its own transposition needs no copy."""
+    """fast_rope_embedding on [B, H, S, D]: in place where its transposition makes no copy."""
 
     name = "unsloth"
     words = ("bhsd", "bhsd_view", "positions32", "float16", "float32")
@@ -244,7 +243,7 @@ class Unsloth(Provider):
         return ("forward",) if copies else ("in_place", "forward_grad")
 
     def make_tables(self, work: Work, inputs: InputSet) -> Any:
-        """cos and sin [M, R] in x's dtype, as its rotary modules cache them."""
+        """cos and sin [M, R] in x's dtype, the form that its rotary modules cache."""
         return tuple(torch.cat((t, t), -1).to(work.dtype) for t in (inputs.cos, inputs.sin))
 
     def bind(self, work: Work, inputs: InputSet, in_place: bool) -> Call:
@@ -257,7 +256,7 @@ class Unsloth(Provider):
 
 
 class FusedRopeUnsloth(Unsloth):
-    """The drop-in for that function, which leaves its inputs untouched."""
+    """The drop-in for fast_rope_embedding; it does not change its inputs."""
 
     name = "fused_rope_unsloth"
     cases = FusedRopeHF.cases
@@ -271,7 +270,7 @@ class FusedRopeUnsloth(Unsloth):
 def eager_formula(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool
 ) -> tuple[Tensor, Tensor]:
-    """x cos + rotate(x) sin over the last dimension, as eager code writes it."""
+    """x * cos + rotate(x) * sin over the last dimension."""
 
     def rotate(x: Tensor) -> Tensor:
         if interleaved:
@@ -283,7 +282,7 @@ def eager_formula(
 
 
 class Inductor(Provider):
-    """torch.compile of the eager formula, compiled for the sizes of each work."""
+    """torch.compile of the eager formula, with the static sizes of each work."""
 
     name = "inductor"
     directions = OUT_OF_PLACE
@@ -297,7 +296,7 @@ class Inductor(Provider):
 
     def compiled(self, work: Work) -> Any:
         if self._compiled is None or self._compiled[0] is not work:
-            torch._dynamo.reset()  # the limit on recompilations is for each function, not each work
+            torch._dynamo.reset()  # the recompilation limit counts per function, not per work
             self._compiled = work, torch.compile(eager_formula, dynamic=False, fullgraph=True)
         return self._compiled[1]
 
@@ -316,7 +315,7 @@ class Inductor(Provider):
 
 
 class FlashAttn(Provider):
-    """flash-attn's Triton apply_rotary_emb, once for q and once for k."""
+    """flash-attn's Triton kernel behind apply_rotary_emb, called for q and for k."""
 
     name = "flash_attn"
     words = (
@@ -353,7 +352,7 @@ class FlashAttn(Provider):
 
 
 class FusedRopeFlashAttn(FlashAttn):
-    """The drop-in for that function."""
+    """The drop-in for apply_rotary_emb."""
 
     name = "fused_rope_flash_attn"
     cases = CALLS
@@ -436,7 +435,7 @@ class VLLM(FlashInfer):
 
 
 class FusedRopeVLLM(VLLM):
-    """The drop-in for that operator."""
+    """The drop-in for rotary_embedding."""
 
     name = "fused_rope_vllm"
     cases = CALLS
@@ -455,7 +454,7 @@ class SGLang(FlashInfer):
     def load(self) -> None:
         try:
             module = importlib.import_module("sglang.kernels.ops.attention.rope")
-        except ModuleNotFoundError:  # its place before
+        except ModuleNotFoundError:  # older releases
             module = importlib.import_module("sglang.jit_kernel.rope")
         self.in_place = module.apply_rope_inplace
 
@@ -475,7 +474,7 @@ class SGLang(FlashInfer):
 
 
 class Megatron(Provider):
-    """fused_apply_mrope on [S, B, H, D] with the angles of three axes, once for q, once for k."""
+    """fused_apply_mrope on [S, B, H, D] with the angles of three axes, called for q and for k."""
 
     name = "megatron"
     directions = OUT_OF_PLACE
@@ -494,7 +493,7 @@ class Megatron(Provider):
         return "sbhd"
 
     def make_tables(self, work: Work, inputs: InputSet) -> Any:
-        """Angles [3, B, S, P] float32, and how many pairs each axis has."""
+        """Angles [3, B, S, P] float32, and the number of pairs of each axis."""
         axes = inputs.options["axes"]
         sections = [axes.count(axis) for axis in range(3)]
         return inputs.angles[inputs.options["positions"]].float(), sections
@@ -506,7 +505,7 @@ class Megatron(Provider):
 
 
 class TransformerEngine(Provider):
-    """apply_rotary_pos_emb(fused=True) with angles [M, 1, 1, R], once for q and once for k."""
+    """apply_rotary_pos_emb(fused=True) with angles [M, 1, 1, R], called for q and for k."""
 
     name = "transformer_engine"
     directions = OUT_OF_PLACE
@@ -519,7 +518,7 @@ class TransformerEngine(Provider):
     def load(self) -> None:
         try:
             module = importlib.import_module("transformer_engine.pytorch.attention.rope")
-        except ModuleNotFoundError:  # its place until version 2.2
+        except ModuleNotFoundError:  # until version 2.2
             module = importlib.import_module("transformer_engine.pytorch.attention")
         self.function = module.apply_rotary_pos_emb
 
@@ -545,7 +544,7 @@ class TransformerEngine(Provider):
 
 
 class RotaryEmbeddingTorch(Provider):
-    """apply_rotary_emb(freqs, t): interleaved; angles in, their cos and sin made at each call."""
+    """apply_rotary_emb(freqs, t): interleaved; each call computes cos and sin of the angles."""
 
     name = "rotary_embedding_torch"
     directions = OUT_OF_PLACE
@@ -581,7 +580,7 @@ PROVIDERS: dict[str, type[Provider]] = {
 def load_providers(
     names: list[str] | None, device: torch.device
 ) -> tuple[list[Provider], dict[str, str]]:
-    """The adapters whose libraries are there, and why each of the others is skipped."""
+    """The adapters of installed libraries, and the reason for each skipped one."""
     loaded, skipped = [], {}
     for name in names or list(PROVIDERS):
         if PROVIDERS[name].needs_cuda and device.type != "cuda":
@@ -589,6 +588,6 @@ def load_providers(
             continue
         try:
             loaded.append(PROVIDERS[name]())
-        except Exception as error:  # a broken installation raises whatever it likes
+        except Exception as error:  # broken installations raise all kinds of exceptions
             skipped[name] = f"{type(error).__name__}: {error}".splitlines()[0]
     return loaded, skipped

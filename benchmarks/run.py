@@ -1,14 +1,14 @@
-"""The benchmark suite: every case, variant and direction for every provider that is installed.
+"""The benchmark suite: all cases, variants and directions, for all installed providers.
 
     python benchmarks/run.py                           a full run, to results/<device>.json
     python benchmarks/run.py --cases train mid512 --providers fused_rope eager_hf --out a.json
     python benchmarks/run.py --cases train --variants "" bhsd "thd cu_seqlens" --directions forward
     python benchmarks/run.py --device cpu              the CPU kernel against memcpy
-    python benchmarks/run.py --targets                 only what a target is about
+    python benchmarks/run.py --targets                 only figures that have a target
     python benchmarks/run.py --peers FOLDER            peers that are not installed, from FOLDER
-    python benchmarks/run.py --sweep "keep=0" "threads=64"                 kernel plans side by side
+    python benchmarks/run.py --sweep "keep=0" "threads=64"                 compare kernel plans
 
-NOTES.md says how each figure is taken.
+NOTES.md describes the measurement.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ Row = dict[str, Any]
 Baseline = measure.CloneGraph | measure.Memcpy
 PEAK_WORKS = (Work(CASES["train"]),)
 SECONDS_A_FIGURE, SECONDS_A_COMPILATION = 0.4, 4
-TRIES = 3  # of a figure during which the card slowed down
-REST = 60  # seconds in which a run waits for a card that did
-PATIENCE = 3  # a provider that failed this often without one figure is left out of the rest
+TRIES = 3  # measurements of a figure if the GPU is throttled meanwhile
+REST = 60  # seconds that a run waits for a throttled GPU, in all
+PATIENCE = 3  # failures after which a provider without any figure is skipped
 
 
 @dataclass(frozen=True)
 class Step:
-    """A piece of work with the directions and providers that are measured of it."""
+    """A work, and the directions and providers to measure."""
 
     work: Work
     pairs: tuple[tuple[str, tuple[Provider, ...]], ...]
@@ -67,7 +67,7 @@ class Step:
 
 
 class Runner:
-    """Takes the figures of one run on one device."""
+    """Measures the figures of one run on one device."""
 
     def __init__(self, device: torch.device, effort: measure.Effort) -> None:
         self.device = device
@@ -82,7 +82,7 @@ class Runner:
         self.rest = REST
 
     def run(self, step: Step, progress: tqdm) -> None:
-        """Measures one step; its memory is given back at the end."""
+        """Measures one step and frees its memory."""
         by_host = step.work.case.name == "call"
         count = 1 if by_host else measure.set_count(input_bytes(step.work), self.cache, self.effort)
         bench = Bench(step.work, count, self.device)
@@ -95,7 +95,7 @@ class Runner:
     def _trials(
         self, bench: Bench, direction: str, providers: Sequence[Provider], progress: tqdm
     ) -> Iterator[Trial]:
-        """The trials that give the right answer; the others are named and left out."""
+        """The trials whose results are right; the others are recorded as refused."""
         for provider in providers:
             progress.update()
             if self.failures[provider.name] >= PATIENCE:
@@ -103,7 +103,7 @@ class Runner:
             try:
                 trial = Trial(bench, provider, direction)
                 trial.verify()
-            except Exception as error:  # whatever a peer raises, the run goes on
+            except Exception as error:  # peers raise all kinds of exceptions
                 self._refuse(bench.work, direction, provider, error)
                 continue
             yield trial
@@ -142,9 +142,9 @@ class Runner:
                 yield self._peak(trial)
 
     def _steady(self, trial: Trial, baseline: Baseline, before: float) -> Row:
-        """One figure between two baselines; taken again where the card slowed down meanwhile.
+        """One figure between two baselines, repeated if the GPU is throttled meanwhile.
 
-        Once the run has waited long enough for its card, figures are only marked.
+        After `REST` seconds of waiting, figures of a throttled GPU are only marked.
         """
         for left in reversed(range(TRIES)):
             figure, extra = self._replayed(trial) if self.on_gpu else self._passed(trial)
@@ -164,7 +164,7 @@ class Runner:
         return self.pace is not None and self.pace.slowed()
 
     def _settled(self, baseline: Baseline) -> float:
-        """The baseline, once the card is as fast as it was or the run has waited long enough."""
+        """The baseline, after waiting until the GPU is not throttled or `REST` is used up."""
         while self.rest and self._slowed():
             time.sleep(1)
             self.rest -= 1
@@ -180,7 +180,7 @@ class Runner:
             return measure.cpu_time(trial.calls, self.effort), {}
 
     def _replayed(self, trial: Trial) -> tuple[measure.Figure, Row]:
-        """GPU time of a call, and how many kernels the timed graph holds for it."""
+        """GPU time of a call, and the number of kernels per call in the timed graph."""
         graph = trial.capture()
         try:
             trial.verify_graph(graph)
@@ -190,7 +190,7 @@ class Runner:
             torch.cuda.empty_cache()
 
     def _peak(self, trial: Trial) -> Row:
-        """Peak memory of a call; its baseline is what a plain copy of q and k takes."""
+        """Peak memory of a call; the baseline is the size of q and k."""
         with trial.grad_mode():
             peak = float(measure.peak_bytes(trial.calls[0], self.device))
         copy = float(input_bytes(trial.bench.work))
@@ -200,10 +200,7 @@ class Runner:
 def row_of(
     trial: Trial, metric: str, figure: measure.Figure, baselines: tuple[float, float]
 ) -> Row:
-    """One figure. The baseline is the mean of the one taken before and the one taken after.
-
-    Its fields are named yardstick and yardsticks, as in files of earlier runs.
-    """
+    """One figure. The baseline is the mean of its measurements before and after the figure."""
     work = trial.bench.work
     return {
         "case": work.case.name,
@@ -225,7 +222,7 @@ def plan(
     providers: Sequence[Provider],
     wanted: Callable[[Work, str, str], bool] = lambda work, direction, provider: True,
 ) -> list[Step]:
-    """What is measured, in order; steps that no provider supports are left out."""
+    """The steps of a run, in order, without those that no provider supports."""
 
     def able(work: Work, direction: str) -> tuple[Provider, ...]:
         asked = (p for p in providers if wanted(work, direction, p.name))
@@ -241,7 +238,7 @@ def plan(
 
 
 def estimate(steps: Sequence[Step]) -> str:
-    """How many figures, and about how long they take on a GPU."""
+    """The number of figures, and their approximate duration on a GPU."""
     compiled = sum(p.name == "inductor" for s in steps for _, some in s.pairs for p in some)
     figures = sum(map(len, steps))
     seconds = SECONDS_A_FIGURE * figures + SECONDS_A_COMPILATION * compiled
@@ -253,13 +250,13 @@ def device_name(device: torch.device) -> str:
 
 
 def slug(device: torch.device) -> str:
-    """A file name: "NVIDIA H100 80GB HBM3" gives h100."""
+    """The device's part of a file name: h100 for "NVIDIA H100 80GB HBM3"."""
     model = re.search(r"\b[A-Z]*\d+[A-Z]*", device_name(device))
     return model.group().lower() if model else "cpu"
 
 
 def meta_of(device: torch.device, commit: str | None) -> dict[str, Any]:
-    """Where and when the figures were taken."""
+    """The device, versions, commit and date of the figures."""
     return {
         "device": device_name(device),
         "torch": torch.__version__,
@@ -280,7 +277,7 @@ def current_commit() -> str:
 
 
 def write(path: Path, meta: dict[str, Any], rows: Sequence[Row]) -> None:
-    """One line a row, so that two runs can be compared as text."""
+    """Writes one row per line, so that files can be compared as text."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
     path.write_text(f'{{"meta": {json.dumps(meta)},\n "rows": [\n{lines}\n]}}\n')
@@ -291,26 +288,26 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--cases", nargs="+", choices=list(CASES), metavar="CASE")
-    parser.add_argument("--variants", nargs="+", metavar="WORDS", help='"" is the plain one')
+    parser.add_argument("--variants", nargs="+", metavar="WORDS", help='"" is no word')
     parser.add_argument("--directions", nargs="+", choices=DIRECTIONS, metavar="DIRECTION")
     parser.add_argument("--providers", nargs="+", choices=list(PROVIDERS), metavar="PROVIDER")
     parser.add_argument(
         "--peers",
         type=Path,
         metavar="FOLDER",
-        help="its packages are imported before installed ones",
+        help="packages here take precedence over installed ones",
     )
-    parser.add_argument("--targets", action="store_true", help="what a target is about, no more")
+    parser.add_argument("--targets", action="store_true", help="only figures that have a target")
     parser.add_argument(
-        "--sweep", nargs="+", metavar="PLAN", help="values of FUSED_ROPE_PLAN; first comes none"
+        "--sweep", nargs="+", metavar="PLAN", help="values of FUSED_ROPE_PLAN, compared with none"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="default: results/<device>.json in this folder")
-    parser.add_argument("--quick", action="store_true", help="few repetitions: a trial run")
+    parser.add_argument("--quick", action="store_true", help="few repetitions, to try a run")
     parser.add_argument(
-        "--plots", action="store_true", help="also draw PNG files in the folder of --out"
+        "--plots", action="store_true", help="also draw PNG files into the folder of --out"
     )
-    parser.add_argument("--commit", help="what the figures are of, where git cannot tell")
+    parser.add_argument("--commit", help="recorded in the file where git is not available")
     return parser.parse_args(argv)
 
 
@@ -343,7 +340,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             write(out, meta | {"refused": runner.refused, "slowed": runner.slowed}, runner.rows)
     print(markdown(runner.rows))
     for name in runner.slowed:
-        print(f"taken while the card was slower than at its best: {name}")
+        print(f"measured while the GPU was throttled: {name}")
     print(f"{len(runner.rows)} figures in {out}")
     if args.plots:
         from plots import draw

@@ -1,4 +1,4 @@
-"""The operator under several kernel plans: run.py once for each, since a process reads one plan."""
+"""A comparison of kernel plans: one run.py per plan, because a process reads the plan once."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ Row = dict[str, Any]
 
 
 def sweep(args: argparse.Namespace) -> int:
-    """Times args.cases x variants x directions under every plan of args.sweep and under none."""
+    """Measures the cases, variants and directions of args under each plan, and under none."""
     plans = list(dict.fromkeys(["", *args.sweep]))
     out = args.out or HERE / "results" / "sweep.json"
     rows: list[Row] = []
     for plan in plans:
-        print(f"plan: {plan or 'the own one'}", flush=True)
+        print(f"plan: {plan or 'none'}", flush=True)
         content = run(plan, args)
         rows += [{"plan": plan, **row} for row in content["rows"]]
         content["meta"] |= {"plans": plans}
@@ -40,7 +40,7 @@ def sweep(args: argparse.Namespace) -> int:
 
 
 def run(plan: str, args: argparse.Namespace) -> dict[str, Any]:
-    """What run.py writes in a process of its own, which verifies before it times."""
+    """The file that run.py writes in a process with this plan."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "figures.json"
         command = [
@@ -57,7 +57,7 @@ def run(plan: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(rows: Sequence[Row], plans: Sequence[str]) -> str:
-    """Lines are works, columns plans: microseconds, and the fraction of the baseline's speed."""
+    """A line per work, a column per plan: microseconds, and the fraction of the baseline."""
     timed = (row for row in rows if row["metric"] != "peak_bytes")
     found = {(row["case"], row["variant"], row["direction"], row["plan"]): row for row in timed}
     lines = [

@@ -1,4 +1,4 @@
-"""One provider on one piece of work in one direction: its calls, verified before they are timed."""
+"""The calls of one provider on one work in one direction, and their verification."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from providers import Pair, Provider
 from torch import Tensor
 
 GRAD_DIRECTIONS = ("backward", "both", "forward_grad")
-SHARED_DIRECTIONS = ("forward", "backward", "both")  # whose calls leave their inputs as they were
+SHARED_DIRECTIONS = ("forward", "backward", "both")  # calls that do not change their inputs
 
 
 class Bench:
-    """The input sets of one piece of work, and what the oracle says of the first of them.
+    """The input sets of one work, and the oracle's results for the first one.
 
-    Nothing writes to `sets` and `gradients`. After an in-place write to its base a view's backward
-    is as_strided's, which adds a fill and a copy to every timed call on that view.
+    Nothing writes to `sets` and `gradients`. An in-place write to the base of a view makes autograd
+    replace the view's backward by as_strided's, which adds a fill and a copy to each timed call.
     """
 
     def __init__(self, work: Work, count: int, device: torch.device) -> None:
@@ -32,11 +32,11 @@ class Bench:
 
     @cached_property
     def gradients(self) -> list[InputSet]:
-        """Gradients of the outputs: in the memory of the inputs, with the tables of the inputs."""
+        """Gradients of the outputs, with the strides and tables of the inputs."""
         return self._drawn(self.sets)
 
     def copies(self, sets: Sequence[InputSet]) -> list[InputSet]:
-        """The same numbers in other memory, with the same layout and strides."""
+        """Copies of these sets with the same strides."""
         copies = self._drawn(sets)
         for copy, x in zip(copies, sets, strict=True):
             copy.q.copy_(x.q)
@@ -57,16 +57,16 @@ class Bench:
         return verify.expected(self.gradients[0], inverse=True)
 
     def expected(self, direction: str) -> tuple[Tensor, ...]:
-        """float64 results of the first call, in the work's layout."""
+        """The results of the first call in float64, in the work's layout."""
         if direction == "backward":
             return self.rotated_gradients
         return (*self.rotated, *(self.rotated_gradients if direction == "both" else ()))
 
 
 class Trial:
-    """The calls of one provider, one for each input set.
+    """The calls of one provider, one per input set.
 
-    Calls that may write to their inputs have sets of their own.
+    Calls that may write to their inputs get copies of the sets.
     """
 
     def __init__(self, bench: Bench, provider: Provider, direction: str) -> None:
@@ -83,7 +83,7 @@ class Trial:
         return torch.set_grad_enabled(self.direction in GRAD_DIRECTIONS)
 
     def _call(self, inputs: InputSet, given: InputSet | None) -> Callable[[], Sequence[Tensor]]:
-        """The call on these inputs, with these gradients of its results."""
+        """The call on these inputs and, for backward, these gradients of its results."""
         work = self.bench.work
         if self.direction not in GRAD_DIRECTIONS:
             return self.provider.bind(work, inputs, in_place=self.direction == "in_place")
@@ -103,7 +103,7 @@ class Trial:
         return both
 
     def _results(self, out: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """What the first call returned, in the work's layout, which gradients have already."""
+        """The results of a call in the work's layout; gradients are in it already."""
         if self.direction == "backward":
             return tuple(out)
         rotated = self.provider.restore(self.bench.work, self.bench.sets[0], (out[0], out[1]))
@@ -115,12 +115,12 @@ class Trial:
             verify.check(f"{what}, tensor {i}", x, y, self.provider.exact)
 
     def verify(self) -> None:
-        """Raises WrongResult unless a call on copies of the first set does as its direction says.
+        """Raises WrongResult unless a call on copies of the first set returns the right results.
 
-        What is timed is left alone.
+        The timed calls and their inputs are not touched.
         """
         first = self.bench.sets[0]
-        self.bench.expected(self.direction)  # needs memory: before the poison
+        self.bench.expected(self.direction)  # allocates, so it precedes poison()
         (inputs,) = self.bench.copies([first])
         given = None
         if self.direction in ("backward", "both"):
@@ -137,7 +137,7 @@ class Trial:
             verify.same_memory("q", self._results(out)[0], inputs.q)
 
     def verify_graph(self, graph: measure.Graph) -> None:
-        """Raises WrongResult unless a replay writes the results of the first call anew."""
+        """Raises WrongResult unless a replay overwrites NaN with the right results."""
         if self.direction == "in_place":
             return
         for x in graph.outputs[0]:
@@ -146,7 +146,7 @@ class Trial:
         self._check("replayed graph", graph.outputs[0])
 
     def capture(self) -> measure.Graph:
-        """A CUDA graph that goes through all sets, after a warm-up."""
+        """A CUDA graph of the calls on all sets, captured after a warm-up."""
         moved = bytes_moved(self.bench.work, self.direction)
         with self.grad_mode():
             for call in self.calls[:3]:

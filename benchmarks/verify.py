@@ -1,4 +1,4 @@
-"""Every result is compared with the float64 oracle of the tests before it is timed."""
+"""Comparison of results with the float64 oracle of the tests."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from oracle import oracle
 
 
 class WrongResult(Exception):
-    """A call that returned something else than a rotation, or touched what it should not."""
+    """A call returned a wrong rotation, or changed memory that it must not change."""
 
 
 def expected(inputs: InputSet, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
-    """float64 q and k of these inputs, in their own shape."""
+    """The rotated q and k of these inputs, in float64."""
     q, k = (
         oracle(x, inputs.cos, inputs.sin, inverse=inverse, **inputs.options)
         for x in (inputs.q, inputs.k)
@@ -28,10 +28,10 @@ def expected(inputs: InputSet, *, inverse: bool = False) -> tuple[Tensor, Tensor
 
 
 def tolerance(dtype: torch.dtype, exact: bool) -> tuple[float, float]:
-    """Allowed error, relative to the result and to the largest input.
+    """The allowed error: (relative to the result, relative to the largest result).
 
-    `exact`: rounded once from float32. Otherwise tables, products and sums may be rounded to dtype,
-    as eager Hugging Face does, and angles may be float32.
+    With `exact`, float32 results are rounded once. Without it, tables, products and sums may be
+    rounded to dtype, as in eager Hugging Face, and angles may be float32.
     """
     eps = torch.finfo(dtype).eps
     if exact:
@@ -46,21 +46,21 @@ def check(what: str, got: Tensor, want: Tensor, exact: bool) -> None:
     relative, absolute = tolerance(got.dtype, exact)
     difference = got.double().sub_(want).abs_()
     bound = want.abs().mul_(relative * (1 + 1e-3)).add_(absolute * float(want.abs().max()))
-    if not bool((difference <= bound).all()):  # a NaN compares false
+    if not bool((difference <= bound).all()):  # false for NaN
         raise WrongResult(f"{what}: off by up to {float(difference.max()):.3g}")
 
 
 def poison(*like: Tensor) -> None:
-    """Leaves NaN in the memory that the next outputs of these sizes are likely to be given."""
+    """Fills memory with NaN that the allocator is likely to return for outputs of these sizes."""
     held = [torch.full_like(x, float("nan")) for x in like]
     del held
 
 
 def unchanged(what: str, x: Tensor, before: Tensor) -> None:
     if not torch.equal(x, before):
-        raise WrongResult(f"{what}: input was changed by an out-of-place call")
+        raise WrongResult(f"{what}: an out-of-place call changed its input")
 
 
 def same_memory(what: str, x: Tensor, of: Tensor) -> None:
     if x.data_ptr() != of.data_ptr():
-        raise WrongResult(f"{what}: a call in place returned other memory")
+        raise WrongResult(f"{what}: an in-place call returned other memory")

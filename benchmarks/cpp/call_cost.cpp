@@ -1,4 +1,4 @@
-// What one call costs from C++ beyond its work: the four forms on tensors of two numbers.
+// The overhead of a call from C++: the four operators on tensors of two elements.
 //
 //     cmake -S . -B build -DFUSED_ROPE_BENCHMARKS=ON && cmake --build build
 //     build/benchmarks/cpp/fused_rope_call_cost
@@ -16,7 +16,7 @@ namespace {
 constexpr int kCalls = 10'000;
 constexpr int kRounds = 21;
 
-// The median over rounds of a call's mean time.
+// Prints the median over rounds of the mean time of a call.
 template <typename Call>
 void report(const char* name, Call call) {
   using Clock = std::chrono::steady_clock;

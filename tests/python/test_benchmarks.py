@@ -98,7 +98,7 @@ LARGE = ("train", "prefill", "mha1", "mha2", "d64", "wide256", "wide80", "wide96
 
 
 def target_figures():
-    """What each target needs: case, variant, direction, provider."""
+    """The figures that the targets need: case, variant, direction, provider."""
     for name in (*LARGE, *MID):
         yield from ((name, "", way, "fused_rope") for way in ("forward", "backward", "in_place"))
     for variant in TRAIN_VARIANTS:
@@ -136,7 +136,7 @@ def target_figures():
         yield ("train", "", "both", name)
 
 
-def test_a_run_for_the_targets_holds_all_that_they_need():
+def test_a_run_for_the_targets_measures_all_that_they_need():
     everyone = [kind.__new__(kind) for kind in providers.PROVIDERS.values()]
     planned = [
         (step.work.case.name, step.work.variant, direction, provider.name)
@@ -148,7 +148,7 @@ def test_a_run_for_the_targets_holds_all_that_they_need():
     assert set(target_figures()) <= set(planned)
 
 
-def test_inputs_lie_in_the_memory_that_is_named():
+def test_inputs_have_the_memory_layout_of_the_variant():
     def q_and_k(variant):
         inputs = make_sets(Work(CASES["tiny"], variant), 2, torch.device("cpu"))[1]
         return inputs.q, inputs.k
@@ -173,7 +173,7 @@ def test_inputs_lie_in_the_memory_that_is_named():
 
 @pytest.mark.parametrize("offset", [0, 1, 4])
 @pytest.mark.parametrize("layout", ["", "bhsd ", "thd "])
-def test_inputs_have_the_storage_offset_that_is_named(layout, offset):
+def test_inputs_have_the_storage_offset_of_the_variant(layout, offset):
     inputs = make_sets(Work(CASES["tiny"], f"{layout}unaligned{offset}"), 3, torch.device("cpu"))
     assert {x.data_ptr() % 16 for one in inputs for x in (one.q, one.k)} == {2 * offset}
 
@@ -211,7 +211,7 @@ def test_axes_are_those_of_mrope_sections(word, sections, interleaved):
 
 @pytest.fixture
 def tiny(tmp_path):
-    """Runs the suite on the tiny case and returns the exit status and what was written."""
+    """Runs the suite and returns the exit status, the content of the file, and its path."""
 
     def call(*arguments):
         out = tmp_path / "figures.json"
@@ -261,7 +261,7 @@ OURS = {
     ],
 )
 @pytest.mark.parametrize("case,metric", [("call", "host_us"), ("tiny", "cpu_us")])
-def test_calls_of_the_module_and_of_drop_ins_have_rows(tiny, case, metric, variant, without):
+def test_the_module_and_the_drop_ins_have_rows(tiny, case, metric, variant, without):
     pytest.importorskip("fused_rope")
     pytest.importorskip("transformers")
     arguments = ["--cases", case, "--variants", variant, "--providers", *OURS]
@@ -287,7 +287,7 @@ def test_every_word_is_verified(tiny):
 
 
 class Unwritten(providers.Provider):
-    """Returns memory that it does not write."""
+    """Returns uninitialized memory."""
 
     needs_cuda = False
 
@@ -296,7 +296,7 @@ class Unwritten(providers.Provider):
 
 
 class InPlace(providers.Provider):
-    """Calls itself out of place, and writes over its inputs."""
+    """Claims to be out of place, but writes to its inputs."""
 
     directions = ("forward",)
     needs_cuda = False
@@ -310,9 +310,9 @@ class InPlace(providers.Provider):
         return call
 
 
-@pytest.mark.parametrize("liar", [Unwritten, InPlace])
-def test_what_is_wrong_is_not_timed(tiny, monkeypatch, liar):
-    monkeypatch.setitem(providers.PROVIDERS, "quack", liar)
+@pytest.mark.parametrize("wrong", [Unwritten, InPlace])
+def test_a_wrong_provider_is_not_timed(tiny, monkeypatch, wrong):
+    monkeypatch.setitem(providers.PROVIDERS, "quack", wrong)
     status, content, _ = tiny("--cases", "tiny", "--providers", "quack")
     assert status == 1 and content["rows"] == []
     assert content["meta"]["refused"]
@@ -322,7 +322,7 @@ CPU = torch.device("cpu")
 
 
 class Recorder(TorchDispatchMode):
-    """Records the names of the operators below autograd that make or change tensors."""
+    """Records the names of the operators below autograd that return or change tensors."""
 
     def __init__(self):
         super().__init__()
@@ -336,7 +336,7 @@ class Recorder(TorchDispatchMode):
 
 
 def operators_of(trial):
-    """What the timed calls run."""
+    """The operators of the timed calls."""
     with Recorder() as recorder, trial.grad_mode():
         for call in trial.calls:
             call()
@@ -352,7 +352,7 @@ def operators_of(trial):
     ],
 )
 def test_verification_changes_nothing_about_what_is_timed(name, direction, variant):
-    """A write to the base of a view makes the view's backward as_strided's: a fill and a copy."""
+    """A write to the base of a view makes as_strided's backward that of the view."""
     pytest.importorskip("fused_rope")
     pytest.importorskip("transformers")
     work, provider = Work(CASES["tiny"], variant), providers.PROVIDERS[name]()
@@ -364,10 +364,11 @@ def test_verification_changes_nothing_about_what_is_timed(name, direction, varia
 
 @pytest.mark.parametrize("name", ["fused_rope", "fused_rope_hf", "fused_rope_unsloth"])
 def test_forward_and_backward_are_two_operators_after_other_trials(name):
-    """Trials share input sets: none of them may write to the sets of the next."""
+    """Trials share input sets, so none of them may write to a set."""
     pytest.importorskip("fused_rope")
     pytest.importorskip("transformers")
     bench = Bench(Work(CASES["tiny"]), 2, CPU)
+    version = bench.sets[0].q._version
     ours = providers.PROVIDERS["fused_rope"]()
     trial = Trial(bench, providers.PROVIDERS[name](), "both")
     for direction in ("forward", "backward", "in_place", "both"):
@@ -376,11 +377,11 @@ def test_forward_and_backward_are_two_operators_after_other_trials(name):
         operators_of(other)
     trial.verify()
     assert operators_of(trial) == ["fused_rope.rotate_qk.default"] * 4  # two for each set
-    assert bench.sets[0].q._version == 0
+    assert bench.sets[0].q._version == version
 
 
 class Eager:
-    """Stands in for measure.Graph: a replay makes the calls again."""
+    """A replacement of measure.Graph whose replays repeat the calls."""
 
     kernels = 2
 
@@ -403,7 +404,7 @@ class EagerClone(Eager):
         super().__init__([])
 
 
-def test_a_figure_from_a_graph_says_how_many_kernels_a_call_launches(monkeypatch):
+def test_a_row_of_gpu_time_holds_the_number_of_kernels_per_call(monkeypatch):
     pytest.importorskip("fused_rope")
     monkeypatch.setattr(measure, "Graph", Eager)
     monkeypatch.setattr(measure, "CloneGraph", EagerClone)
@@ -421,7 +422,7 @@ KERNEL, MEMCPY, MEMSET, EMPTY, EVENT_RECORD = 0, 1, 2, 5, 7
 
 
 class Driver:
-    """Stands in for libcuda: a graph of nodes of these types."""
+    """A replacement of libcuda that reports nodes of these types."""
 
     def __init__(self, types, status=0):
         self.types, self.status = types, status
@@ -446,12 +447,12 @@ class Driver:
     ],
     ids=["empty", "kernels", "copies and fills"],
 )
-def test_nodes_that_work_on_the_device_are_counted(monkeypatch, types, expected):
+def test_kernels_copies_and_fills_of_a_graph_are_counted(monkeypatch, types, expected):
     monkeypatch.setattr(measure.ctypes, "CDLL", lambda name: Driver(types))
     assert measure.device_nodes(1) == expected
 
 
-def test_a_driver_that_fails_is_named(monkeypatch):
+def test_a_failing_driver_call_is_named(monkeypatch):
     monkeypatch.setattr(measure.ctypes, "CDLL", lambda name: Driver([KERNEL], status=1))
     with pytest.raises(RuntimeError, match="cuGraphGetNodes returned 1"):
         measure.device_nodes(1)
@@ -479,8 +480,8 @@ def test_the_timed_graph_of_forward_and_backward_holds_our_two_kernels(name):
     assert all("fused_rope" in event.name for event in on_device)
 
 
-class Tired:
-    """A pace that slows down where it is told to."""
+class ScriptedPace:
+    """A pace that gives these answers."""
 
     def __init__(self, answers):
         self.answers = iter(answers)
@@ -493,16 +494,18 @@ class Tired:
     "answers,waits,named",
     [
         ([], 0, False),
-        ([True, True, False, False], 2, False),  # before the figure
-        ([False, True, False, False], 0, False),  # meanwhile; the second try is steady
+        ([True, True, False, False], 2, False),
+        ([False, True, False, False], 0, False),
         ([False, True] * 3, 0, True),
-        ([True] * 9, 4, True),  # it does not recover
+        ([True] * 9, 4, True),
     ],
-    ids=["steady", "waits", "retakes", "meanwhile", "always"],
+    ids=["never", "before", "during the first try", "during every try", "always"],
 )
-def test_a_slowed_card_is_waited_for_and_named(tiny, monkeypatch, answers, waits, named):
+def test_a_run_waits_for_a_throttled_gpu_and_names_its_figures(
+    tiny, monkeypatch, answers, waits, named
+):
     naps = []
-    monkeypatch.setattr(measure, "pace_of", lambda device: Tired(answers))
+    monkeypatch.setattr(measure, "pace_of", lambda device: ScriptedPace(answers))
     monkeypatch.setattr(run, "REST", 4)
     monkeypatch.setattr(run.time, "sleep", naps.append)
     arguments = ("--cases", "tiny", "--providers", "reference", "--directions", "forward")
@@ -513,13 +516,13 @@ def test_a_slowed_card_is_waited_for_and_named(tiny, monkeypatch, answers, waits
     assert content["meta"]["slowed"] == ["tiny forward reference"] * named
 
 
-def test_pace_is_held_against_the_best():
+def test_pace_is_compared_with_the_best():
     pace = object.__new__(measure.Pace)
     pace._best = float("inf")
     assert [pace.is_slow(t) for t in (10, 10.2, 9, 9.2, 9.3)] == [False, False, False, False, True]
 
 
-def test_what_is_not_installed_is_named(monkeypatch):
+def test_libraries_that_are_not_installed_are_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers.models.llama.modeling_llama", None)
     loaded, skipped = providers.load_providers(["eager_hf", "liger"], torch.device("cpu"))
     assert loaded == [] and skipped.keys() == {"eager_hf", "liger"}
@@ -544,7 +547,7 @@ def test_peers_are_imported_from_a_folder(tiny, monkeypatch, tmp_path):
     assert [row["provider"] for row in content["rows"]] == ["fused_rope", "unsloth"]
 
 
-def test_a_folder_of_peers_that_is_not_there_is_an_error(tiny):
+def test_a_missing_folder_of_peers_is_an_error(tiny):
     with pytest.raises(SystemExit, match="--peers: expected a folder"):
         tiny("--cases", "tiny", "--peers", "no such folder")
 
@@ -583,7 +586,7 @@ def megatron_fused_apply_mrope(t, freqs, mrope_section):
         ),
     ],
 )
-def test_adapters_keep_the_conventions_of_their_libraries(
+def test_adapters_follow_the_conventions_of_their_libraries(
     adapter, module, names, variants, direction, monkeypatch
 ):
     parts = module.split(".")
@@ -599,28 +602,21 @@ def test_adapters_keep_the_conventions_of_their_libraries(
             Trial(Bench(work, 2, torch.device("cpu")), provider, direction).verify()
 
 
-def test_sweep_puts_plans_side_by_side(tmp_path, capsys):
+def test_sweep_compares_plans(tmp_path, capsys):
     pytest.importorskip("fused_rope")
     out = tmp_path / "sweep.json"
     status = run.main(
         [
             *("--device", "cpu", "--quick", "--out", str(out), "--sweep", "keep=0", "threads=64"),
-            *("--cases", "tiny", "--variants", "", "bhsd", "--directions", "forward"),
+            *("--cases", "tiny", "--variants", "", "bhsd", "--directions", "forward", "in_place"),
         ]
     )
     rows = json.loads(out.read_text())["rows"]
     assert status == 0
-    assert [row["plan"] for row in rows] == [
-        "",
-        "",
-        "keep=0",
-        "keep=0",
-        "threads=64",
-        "threads=64",
-    ]
+    assert [row["plan"] for row in rows] == [*[""] * 4, *["keep=0"] * 4, *["threads=64"] * 4]
     printed = capsys.readouterr().out
     assert "| work | none | keep=0 | threads=64 |" in printed
-    assert "| tiny bhsd forward |" in printed
+    assert "| tiny bhsd forward |" in printed and "| tiny bhsd in_place |" in printed
 
 
 def figure(direction, metric, median, **more):
@@ -628,7 +624,7 @@ def figure(direction, metric, median, **more):
     return row | {"metric": metric, "median": median, "baseline": 80.0, "bytes": 1} | more
 
 
-def test_tables_are_of_times_where_a_call_in_place_allocates_nothing():
+def test_tables_hold_times_of_in_place_calls_that_allocate_nothing():
     rows = [
         figure(direction, metric, median, plan=plan)
         for plan in ("", "keep=0")
@@ -645,7 +641,7 @@ def test_tables_are_of_times_where_a_call_in_place_allocates_nothing():
 CLIFFS = ("--device", "cpu", "--quick", "--case", "tiny")
 
 
-def test_cliffs_are_figures_and_one_picture(tmp_path):
+def test_cliffs_are_written_and_drawn(tmp_path):
     pytest.importorskip("fused_rope")
     out = tmp_path / "cliffs_cpu.json"
     assert cliffs.main([*CLIFFS, "--out", str(out)]) == 0
@@ -686,8 +682,8 @@ def test_a_sweep_of_a_peer_that_is_not_installed_has_no_picture(tmp_path):
 
 
 def test_readme_shows_the_figures():
-    """`python benchmarks/table.py benchmarks/results/h100.json --readme README.md` writes them."""
-    path = "benchmarks/results/h100.json"
+    """`python benchmarks/table.py benchmarks/results/h200.json --readme README.md` writes them."""
+    path = "benchmarks/results/h200.json"
     text = (ROOT / "README.md").read_text()
     content = json.loads((ROOT / path).read_text())
     figures = table.section(content, path)
@@ -698,7 +694,7 @@ def test_readme_shows_the_figures():
         assert 0 < (ROOT / picture).stat().st_size < 150_000
 
 
-def test_readme_part_is_put_between_its_marks():
+def test_the_readme_section_is_replaced_between_its_marks():
     text = f"before\n{table.MARKS[0]}\nold\n{table.MARKS[1]}\nafter\n"
     new = table.replaced(text, "new \\1")
     assert new == text.replace("old", "new \\1")
@@ -732,12 +728,9 @@ def test_compare_shows_the_change():
     assert "only in B: tiny forward fused_rope cpu_us" in compare.compare({}, new)
 
 
-# --- whole models, and the chain of a decode step -------------------------------------------------
-
-
 @pytest.fixture
 def model_suite(tmp_path):
-    """Runs model.py on tiny models and returns the exit status and what was written."""
+    """Runs model.py on tiny models and returns the exit status and the file."""
     pytest.importorskip("transformers", minversion="5.0")
     import model
 
@@ -750,7 +743,7 @@ def model_suite(tmp_path):
     return call
 
 
-def test_models_are_timed_original_and_patched(model_suite):
+def test_original_and_patched_models_are_timed(model_suite):
     status, content = model_suite("--modes", "eager")
     assert status == 0 and content["meta"]["left_out"] == []
     assert {"device", "torch", "cuda", "commit", "date"} <= content["meta"].keys()
@@ -774,7 +767,7 @@ def test_compiled_models_are_timed_with_both_choices(model_suite):
     assert variants == {"original", "patched", "patched_fused"}
 
 
-def test_a_failing_contest_stops_nothing(model_suite, monkeypatch):
+def test_a_failing_contest_does_not_stop_the_run(model_suite, monkeypatch):
     import model
 
     def wrong(self, call):
@@ -797,13 +790,13 @@ def test_a_failing_contest_stops_nothing(model_suite, monkeypatch):
     assert ("decode", "patched") in timed and ("prefill", "patched") not in timed
 
 
-def test_nothing_begins_after_the_last_second(model_suite):
+def test_no_contest_starts_after_the_deadline(model_suite):
     status, content = model_suite("--models", "llama3_8b", "--modes", "eager", "--seconds", "0")
     assert status == 1
     assert [line.split(": ")[1] for line in content["meta"]["left_out"]] == ["out of time"] * 3
 
 
-def test_models_are_the_original_ones_after_a_contest(model_suite):
+def test_models_are_unpatched_after_a_contest(model_suite):
     llama = pytest.importorskip("transformers.models.llama.modeling_llama")
     before = llama.apply_rotary_pos_emb, llama.LlamaRotaryEmbedding.forward
     model_suite("--models", "llama3_8b", "--modes", "eager", "--phases", "prefill")
@@ -835,7 +828,7 @@ def test_decode_chain(chain):
     ]
 
 
-def test_a_wrong_way_of_the_chain_is_not_timed(chain, monkeypatch):
+def test_a_wrong_chain_is_not_timed(chain, monkeypatch):
     import decode_chain
 
     def elsewhere(layer):
