@@ -113,7 +113,9 @@ def draw_cliffs(path: Path) -> Path:
     figure, axes = plt.subplots(len(sweeps), 1, figsize=(10, 2.6 * len(sweeps)), squeeze=False)
     for axis, name in zip(axes[:, 0], sweeps, strict=True):
         _sweep(axis, [row for row in rows if row["sweep"] == name])
-        axis.set(xlabel=SWEEP_TITLES[name], xscale="log" if name == "sequences" else "linear")
+        axis.set_xlabel(SWEEP_TITLES[name])
+        if name == "sequences":
+            axis.set_xscale("log", base=2)
     baseline = "memcpy" if rows[0]["metric"] == "cpu_us" else "clone"
     figure.suptitle(f"Fraction of a {baseline} of as many bytes, {content['meta']['device']}")
     return _save(figure, path.with_suffix(".png"))

@@ -1,4 +1,7 @@
-"""A comparison of kernel plans: one run.py per plan, because a process reads the plan once."""
+"""A comparison of kernel plans: one run.py per plan, because a process reads the plan once.
+
+Only builds with the CMake option FUSED_ROPE_PLAN_OVERRIDES read FUSED_ROPE_PLAN.
+"""
 
 from __future__ import annotations
 
