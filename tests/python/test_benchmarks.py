@@ -602,6 +602,31 @@ def test_adapters_follow_the_conventions_of_their_libraries(
             Trial(Bench(work, 2, torch.device("cpu")), provider, direction).verify()
 
 
+@pytest.mark.parametrize("direction", ["forward", "backward", "in_place"])
+@pytest.mark.parametrize(
+    "variant", ["unaligned", "partial4", "thd cu_seqlens", "thd cu_seqlens sequences5", "offsets"]
+)
+def test_the_adapter_of_flash_attn_rotates_what_it_supports(variant, direction):
+    """The drop-in has the same call and the same adapter."""
+    pytest.importorskip("fused_rope")
+    work, provider = Work(CASES["tiny"], variant), providers.FusedRopeFlashAttn()
+    assert provider.supports(work, direction)
+    trial = Trial(Bench(work, 2, CPU), provider, direction)
+    with trial.grad_mode():
+        trial.verify()
+
+
+@pytest.mark.parametrize(
+    "case,variant",
+    [
+        *(("cpu", words) for words in ("", "float32", "mrope", "mrope_mixed")),
+        *((name, words) for name in ("cpu_vit72", "cpu_neox20b") for words in ("", "float32")),
+    ],
+)
+def test_a_run_on_the_cpu_measures_all_that_its_targets_need(case, variant):
+    assert Work(CASES[case], variant) in select("cpu")
+
+
 def test_sweep_compares_plans(tmp_path, capsys):
     pytest.importorskip("fused_rope")
     out = tmp_path / "sweep.json"
