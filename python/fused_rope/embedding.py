@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .functional import call, nested_error, refuse_scripting
-from .hf_config import config_arguments, listed_order
+from .hf_config import buffer_order, config_arguments
 from .reference import table_rows
 from .scaled_frequencies import ScaledFrequencies
 from .table_cache import TableCache
@@ -76,7 +76,7 @@ class RotaryEmbedding(torch.nn.Module):
         >>> q_next, k_next = rope(q[:, :, :1], k[:, :, :1], offset=100)
     """
 
-    _listed: tuple[int, ...] | None = None
+    _buffer_order: tuple[int, ...] | None = None
 
     __prepare_scriptable__ = refuse_scripting
 
@@ -172,7 +172,7 @@ class RotaryEmbedding(torch.nn.Module):
             hf_config, layer_type, interleaved=interleaved, max_seq_len=max_seq_len
         )
         rope = cls(layout=layout, device=device, **arguments)
-        rope._listed = listed_order(hf_config)
+        rope._buffer_order = buffer_order(hf_config)
         return rope
 
     @overload
@@ -247,7 +247,7 @@ class RotaryEmbedding(torch.nn.Module):
             with fake_mode_of(q):
                 tokens = shape[self._sequence_dim]
                 positions = _positions(positions, offset, cu_seqlens, tokens, q.device)
-                pair, positions = self._tables.frequencies.own_table(positions)
+                pair, positions = self._tables.frequencies.per_token_table(positions)
             offset, cu_seqlens = 0, None
         options = (
             self.layout,
@@ -299,7 +299,7 @@ class RotaryEmbedding(torch.nn.Module):
     def _inv_freq(self) -> Tensor:
         """The frequencies of one block, in the order of the model's own buffer."""
         inv_freq = self._tables.frequencies.inv_freq[: self.rotary_dim // 2 // self.blocks]
-        return inv_freq if self._listed is None else inv_freq[list(self._listed)]
+        return inv_freq if self._buffer_order is None else inv_freq[list(self._buffer_order)]
 
     def _check(self) -> None:
         D, R, o = self.head_dim, self.rotary_dim, self.rotary_offset

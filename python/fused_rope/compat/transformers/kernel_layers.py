@@ -67,6 +67,9 @@ _LAYERS = {
 def layer_name(model: torch.nn.Module) -> str:
     """The name of the repository's layer for a model.
 
+    Args:
+        model: a model of transformers, which marks functions only if `kernels` is installed.
+
     Raises:
         ValueError: the model has no marked function, or marked functions of several forms or of a
             form without a layer: use `patch`.
@@ -93,8 +96,17 @@ def layer_name(model: torch.nn.Module) -> str:
 def kernel_config(model: torch.nn.Module) -> Any:
     """A KernelConfig for `model.set_use_kernels(True, ...)`, on all devices except the CPU.
 
+    Args:
+        model: as in `layer_name`.
+
     Raises:
         ValueError: as `layer_name`.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaModel
+        >>> sizes = dict(hidden_size=64, num_attention_heads=4, num_hidden_layers=1)
+        >>> model = LlamaModel(LlamaConfig(vocab_size=32, **sizes))
+        >>> config = kernel_config(model)  # on CUDA: model.set_use_kernels(True, config)
     """
     mapping = {_MARK: f"{REPOSITORY}:{layer_name(model)}"}
     return import_module("transformers").KernelConfig(mapping, use_local_kernel=True)
@@ -103,8 +115,19 @@ def kernel_config(model: torch.nn.Module) -> Any:
 def kernel_mapping(model: torch.nn.Module) -> dict[str, Any]:
     """A mapping for `kernels.use_kernel_mapping` and `kernels.register_kernel_mapping`.
 
+    Args:
+        model: as in `layer_name`.
+
     Raises:
         ValueError: as `layer_name`.
+
+    Example:
+        >>> import kernels
+        >>> from transformers import LlamaConfig, LlamaModel
+        >>> sizes = dict(hidden_size=64, num_attention_heads=4, num_hidden_layers=1)
+        >>> model = LlamaModel(LlamaConfig(vocab_size=32, **sizes))
+        >>> with kernels.use_kernel_mapping(kernel_mapping(model), inherit_mapping=False):
+        ...     model = kernels.kernelize(model, mode=kernels.Mode.INFERENCE, device="cpu")
     """
     local = import_module("kernels").LocalLayerRepository
     repository = local(REPOSITORY, layer_name=layer_name(model))

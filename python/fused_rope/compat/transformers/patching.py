@@ -120,11 +120,11 @@ class _Models:
         self._counts: dict[int, tuple[Callable[[], torch.nn.Module | None], int]] = {}
 
     def __len__(self) -> int:
-        self._forget_the_dead()
+        self._drop_dead()
         return sum(count for _, count in self._counts.values())
 
     def add(self, model: torch.nn.Module | None) -> None:
-        self._forget_the_dead()
+        self._drop_dead()
         ref, count = self._counts.get(id(model), (None, 0))
         if ref is None:
             ref = (lambda: None) if model is None else weakref.ref(model)
@@ -135,7 +135,7 @@ class _Models:
 
         If the model is None it undoes any. Returns whether there was one.
         """
-        self._forget_the_dead()
+        self._drop_dead()
         for key in self._keys(model):
             ref, count = self._counts.pop(key)
             if count > 1:
@@ -155,7 +155,7 @@ class _Models:
             if key in parts or any(part is model for part in _alive(ref).modules())
         ]
 
-    def _forget_the_dead(self) -> None:
+    def _drop_dead(self) -> None:
         for key, (ref, _) in list(self._counts.items()):
             if key != id(None) and ref() is None:
                 del self._counts[key]
@@ -187,7 +187,7 @@ class _Replacement:
         self.ours: Any = None
 
     @property
-    def stands(self) -> bool:
+    def installed(self) -> bool:
         return self.active and self.site.value is self.ours
 
     def fits(self, site: Site, options: Options) -> bool:
@@ -205,14 +205,14 @@ class _Replacement:
     def remove(self) -> bool:
         """Restores the original value, unless other code has replaced ours since."""
         with _lock:
-            stood, self.active, self.models = self.stands, False, _Models()
+            was_installed, self.active, self.models = self.installed, False, _Models()
             if _replacements.get(self.site.key) is self:
                 del _replacements[self.site.key]
-            if stood:
+            if was_installed:
                 setattr(self.site.owner, self.site.name, self.original)
             others = [r for r in _retired.get(self.site.key, []) if r is not self]
             _retired[self.site.key] = [self, *others][: self.kept]
-            return stood
+            return was_installed
 
 
 class _Forward(_Replacement):
@@ -515,13 +515,13 @@ def patch(
     sites, forwards = list(rotary_functions(modules)), _forwards(modules)
     with _lock:
         for site in (*sites, *forwards):
-            _agree(site, options)
+            _check_options(site, options)
         # Everything that may fail precedes the first replacement.
-        found = {site: _prepare(site, options, _function) for site in sites}
+        found = {site: _find_replacement(site, options, _function) for site in sites}
         known = {site.module for site, entry in found.items() if isinstance(entry, _Function)}
         for site in forwards:
             if site.module in known:
-                found[site] = _prepare(site, options, _Forward)
+                found[site] = _find_replacement(site, options, _Forward)
         _install(found, model)
         return _report(found)
 
@@ -554,12 +554,12 @@ def unpatch(model: torch.nn.Module | None = None) -> Report:
                 entry.remove()
             if isinstance(entry, _Forward):
                 report.tables[entry.site.owner_key] = _maker(entry)
-            elif not entry.stands and entry.site.value is entry.original:
+            elif not entry.installed and entry.site.value is entry.original:
                 report.restored.append(entry.site.key)
             else:
                 report.left_alone[entry.site.key] = (
                     f"{len(entry.models)} more models are patched"
-                    if entry.stands
+                    if entry.installed
                     else "it was replaced by somebody else since"
                 )
     return report
@@ -568,7 +568,7 @@ def unpatch(model: torch.nn.Module | None = None) -> Report:
 def _maker(entry: _Replacement) -> str:
     """What computes the tables of a rotary module now."""
     own = entry.site.value is entry.original
-    return "ours" if entry.stands else "its own" if own else "somebody else's"
+    return "ours" if entry.installed else "its own" if own else "somebody else's"
 
 
 def _options(precision: str, compiled: str | None, rows: int | None, table: str) -> Options:
@@ -595,7 +595,7 @@ def _entry(site: Site) -> _Replacement | None:
     return entry
 
 
-def _agree(site: Site, options: Options) -> None:
+def _check_options(site: Site, options: Options) -> None:
     """Raises if a family is already patched with other options."""
     entry = _entry(site)
     if entry is None:
@@ -609,13 +609,13 @@ def _agree(site: Site, options: Options) -> None:
             )
 
 
-def _prepare(
+def _find_replacement(
     site: Site, options: Options, make: Callable[[Site, Options], _Replacement | str]
 ) -> _Replacement | str:
     """The replacement to install at the site, or the reason for none."""
     entry = _entry(site)
     if entry is not None:
-        if entry.stands or site.original is entry.original:
+        if entry.installed or site.original is entry.original:
             return entry
         return "it was replaced by somebody else since another model was patched"
     for entry in _retired.get(site.key, []):  # makes code that was compiled with it valid again
@@ -630,7 +630,7 @@ def _install(found: dict[Site, _Replacement | str], model: torch.nn.Module | Non
     before: list[tuple[_Replacement, Any, bool]] = []
     try:
         for site, entry in found.items():
-            if isinstance(entry, str) or entry.stands:
+            if isinstance(entry, str) or entry.installed:
                 continue
             before.append((entry, site.value, entry.active))
             try:

@@ -211,7 +211,7 @@ class _ConfigFrequencies:
 
 
 @dataclass(frozen=True)
-class _OnDevice:
+class _DeviceFrequencies:
     """A config's frequencies on a CUDA device, and what tells when to read the config again.
 
     The device compares them with the module's frequencies, so changes of those need no action here.
@@ -232,12 +232,12 @@ class _OnDevice:
 
 
 @dataclass
-class _OfModule:
+class _ModuleState:
     """What is known of one module. Entries are immutable and set in one assignment."""
 
     recipes: dict[Key, Recipe | None] = field(default_factory=dict)
     kept: dict[Key, _KeptRows] = field(default_factory=dict)
-    on_device: dict[Key, _OnDevice] = field(default_factory=dict)
+    on_device: dict[Key, _DeviceFrequencies] = field(default_factory=dict)
 
 
 class Tables:
@@ -253,7 +253,7 @@ class Tables:
         self._original = original
         self._rows = rows
         self._exact = exact
-        self._found: weakref.WeakKeyDictionary[torch.nn.Module, _OfModule]
+        self._found: weakref.WeakKeyDictionary[torch.nn.Module, _ModuleState]
         self._found = weakref.WeakKeyDictionary()
         self._shared: weakref.WeakValueDictionary[Key, _KeptRows] = weakref.WeakValueDictionary()
 
@@ -268,7 +268,7 @@ class Tables:
         inv_freq, scale = numbers
         found = self._found.get(module)
         if found is None:
-            found = self._found.setdefault(module, _OfModule())
+            found = self._found.setdefault(module, _ModuleState())
         recipe = self._recipe(found.recipes, module, x, inv_freq, scale, layer_type)
         if recipe is None:
             return None
@@ -392,7 +392,7 @@ def _same_state(copied: torch.nn.Module, module: torch.nn.Module) -> bool:
 
 
 def _exact_on_device(
-    on_device: dict[Key, _OnDevice],
+    on_device: dict[Key, _DeviceFrequencies],
     module: torch.nn.Module,
     inv_freq: Tensor,
     layer_type: str | None,
@@ -411,8 +411,11 @@ def _exact_on_device(
 
 
 def _read_config(
-    module: torch.nn.Module, inv_freq: Tensor, layer_type: str | None, last: _OnDevice | None
-) -> _OnDevice:
+    module: torch.nn.Module,
+    inv_freq: Tensor,
+    layer_type: str | None,
+    last: _DeviceFrequencies | None,
+) -> _DeviceFrequencies:
     """The config's frequencies on inv_freq's device; those of `last` if they are equal."""
     with outside_modes():
         host = _ConfigFrequencies.read(module, inv_freq, layer_type)
@@ -425,7 +428,7 @@ def _read_config(
             if inv_freq.is_cuda:  # other streams may read them next
                 torch.cuda.current_stream(inv_freq.device).synchronize()
     config = getattr(module, "config", None)
-    return _OnDevice(found, host, config, weakref.ref(inv_freq), _version(inv_freq))
+    return _DeviceFrequencies(found, host, config, weakref.ref(inv_freq), _version(inv_freq))
 
 
 def _frequencies(
