@@ -25,11 +25,9 @@ _TYPES = {
     "Rows|LaneRows|TokenRows": "RowLookup",
 }
 
-# In CUDA and on a CPU a lane is a part of a warp or of a vector register: that meaning stays.
-_LANE = (
-    r"(?<!warp[ _])(?<!SIMD )(?<!vector )(?:(?<![a-zA-Z])lane|Lane)s?(?![a-z])"
-    r"(?![ _]?(?:id|mask)\b)"
-)
+# A lane of a warp or of a vector register is the field's own word, in files that speak of these.
+_LANE = r"(?:(?<![a-zA-Z])lane|Lane)s?(?![a-z])"
+_HAS_LANES = re.compile("warp|threadIdx|SIMD")
 
 RULES = [
     *((rf"\b(?:struct|class|using) (?:{old})\b(?!:|\()", new) for old, new in _TYPES.items()),
@@ -37,7 +35,7 @@ RULES = [
     (r"\bkPlain", "kFullHead"),
     (r"\bturned\b(?! (?:on|off|into|out))", "rotated, or inverted"),
     (r"(?<![a-zA-Z])[Ss]tock(?![a-z])", "original"),
-    (r"(?<![a-zA-Z])[Pp]rob(?:es?|ed|ing)(?![a-z])", "reference check"),
+    (r"(?<![a-zA-Z])[Pp]robe(?![a-z])", "reference check"),
     (r"(?<![a-zA-Z])[Yy]ardsticks?(?![a-z])", "baseline"),
     (r"\bto the bit\b|\b(?:the same|own|very) bits\b", "bitwise identical"),
     (r"(?<![a-zA-Z])[Bb]eside(?![a-z])", "with, or together with"),
@@ -54,8 +52,9 @@ _COMPILED = [(re.compile(pattern), advice) for pattern, advice in RULES]
 
 def hits(text: str) -> Iterator[tuple[int, str, str]]:
     """Yields line number, refused words and what to write instead."""
+    rules = [rule for rule in _COMPILED if rule[0].pattern != _LANE or not _HAS_LANES.search(text)]
     for number, line in enumerate(text.splitlines(), 1):
-        for pattern, advice in _COMPILED:
+        for pattern, advice in rules:
             for found in pattern.finditer(line):
                 yield number, found[0], advice
 

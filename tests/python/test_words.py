@@ -39,7 +39,8 @@ def test_refused(text, found, advice):
 @pytest.mark.parametrize(
     "text",
     [
-        "one warp lane per element, lane id, __lane_mask",
+        "const unsigned lane = threadIdx.x % 32;  // warps",
+        "each step probes one entry: probed = low + step",
         "two planes of an airplane",
         "plain PyTorch",
         "class Work:  # one case of the benchmark",
