@@ -25,7 +25,7 @@ if not importlib.util.find_spec("torch"):
 
 def project_version() -> str:
     found = re.search(r"project\(FusedRope VERSION (\S+)", (ROOT / "CMakeLists.txt").read_text())
-    assert found, "CMakeLists.txt no longer says project(FusedRope VERSION ...)"
+    assert found, "CMakeLists.txt has no project(FusedRope VERSION ...)"
     return found[1]
 
 

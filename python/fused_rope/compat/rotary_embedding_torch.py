@@ -452,9 +452,8 @@ def _rotate_broadcast(t: Tensor, cos: Tensor, sin: Tensor, rotary_offset: int) -
             f"{cos.dim()}"
         )
     shape = t.shape
-    if (
-        t.dim() > 4
-    ):  # the dimensions that the tables tell apart are one sequence, the others a batch
+    if t.dim() > 4:
+        # The dimensions of the tables become one sequence, the others the batch.
         rows = shape[-cos.dim() : -1]
         cos, sin = (table.expand(*rows, -1).flatten(0, -2) for table in (cos, sin))
         t = t.reshape(math.prod(shape[: -len(rows) - 1]), 1, math.prod(rows), shape[-1])

@@ -1,4 +1,4 @@
-"""Drop-in for vLLM's rotary operator (vllm/_custom_ops.py), in place as there.
+"""Drop-in for vLLM's rotary operator (vllm/_custom_ops.py), which works in place.
 
     from fused_rope.compat.vllm import rotary_embedding
 

@@ -10,13 +10,14 @@ that function, for every instance of the family. It needs an entry of `FORMS` wi
 signature whose results are bitwise identical in reference checks; otherwise it leaves the function
 alone and reports why.
 
-    adapters.py       one adapter for each signature
-    forms.py          the table of forms
-    tables.py         cosines and sines of rotary modules in fewer kernels
-    patching.py       patch and unpatch
-    kernel_layers.py  the same for transformers' `use_kernels=True`
-    coverage.py       which model classes are covered: python -m fused_rope.compat.transformers
-    configs.py        which configs `RotaryEmbedding.from_config` reads
+    adapters.py          one adapter for each signature
+    forms.py             the table of forms, and which form a function has
+    reference_checks.py  calls that a function and its adapter must answer alike
+    tables.py            cosines and sines of rotary modules in fewer kernels
+    patching.py          patch and unpatch
+    kernel_layers.py     the same for transformers' `use_kernels=True`
+    coverage.py          which model classes are covered: python -m fused_rope.compat.transformers
+    configs.py           which configs `RotaryEmbedding.from_config` reads
 """
 
 from __future__ import annotations

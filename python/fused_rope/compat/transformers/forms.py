@@ -8,16 +8,17 @@ bfloat16 with float32 tables, with and without each optional argument.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from types import FunctionType, SimpleNamespace
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import adapters
+from . import reference_checks as check
 from .adapters import Adapter, Style
 
 __all__ = ["FORMS", "NOT_ROTATIONS", "TABLES", "Form", "find_form", "signature", "split"]
@@ -37,43 +38,6 @@ class Order(NamedTuple):
 
     theirs: Callable[[Tensor], Tensor]
     ours: Callable[[Tensor], Tensor]
-
-
-class Draw:
-    """Random arguments of a reference check, from a generator of its own."""
-
-    def __init__(self, dtype: torch.dtype, table_dtype: torch.dtype, device: str) -> None:
-        self._generator = torch.Generator("cpu").manual_seed(0)
-        self._dtypes = (dtype, table_dtype)
-        self.device = device
-
-    def x(self, *shape: int) -> Tensor:
-        """Queries, keys or values."""
-        return self._randn(shape).to(self.device, self._dtypes[0])
-
-    def tables(self, width: str, *shape: int) -> tuple[Tensor, Tensor]:
-        """Cosine and sine of this width; random, so that no two forms give equal results."""
-        cos, sin = (self._randn(shape).to(self.device, self._dtypes[1]) for _ in range(2))
-        return _widen(cos, width), _widen(sin, width)
-
-    def freqs(self, *shape: int) -> Tensor:
-        """A complex table."""
-        return torch.complex(self._randn(shape), self._randn(shape)).to(self.device)
-
-    def _randn(self, shape: tuple[int, ...]) -> Tensor:
-        return torch.randn(shape, generator=self._generator, device="cpu", dtype=torch.float32)
-
-
-def _widen(half: Tensor, width: str) -> Tensor:
-    if width == "tiled":
-        return torch.cat([half, half], dim=-1)
-    if width == "first":
-        return torch.cat([half, half.flip(-1)], dim=-1)
-    return half.repeat_interleave(2, dim=-1) if width == "repeated" else half
-
-
-Arguments = tuple[Any, ...]
-Check = Callable[[Draw], Arguments]
 
 
 @dataclass(frozen=True)
@@ -97,7 +61,7 @@ class Form:
     name: str
     functions: tuple[str, ...]
     adapter: Adapter
-    checks: tuple[Check, ...]
+    checks: tuple[check.Check, ...]
     width: str = "tiled"
     exact: bool = True
     order: Order | None = None
@@ -167,13 +131,13 @@ class Form:
         dtype: torch.dtype,
         table_dtype: torch.dtype,
     ) -> bool:
-        for number, check in enumerate(self.checks):
-            arguments = list(check(Draw(dtype, table_dtype, self.device)))
+        for number, make in enumerate(self.checks):
+            arguments = list(make(check.Draw(dtype, table_dtype, self.device)))
             if ignored is None:
                 calls = [arguments]
             else:
                 before, after = arguments[:ignored], arguments[ignored:]
-                calls = [[*before, ids, *after] for ids in _position_ids(self.device)]
+                calls = [[*before, ids, *after] for ids in check.position_ids(self.device)]
             ours = _result(adapter, calls[0])
             theirs = _result(original, calls[0])
             if theirs is None or ours is None:
@@ -232,15 +196,6 @@ def _result(function: Callable[..., Any], arguments: list[Any]) -> tuple[Any, ..
     return tuple(result) if isinstance(result, (tuple, list)) else (result,)
 
 
-def _position_ids(device: str) -> Iterator[Any]:
-    """Values for a position_ids without effect: None, valid rows, and an object of no use."""
-    yield None
-    yield torch.tensor([[4, 3, 2, 1, 0], [1, 0, 3, 2, 4]], device=device)
-    yield torch.tensor([[4, 3, 2, 1, 0]], device=device)
-    yield torch.tensor([4, 3, 2, 1, 0], device=device)
-    yield object()
-
-
 def find_form(name: str, original: Any) -> tuple[Form, Adapter] | str:
     """The form of the function or method `name` and its adapter, or the reason for none."""
     if name in NOT_ROTATIONS:
@@ -271,191 +226,6 @@ def _kind(value: Any) -> str:
     return f"of type {type(value).__name__}"
 
 
-def _pairs(width: str, partial_heads: bool = True) -> tuple[Check, ...]:
-    """q, k and tables for each unsqueeze_dim, and for R < D if the form allows it."""
-
-    def heads_first(draw: Draw) -> Arguments:
-        return draw.x(2, 3, 5, 8), draw.x(2, 1, 5, 8), *draw.tables(width, 2, 5, 4)
-
-    def heads_first_from_the_end(draw: Draw) -> Arguments:
-        return *heads_first(draw), -3
-
-    def tokens_first(draw: Draw) -> Arguments:
-        return draw.x(2, 5, 3, 8), draw.x(2, 5, 1, 8), *draw.tables(width, 1, 5, 4), 2
-
-    def tokens_first_from_the_end(draw: Draw) -> Arguments:
-        return draw.x(2, 5, 3, 8), draw.x(2, 5, 1, 8), *draw.tables(width, 2, 5, 4), -2
-
-    def partial(draw: Draw) -> Arguments:
-        return draw.x(2, 3, 5, 8), draw.x(2, 1, 5, 8), *draw.tables(width, 2, 5, 3)
-
-    # As many heads as tokens: the wrong layout raises no error but returns other numbers.
-    def without_batch(draw: Draw) -> Arguments:
-        return draw.x(2, 5, 5, 8), draw.x(2, 5, 5, 8), *draw.tables(width, 5, 4)
-
-    def heads_first_without_batch(draw: Draw) -> Arguments:
-        return *without_batch(draw), 0
-
-    return (
-        heads_first,
-        heads_first_from_the_end,
-        tokens_first,
-        tokens_first_from_the_end,
-        without_batch,
-        heads_first_without_batch,
-        *([partial] if partial_heads else []),
-    )
-
-
-def _singles(width: str) -> tuple[Check, ...]:
-    def without_key(pairs: Check) -> Check:
-        return lambda draw: tuple(_without(list(pairs(draw)), 1))
-
-    return tuple(map(without_key, _pairs(width)))
-
-
-def _no_key(draw: Draw) -> Arguments:
-    return draw.x(2, 3, 5, 8), None, *draw.tables("tiled", 2, 5, 4)
-
-
-def _last_queries(draw: Draw) -> Arguments:
-    return draw.x(2, 3, 2, 8), draw.x(2, 1, 5, 8), *draw.tables("tiled", 2, 5, 4)
-
-
-def _last_queries_tokens_first(draw: Draw) -> Arguments:
-    return draw.x(2, 5, 3, 8), draw.x(2, 5, 1, 8), *draw.tables("tiled", 2, 5, 4), 2
-
-
-def _sections(draw: Draw) -> Arguments:
-    return draw.x(2, 3, 5, 8), draw.x(2, 1, 5, 8), *draw.tables("tiled", 3, 2, 5, 4), [1, 2, 1]
-
-
-def _partial_sections(draw: Draw) -> Arguments:
-    return draw.x(2, 3, 5, 8), draw.x(2, 1, 5, 8), *draw.tables("tiled", 3, 2, 5, 3), [1, 1, 1]
-
-
-def _sections_tokens_first(draw: Draw) -> Arguments:
-    return draw.x(2, 5, 3, 8), draw.x(2, 5, 1, 8), *draw.tables("tiled", 3, 2, 5, 4), [1, 2, 1], 2
-
-
-def _packed_tokens(draw: Draw) -> Arguments:
-    return draw.x(5, 3, 8), draw.x(5, 3, 8), *draw.tables("tiled", 5, 4)
-
-
-def _batched_tokens(draw: Draw) -> Arguments:
-    return draw.x(2, 5, 3, 8), draw.x(2, 5, 3, 8), *draw.tables("tiled", 5, 3)
-
-
-def _prefixed(draw: Draw) -> Arguments:
-    return draw.x(2, 3, 5, 8), draw.x(2, 3, 5, 8), *draw.tables("tiled", 3, 4)
-
-
-def _plane(draw: Draw) -> Arguments:
-    return draw.x(2, 3, 4, 8), draw.x(2, 3, 4, 8), *draw.tables("repeated", 4, 4)
-
-
-def _memory(draw: Draw) -> Arguments:
-    return draw.x(2, 3, 4, 8), draw.x(2, 3, 10, 8), *draw.tables("repeated", 4, 4), 2, True
-
-
-def _repeated_memory(draw: Draw) -> Arguments:
-    return draw.x(2, 3, 4, 8), draw.x(2, 3, 8, 8), *draw.tables("repeated", 4, 4), 0, True
-
-
-def _excluded_memory(draw: Draw) -> Arguments:
-    return draw.x(2, 3, 4, 8), draw.x(2, 3, 6, 8), *draw.tables("repeated", 4, 4), 2
-
-
-def _grouped_memory(draw: Draw) -> Arguments:
-    q, k = draw.x(2, 3, 4, 8), draw.x(2, 3, 12, 8)
-    tables = (*draw.tables("repeated", 4, 4), *draw.tables("repeated", 3, 4))
-    return q, k, *tables, 2, 2
-
-
-def _own_tables(draw: Draw) -> Arguments:
-    tables = (*draw.tables("repeated", 4, 4), *draw.tables("repeated", 6, 4))
-    return draw.x(2, 3, 4, 8), draw.x(2, 3, 6, 8), *tables
-
-
-def _blocks_heads_first(draw: Draw) -> Arguments:
-    x, *rest = _blocks(draw)
-    return x.transpose(1, 2), *rest, 1
-
-
-def _blocks(draw: Draw) -> Arguments:
-    first, second = draw.tables("tiled", 2, 5, 2), draw.tables("tiled", 2, 5, 2)
-    tables = (torch.cat([a, b], dim=-1) for a, b in zip(first, second, strict=True))
-    return draw.x(2, 5, 3, 8), *tables, torch.zeros(2, 5, 2, dtype=torch.int64, device=draw.device)
-
-
-def _swapped(draw: Draw) -> Arguments:
-    return draw.x(2, 5, 3, 8), *draw.tables("half", 2, 5, 4)
-
-
-def _cached_rows(draw: Draw) -> Arguments:
-    return draw.x(2, 3, 5, 8), *draw.tables("tiled", 1, 1, 7, 4)
-
-
-def _angles(draw: Draw) -> Arguments:
-    return draw.x(1, 5, 3, 8), draw.tables("half", 5, 4)[0].float()
-
-
-def _gathered(draw: Draw) -> Arguments:
-    ids = torch.tensor([[3, 1, 4, 1, 5], [0, -1, 2, 6, -7]], device=draw.device)
-    return draw.x(2, 3, 5, 8), draw.x(2, 3, 5, 8), *draw.tables("tiled", 7, 4), ids
-
-
-def _gathered_tokens_first(draw: Draw) -> Arguments:
-    q, k, *rest = _gathered(draw)
-    return q.transpose(1, 2), k.transpose(1, 2), *rest, 2
-
-
-def _with_values(check: Check) -> Check:
-    def with_values(draw: Draw) -> Arguments:
-        q, k, *rest = check(draw)
-        return q, k, draw.x(*q.shape), *rest
-
-    return with_values
-
-
-def _without_ids(check: Check) -> Check:
-    """As `check`, with as many rows as tokens and position_ids=None."""
-
-    def without_ids(draw: Draw) -> Arguments:
-        *tensors, cos, sin, _ = check(draw)
-        return *tensors, cos[:5], sin[:5], None
-
-    return without_ids
-
-
-def _complex(*table: int, layout: str) -> Check:
-    shape = (2, 3, 5, 8) if layout == "bhsd" else (2, 5, 3, 8)
-    return lambda draw: (draw.x(*shape), draw.x(*shape), draw.freqs(*table))
-
-
-def _conformer(draw: Draw) -> Arguments:
-    tables = torch.stack(draw.tables("tiled", 7, 1, 1, 4))
-    return SimpleNamespace(num_heads=3, head_size=8), draw.x(2, 5, 24), tables
-
-
-def _sinusoidal(draw: Draw) -> Arguments:
-    sin_cos = torch.cat(draw.tables("half", 1, 1, 5, 4), dim=-1)
-    return sin_cos, draw.x(2, 3, 5, 8), draw.x(2, 3, 5, 8)
-
-
-def _sinusoidal_values(draw: Draw) -> Arguments:
-    return *_sinusoidal(draw), draw.x(2, 3, 5, 8)
-
-
-def _time(draw: Draw) -> Arguments:
-    return draw.x(2, 5, 8), *draw.tables("repeated", 2, 5, 3)
-
-
-def _packed_qkv(draw: Draw) -> Arguments:
-    lengths = torch.tensor([0, 2, 6], dtype=torch.int32, device=draw.device)
-    return draw.x(6, 3, 2, 16), *draw.tables("half", 4, 8), lengths, 4
-
-
 def _evens_first(x: Tensor) -> Tensor:
     return torch.cat([x[..., ::2], x[..., 1::2]], dim=-1)
 
@@ -468,7 +238,7 @@ _EVENS_FIRST = Order(theirs=_evens_first, ours=_interleave)
 
 
 def _pair_form(name: str, style: Style, function: str = "apply_rotary_pos_emb") -> Form:
-    return Form(name, (function,), adapters.pair(style), _pairs(style.width), style.width)
+    return Form(name, (function,), adapters.pair(style), check.pairs(style.width), style.width)
 
 
 def _deinterleaving(name: str, style: Style) -> Form:
@@ -476,13 +246,12 @@ def _deinterleaving(name: str, style: Style) -> Form:
         name,
         ("apply_rotary_pos_emb_interleave",),
         adapters.pair(style),
-        _pairs(style.width, partial_heads=False),
+        check.pairs(style.width, partial_heads=False),
         style.width,
         order=_EVENS_FIRST,
     )
 
 
-_GATHERED = (_gathered, _gathered_tokens_first, _without_ids(_gathered))
 _MULTIMODAL = ("apply_multimodal_rotary_pos_emb",)
 _POS_EMB = ("apply_rotary_pos_emb",)
 _VISION = ("apply_rotary_pos_emb_vision",)
@@ -491,13 +260,16 @@ _PLANE = ("apply_rotary_pos_emb_2d", "apply_rotary_pos_emb_2d_self_attn")
 # Of several forms of one signature the most general comes first.
 FORMS = (
     Form(
-        "half, key optional", _POS_EMB, adapters.optional_key(Style()), (_no_key, *_pairs("tiled"))
+        "half, key optional",
+        _POS_EMB,
+        adapters.optional_key(Style()),
+        (check.no_key, *check.pairs("tiled")),
     ),
     Form(
         "half, last queries",
         _POS_EMB,
         adapters.last_queries(Style()),
-        (_last_queries, _last_queries_tokens_first),
+        (check.last_queries, check.last_queries_tokens_first),
     ),
     _pair_form("half", Style()),
     _pair_form("half, in float32", Style(float32=True)),
@@ -512,85 +284,90 @@ FORMS = (
     _pair_form("interleaved, half-width tables", Style("half", interleaved=True)),
     _deinterleaving("interleaved, order preserved", Style("first", interleaved=True)),
     _deinterleaving("interleaved, order preserved, whole tables", Style("tiled", interleaved=True)),
-    Form("half, rows by position_ids", _POS_EMB, adapters.gathered, _GATHERED),
-    Form("half, values too", _POS_EMB, adapters.gathered_qkv, tuple(map(_with_values, _GATHERED))),
-    Form("half, after a prefix", _POS_EMB, adapters.after_prefix, (_prefixed,)),
-    Form("half, one tensor", _POS_EMB, adapters.single(Style()), _singles("tiled")),
+    Form("half, rows by position_ids", _POS_EMB, adapters.gathered, check.GATHERED),
+    Form(
+        "half, values too",
+        _POS_EMB,
+        adapters.gathered_qkv,
+        tuple(map(check.with_values, check.GATHERED)),
+    ),
+    Form("half, after a prefix", _POS_EMB, adapters.after_prefix, (check.prefixed,)),
+    Form("half, one tensor", _POS_EMB, adapters.single(Style()), check.singles("tiled")),
     Form(
         "half, one tensor, cached rows",
         (*_POS_EMB, "apply_rotary_pos_emb_esm"),
         adapters.cached_rows,
-        (_cached_rows,),
+        (check.cached_rows,),
     ),
     Form(
         "interleaved, one tensor, last elements, in float32",
         _POS_EMB,
         adapters.single(Style("half", interleaved=True, trailing=True, float32=True)),
-        _singles("half"),
+        check.singles("half"),
         "half",
     ),
-    Form("interleaved, sine first", _POS_EMB, adapters.swapped, (_swapped,), "half"),
+    Form("interleaved, sine first", _POS_EMB, adapters.swapped, (check.swapped,), "half"),
     Form(
         "interleaved, in float64",
         ("apply_rotary_time_emb",),
         adapters.float64_time,
-        (_time,),
+        (check.time,),
         "repeated",
     ),
     Form(
         "half, blocks",
         ("apply_multidimensional_rope",),
         adapters.blocks,
-        (_blocks, _blocks_heads_first),
+        (check.blocks, check.blocks_heads_first),
         "blocks",
     ),
     Form(
         "half, sections of axes",
         _MULTIMODAL,
         adapters.sections(Style("half")),
-        (_sections, _partial_sections, _sections_tokens_first),
+        (check.sections, check.partial_sections, check.sections_tokens_first),
     ),
     Form(
         "interleaved, sections of axes",
         _MULTIMODAL,
         adapters.sections(Style("half", interleaved=True)),
-        (_sections, _partial_sections, _sections_tokens_first),
+        (check.sections, check.partial_sections, check.sections_tokens_first),
         "first",
     ),
     Form(
         "half, in float32, tokens first",
         _VISION,
         adapters.token_major(Style(float32=True)),
-        (_packed_tokens, _batched_tokens),
+        (check.packed_tokens, check.batched_tokens),
     ),
-    Form("half, tokens first", _VISION, adapters.token_major(Style()), (_batched_tokens,)),
-    Form("half, in float32, by angles", _VISION, adapters.angles, (_angles,), "half"),
+    Form("half, tokens first", _VISION, adapters.token_major(Style()), (check.batched_tokens,)),
+    Form("half, in float32, by angles", _VISION, adapters.angles, (check.angles,), "half"),
     Form(
         "interleaved, in float32, plane",
         _PLANE,
         adapters.head_major(adapters.REPEATED_FLOAT32),
-        (_plane,),
+        (check.plane,),
         "repeated",
     ),
     Form(
         "interleaved, in float32, plane, repeated for keys",
         _PLANE,
         adapters.memory_keys,
-        (_plane, _memory, _repeated_memory, _excluded_memory),
+        (check.plane, check.memory, check.repeated_memory, check.excluded_memory),
         "repeated",
     ),
     Form(
         "interleaved, in float32, plane, keys' own",
         ("apply_rotary_pos_emb_2d_cross_attn",),
         adapters.grouped_memory_keys,
-        (_grouped_memory, _own_tables),
+        (check.grouped_memory, check.separate_tables),
         "repeated",
     ),
     Form(
         "complex, tokens first",
         ("apply_rotary_emb",),
         adapters.complex_rows("bshd"),
-        (_complex(2, 5, 4, layout="bshd"),),
+        (check.complex_tables(2, 5, 4, layout="bshd"),),
         "half",
         exact=False,
     ),
@@ -598,7 +375,7 @@ FORMS = (
         "complex, heads first",
         ("apply_rotary_emb",),
         adapters.complex_rows("bhsd"),
-        (_complex(2, 5, 4, layout="bhsd"),),
+        (check.complex_tables(2, 5, 4, layout="bhsd"),),
         "half",
         exact=False,
     ),
@@ -606,7 +383,7 @@ FORMS = (
         "complex, plane",
         ("vision_apply_rotary_emb",),
         adapters.complex_plane,
-        (_complex(5, 1, 4, layout="bshd"),),
+        (check.complex_tables(5, 1, 4, layout="bshd"),),
         "half",
         exact=False,
     ),
@@ -614,20 +391,20 @@ FORMS = (
         "half, before the projections",
         ("_apply_rotary_embedding",),
         adapters.before_projection,
-        (_conformer,),
+        (check.conformer,),
     ),
     Form(
         "interleaved, values too",
         ("apply_rotary_position_embeddings",),
         adapters.sinusoidal,
-        (_sinusoidal, _sinusoidal_values),
+        (check.sinusoidal, check.sinusoidal_values),
         "half",
     ),
     Form(
         "half, packed, in place",
         ("apply_rotary_unpadded",),
         adapters.packed_qkv,
-        (_packed_qkv,),
+        (check.packed_qkv,),
         "half",
         device="cuda",
     ),
