@@ -604,8 +604,8 @@ def _check_options(site: Site, options: Options) -> None:
         ours = getattr(options, name)
         if ours != theirs:
             raise ValueError(
-                f"patch: expected {name} {theirs!r}, with which {site.key} is already patched, got "
-                f"{ours!r}: unpatch it first"
+                f"patch: expected {name} {theirs!r}, as {site.key} is patched with it, got {ours!r}"
+                ": unpatch it first"
             )
 
 
