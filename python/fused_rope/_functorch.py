@@ -8,28 +8,18 @@ go through the reference.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from . import reference
 
+if TYPE_CHECKING:
+    from .functional import Options
+
 Call = Callable[..., Any]
-
-
-class Options(NamedTuple):
-    """The options of an operator, in its schema's order."""
-
-    layout: str
-    axes: Sequence[int] | None
-    rotary_offset: int
-    interleaved: bool
-    blocks: int
-    inverse: bool
-    precision: str
-    table_layout: str
 
 
 def call(
@@ -37,7 +27,7 @@ def call(
     name: str,
     tensors: tuple[Tensor, ...],
     rows: tuple[Any, ...],
-    options: tuple[Any, ...],
+    options: Options,
 ) -> Any:
     """`below(name, tensors, *rows, options)`; rows are positions, offset and cu_seqlens."""
     if name.endswith("_out"):
@@ -46,7 +36,7 @@ def call(
     in_place = name.endswith("_")
     # What backward may read must not be overwritten.
     kept = [x.clone() for x in xs] if in_place else xs
-    out = _Rotate.apply(below, Options(*options), *rows, cos, sin, *kept)  # type: ignore[no-untyped-call]
+    out = _Rotate.apply(below, options, *rows, cos, sin, *kept)  # type: ignore[no-untyped-call]
     if in_place:
         for x, rotated in zip(xs, out, strict=True):
             x.copy_(rotated)
