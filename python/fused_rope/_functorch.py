@@ -7,27 +7,17 @@ computed by the operator; those of the table, which are rarely asked for, by the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import reference
 
+if TYPE_CHECKING:
+    from .functional import Options
+
 Call = Callable[..., Any]
-
-
-class Options(NamedTuple):
-    """The options of an operator, in its schema's order."""
-
-    layout: str
-    axes: Sequence[int] | None
-    rotary_offset: int
-    interleaved: bool
-    blocks: int
-    inverse: bool
-    precision: str
-    table_layout: str
 
 
 class Inputs(NamedTuple):
@@ -54,7 +44,7 @@ def call(
     name: str,
     tensors: tuple[Tensor, ...],
     rows: tuple[Any, ...],
-    options: tuple[Any, ...],
+    options: Options,
 ) -> Any:
     """`below(name, tensors, *rows, options)`; rows are positions, offset and cu_seqlens."""
     if name.endswith("_out"):
@@ -64,7 +54,7 @@ def call(
     # Backward reads the inputs, so they must not be overwritten.
     kept = [x.clone() for x in xs] if in_place else xs
     inputs = Inputs.of((*rows, cos, sin, *kept))
-    out = _Rotate.apply(below, Options(*options), *inputs.flat())  # type: ignore[no-untyped-call]
+    out = _Rotate.apply(below, options, *inputs.flat())  # type: ignore[no-untyped-call]
     if in_place:
         for x, rotated in zip(xs, out, strict=True):
             x.copy_(rotated)

@@ -15,7 +15,7 @@ The docstrings, comments and messages of the package write shapes with these let
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -27,6 +27,19 @@ _ops = torch.ops.fused_rope
 _in_dynamo = torch.compiler.is_dynamo_compiling
 # fused_rope.distributed sets this: it adapts the other arguments of a call to DTensors.
 adapt_to_dtensors: Callable[..., Any] | None = None
+
+
+class Options(NamedTuple):
+    """The options of an operator, in its schema's order. A call may omit the last ones."""
+
+    layout: str = "bshd"
+    axes: Sequence[int] | None = None
+    rotary_offset: int = 0
+    interleaved: bool = False
+    blocks: int = 1
+    inverse: bool = False
+    precision: str = "fp32"
+    table_layout: str = "half"
 
 
 def rotate(
@@ -381,7 +394,7 @@ def call(
 
     Args:
         tensors: x, or q and k; cos, sin; the outputs.
-        options: layout, axes, rotary_offset, interleaved, blocks, inverse, precision, table_layout.
+        options: the fields of Options.
     """
     if out_rows is not None and not name.endswith("_out"):
         raise ValueError(f"{name}: expected out with out_rows, got out=None: pass both")
@@ -391,7 +404,8 @@ def call(
             return done
         transform = torch._C._functorch.peek_interpreter_stack()
         if transform is not None and transform.key() != TransformType.Functionalize:
-            return _functorch.call(call, name, tensors, (positions, offset, cu_seqlens), options)
+            rows = (positions, offset, cu_seqlens)
+            return _functorch.call(call, name, tensors, rows, Options(*options))
     if adapt_to_dtensors is not None:
         tensors, positions, offset, cu_seqlens = adapt_to_dtensors(
             name, tensors, positions, offset, cu_seqlens, options[0]

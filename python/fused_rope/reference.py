@@ -351,20 +351,17 @@ def register_fallback() -> None:
 def _kernel(form: Callable[..., Any], *, out: bool = False) -> Callable[..., Any]:
     """`form` with the positional arguments of its operator's schema."""
     n = 2 if form in (rotate_qk, rotate_qk_) else 1
-    rows = ("positions", "offsets", "cu_seqlens") + (("out_rows",) if out else ())
-    rest = ("offset", "layout", "axes", "rotary_offset", "interleaved", "blocks", "inverse")
-    names = (*rows, *rest, "precision", "table_layout")
-
     operator = getattr(torch.ops.fused_rope, form.__name__ + "_out" * out)
+    tensors = 2 * n + 2 if out else n + 2
+    names = [argument.name for argument in operator.default._schema.arguments[tensors:]]
 
     def kernel(*args: Any) -> Any:
         if any(isinstance(a, Tensor) and a.layout != torch.strided for a in args):
             name = form.__name__ + "_out" * out
             raise TypeError(f"{name}: expected strided tensors, got a sparse one")
         shapes = [a.to("meta") if isinstance(a, Tensor) else a for a in args]
-        inputs, args = args[: n + 2], args[n + 2 :]
-        outs, args = (args[:n], args[n:]) if out else ((), args)
-        options = dict(zip(names, args, strict=False))
+        inputs, outs = args[: n + 2], args[n + 2 : tensors]
+        options = dict(zip(names, args[tensors:], strict=False))
         offsets = options.pop("offsets", None)
         if offsets is not None:
             options["offset"] = offsets
