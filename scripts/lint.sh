@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Checks the style of C++, CUDA and Python, and the types of the package; with --fix mends what can be mended.
+# Checks the style of C++, CUDA and Python, the words of all files, and the types of the package; --fix reformats.
 source "$(dirname "$0")/common.sh"
 export PATH=$PWD/.venv/bin:$PATH
 
@@ -13,4 +13,5 @@ else
   ruff check .
   ruff format --check .
 fi
+python scripts/words.py
 python -m mypy

@@ -300,7 +300,7 @@ MODES = {
 
 
 @pytest.mark.parametrize("checked", [False, True])
-@pytest.mark.parametrize("table", ["stock", "float64"])
+@pytest.mark.parametrize("table", ["original", "float64"])
 @pytest.mark.parametrize("mode", MODES)
 def test_nothing_of_a_mode_is_kept(mode, table, checked, device, patched):
     rotary, other = (rotary_of(device=device) for _ in range(2))
@@ -587,7 +587,7 @@ def test_rows_get_no_gradient(device, patched):
         assert not a.requires_grad
 
 
-@pytest.mark.parametrize("table", ["stock", "float64"])
+@pytest.mark.parametrize("table", ["original", "float64"])
 @pytest.mark.parametrize("ids", [[[16]], [[-1, 16, 3]], [[0, 1], [40, 2]]])
 def test_rows_beyond_the_bound_are_errors(ids, table, patched):
     rotary = rotary_of()
@@ -646,7 +646,7 @@ def kept_tensors():
     return sum(type(t) is torch.Tensor and t.shape[:1] == (ROWS,) for t in gc.get_objects())
 
 
-@pytest.mark.parametrize("table", ["stock", "float64"])
+@pytest.mark.parametrize("table", ["original", "float64"])
 def test_kept_rows_go_with_the_patch(table):
     rotary = rotary_of()
     forward = rotary.forward
@@ -709,7 +709,7 @@ def test_patching_with_ever_other_rows_keeps_nothing():
     assert len(patching._retired) == before
 
 
-@pytest.mark.parametrize("table", ["stock", "float64"])
+@pytest.mark.parametrize("table", ["original", "float64"])
 def test_threads_share_a_module(table, device):
     """While they patch anew, in two dtypes, and while another replaces the frequencies."""
     torch.set_num_threads(1)
@@ -962,7 +962,7 @@ class Graphs:
         ({}, 0),
         ({"precision": "fp32"}, 2),
         ({"compiled": "fused"}, 2),
-        ({"compiled": "stock", "precision": "fp32"}, 0),
+        ({"compiled": "original", "precision": "fp32"}, 0),
     ],
 )
 def test_what_the_compiler_is_given(options, fused, device, patched):
@@ -984,7 +984,7 @@ def test_patching_again_compiles_nothing_anew(device):
     compiled = torch.compile(model, backend=graphs, fullgraph=True)
     for _ in range(2):
         compiled(ids)
-        for choice in ("fused", "stock"):
+        for choice in ("fused", "original"):
             patch(model, compiled=choice)
             try:
                 compiled(ids)
@@ -998,7 +998,7 @@ def test_patching_again_compiles_nothing_anew(device):
     [
         ({"compiled": "eager"}, "expected compiled .* got 'eager'"),
         ({"rows": 0}, "expected rows >= 1 or None, got 0"),
-        ({"table": "float32"}, "expected table 'stock' or 'float64', got 'float32'"),
+        ({"table": "float32"}, "expected table 'original' or 'float64', got 'float32'"),
         ({"table": "float64"}, "expected rows >= 1 with table 'float64', got None"),
     ],
 )

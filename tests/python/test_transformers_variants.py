@@ -11,14 +11,14 @@ from oracle import bits, same
 
 transformers = pytest.importorskip("transformers", minversion="4.57")
 
-from fused_rope.compat.transformers import coverage, patch, shims, unpatch  # noqa: E402
+from fused_rope.compat.transformers import adapters, coverage, patch, unpatch  # noqa: E402
 from fused_rope.compat.transformers.forms import FORMS, find_form  # noqa: E402
 from fused_rope.compat.transformers.patching import modules_of, rotary_functions  # noqa: E402
 from transformers_models import CASES  # noqa: E402
 
 CASES = {name: case for name, case in CASES.items() if case.installed}
 TEXT = [name for name, case in CASES.items() if case.generates]
-ON_CUDA_ONLY = "its form can be told on CUDA only"  # version 4's ModernBERT beside flash-attn
+ON_CUDA_ONLY = "its form can be checked on CUDA only"  # version 4's ModernBERT with flash-attn
 DOCS = Path(__file__).parents[2] / "docs" / "transformers.md"
 
 
@@ -88,7 +88,7 @@ def test_outputs_and_gradients(name, dtype, device, patched, monkeypatch):
         q, *rest = (+x for x in tensors[:-2])
         return (q, *rest) if rest else q
 
-    monkeypatch.setattr(shims, "functional", SimpleNamespace(call=copies))
+    monkeypatch.setattr(adapters, "functional", SimpleNamespace(call=copies))
     assert distance([o.detach() for o in tensors(model(**arguments))], stock) > 1e-3
 
 
@@ -189,7 +189,7 @@ def test_tokens_without_a_batch(device, patched):
     """Qwen4's indexer turns the keys of its blocks as [T, 1, D] beside tables of [T, R]."""
     x, table = torch.randn(5, 3, 16, device=device), torch.randn(2, 5, 12, device=device)
     cos, sin = torch.cat([table, table], -1)[..., ::2]
-    got = shims.optional_key(shims.HALF)(x, cos=cos, sin=sin)
+    got = adapters.optional_key(adapters.HALF)(x, cos=cos, sin=sin)
     same(got, bits(x, cos[:, :6], sin[:, :6], layout="thd"))
 
 
@@ -216,7 +216,7 @@ def test_packed_qkv_in_place(device):
     want = qkv.clone()
     for part in (0, 1):
         want[:, part] = bits(qkv[:, part], cos, sin, layout="thd", cu_seqlens=cu)
-    got = shims.packed_qkv(qkv, cos, sin, cu, 5)
+    got = adapters.packed_qkv(qkv, cos, sin, cu, 5)
     assert got is qkv
     same(got, want)
 
@@ -227,7 +227,7 @@ def test_sliced_from_qkv_per_head(device):
     q, k = (qkv[..., i * 16 : (i + 1) * 16].transpose(1, 2) for i in (0, 1))
     cos, sin = torch.randn(2, 1, 7, 4, device=device)
     tables = (torch.cat([t, t], -1) for t in (cos, sin))
-    rotated = shims.pair(shims.HALF)(q, k, *tables)
+    rotated = adapters.pair(adapters.HALF)(q, k, *tables)
     for got, x in zip(rotated, (q, k), strict=True):
         same(got, bits(x, cos, sin, layout="bhsd"))
 
@@ -238,9 +238,9 @@ def test_sections_of_axes(interleaved, device):
     q, k = torch.randn(2, 4, 7, 16, device=device), torch.randn(2, 2, 7, 16, device=device)
     cos, sin = torch.randn(2, 3, 2, 7, 6, device=device)
     tables = [torch.cat([t, t], -1) for t in (cos, sin)]
-    shim = shims.sections(shims.Style("half", interleaved=interleaved))
+    adapter = adapters.sections(adapters.Style("half", interleaved=interleaved))
     merged = [torch.cat([t[0, ..., :1], t[1, ..., 1:3], t[2, ..., 3:]], -1) for t in (cos, sin)]
-    for got, x in zip(shim(q, k, *tables, [1, 2, 3]), (q, k), strict=True):
+    for got, x in zip(adapter(q, k, *tables, [1, 2, 3]), (q, k), strict=True):
         same(got, bits(x, *merged, layout="bhsd", interleaved=interleaved))
 
 
@@ -292,8 +292,8 @@ def test_documented_coverage_is_that_of_the_installed_version():
     """docs/transformers.md: python -m fused_rope.compat.transformers > docs/transformers.md"""
     page = DOCS.read_text()
     version = re.search(r"transformers (\d+\.\d+\.\d+)", page)[1]
-    rows = coverage.rows()
-    assert not any("unknown" in row.form for row in rows)
+    entries = coverage.entries()
+    assert not any("unknown" in entry.form for entry in entries)
     if version != transformers.__version__:
         pytest.skip(f"the page is that of transformers {version}")
-    assert coverage.page(rows) == page
+    assert coverage.page(entries) == page
