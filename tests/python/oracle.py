@@ -48,6 +48,13 @@ def tensor(
     return torch.randn(shape(layout, B, S, H, D), dtype=torch.float64).to(dtype).to(device)
 
 
+def any_bits(sizes: Sequence[int], dtype: torch.dtype, device: str = "cpu") -> Tensor:
+    """Uniformly distributed bits: NaNs with payloads, infinities and subnormals among them."""
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    info = torch.iinfo(integer)
+    return torch.randint(info.min, info.max, sizes, dtype=integer).view(dtype).to(device)
+
+
 def angles(
     rows: int, P: int, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:

@@ -145,5 +145,20 @@ def test_an_input_is_never_written(device):
     qkv = storage.view(2, 5, 3, 4, 16)
     before = storage.clone()
     cos, sin = angles(5, 8, device)
-    fused_rope.rotate_qk(qkv[:, :, 0], qkv[:, :, 1], cos, sin)
+    got = fused_rope.rotate_qk(qkv[:, :, 0], qkv[:, :, 1], cos, sin)
     same_bits(storage, before)
+    assert len({t.untyped_storage().data_ptr() for t in (storage, *got)}) == 3
+
+
+@pytest.mark.slow
+def test_strides_beyond_32_bits(device):
+    if device == "cuda" and torch.cuda.mem_get_info()[0] < 12e9:
+        pytest.skip("needs 12 GB")
+    stride = 2**32 + 8
+    memory = torch.empty(stride + 1024, dtype=torch.int8, device=device).view(torch.bfloat16)
+    x = memory.as_strided((2, 5, 2, 16), (stride // 2, 32, 16, 1))
+    x.copy_(torch.randn(2, 5, 2, 16))
+    cos, sin = angles(5, 8, device)
+    want = bits(x, cos, sin)
+    same(fused_rope.rotate(x, cos, sin), want)
+    same(fused_rope.rotate_(x, cos, sin), want)

@@ -16,7 +16,7 @@ INV_FREQ = 1.0 / 10000 ** (torch.arange(0, 128, 2, dtype=torch.float64) / 128)
 @pytest.mark.parametrize("table", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dtypes(table, dtype, device):
-    """A table is read as it is; half precision beside another x is widened, which is exact."""
+    """A table is read as it is; half precision with another x is widened, which is exact."""
     x = tensor("bshd", 2, 9, 3, 32, dtype, device)
     cos, sin = angles(9, 16, device, table)
     same(fused_rope.rotate(x, cos, sin), bits(x, cos, sin))
@@ -37,7 +37,7 @@ def table_views(cos, sin):
         "first half of a full width": (full_c[:, :P], full_s[:, :P]),
         "real and imaginary": (cis.real.to(cos.dtype), cis.imag.to(cos.dtype)),
         "conjugated": (opposite.real.to(cos.dtype), opposite.imag.to(cos.dtype)),
-        "repeated lanes": tuple(t.repeat_interleave(2, -1)[:, ::2] for t in (cos, sin)),
+        "every second column": tuple(t.repeat_interleave(2, -1)[:, ::2] for t in (cos, sin)),
         "transposed": (cos.t().contiguous().t(), sin.t().contiguous().t()),
         "unlike each other": (cos, sin.t().contiguous().t()),
         "unlike each other, one batch": (cos[None], sin.t().contiguous().t()[None]),
@@ -64,6 +64,21 @@ def test_expanded_row(device):
     x = tensor("bshd", 2, 9, 3, 32, torch.bfloat16, device)
     cos, sin = (t.expand(9, 16) for t in angles(1, 16, device))
     same(fused_rope.rotate(x, cos, sin), bits(x, cos, sin))
+
+
+@pytest.mark.parametrize("which", ["cos", "sin"])
+@pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("P", [1, 3, 8, 20, 64])
+def test_nothing_is_read_beyond_the_last_row(which, interleaved, dtype, P, device):
+    """The memory around the table is NaN."""
+    x = tensor("bshd", 1, 4, 2, 2 * P, torch.bfloat16, device)
+    tables = dict(zip(("cos", "sin"), angles(4, P, device, dtype), strict=True))
+    memory = torch.full((4 * P + 64,), float("nan"), dtype=dtype, device=device)
+    inner = memory[16 : 16 + 4 * P].view(4, P).copy_(tables[which])
+    want = bits(x, **tables, interleaved=interleaved)
+    got = fused_rope.rotate(x, **tables | {which: inner}, interleaved=interleaved)
+    same(got, want)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -456,6 +471,8 @@ BAD = [
     (dict(rows=-1), ValueError, "rows"),
     (dict(first=-1), ValueError, "first"),
     (dict(first=2**31), ValueError, "first"),
+    (dict(first=2**63 - 1), ValueError, "first"),
+    (dict(rows=2**63 - 1), ValueError, "rows"),
     (dict(dtype=torch.int32), TypeError, "dtype"),
 ]
 
