@@ -111,7 +111,7 @@ TEST_P(Threads, MoveReserveCloneAndReadWhileOthersCall) {
   const at::Tensor expected = alone->rotate(x, 40);
   expect_all_right([&](int thread, int i) {
     if (thread == 0) {
-      rope->to(i % 2 == 0 ? at::Device(at::kMeta) : GetParam());
+      rope->to(i % 2 == 0 ? at::Device(at::kMeta) : device());
       rope->reserve(3 * i);
     } else if (thread == 1) {
       const auto copy = std::dynamic_pointer_cast<RotaryEmbeddingImpl>(rope->clone());
