@@ -172,20 +172,16 @@ def test_trained_table(device):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_every_layout_and_lane_map(device):
-    for layout in ("bshd", "bhsd", "sbhd", "thd"):
-        for lanes in (dict(), dict(interleaved=True), dict(blocks=2, rotary_offset=3)):
-            torch._dynamo.reset()
-            x = tensor(layout, 1, 5, 3, 40, torch.bfloat16, device)
-            cos, sin = angles(9, 8, device)
-            f = torch.compile(
-                lambda x, c=cos, s=sin, kw=dict(layout=layout, **lanes): fused_rope.rotate(
-                    x, c, s, **kw
-                ),
-                backend="aot_eager",
-                fullgraph=True,
-            )
-            same(f(x), bits(x, cos, sin, layout=layout, **lanes))
+@pytest.mark.parametrize("layout", ["bshd", "bhsd", "sbhd", "thd"])
+@pytest.mark.parametrize(
+    "pairing", [{}, {"interleaved": True}, {"blocks": 2, "rotary_offset": 3}], ids=str
+)
+def test_every_layout_and_pairing(layout, pairing, device):
+    x = tensor(layout, 1, 5, 3, 40, torch.bfloat16, device)
+    cos, sin = angles(9, 8, device)
+    kw = dict(layout=layout, **pairing)
+    f = lambda x: fused_rope.rotate(x, cos, sin, **kw)  # noqa: E731
+    same(torch.compile(f, backend="aot_eager", fullgraph=True)(x), bits(x, cos, sin, **kw))
 
 
 def test_errors_under_compile(device):

@@ -54,13 +54,13 @@ def test_same_bits_as_on_the_cpu(dtype, interleaved, precision, width):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_large_enough_for_every_way_of_reading(layout, dtype):
-    """More than the cache holds: other plans are chosen, the bits stay."""
+def test_tensors_larger_than_the_cache(layout, dtype):
+    """The plan is another one, the results are the same."""
     B, S = (1, 8192) if layout == "thd" else (4, 4096)
     q, k = (tensor(layout, B, S, H, 128, dtype, "cuda") for H in (32, 8))
     cos, sin = angles(S, 64, "cuda")
-    for lanes in (dict(), dict(interleaved=True), dict(blocks=2)):
-        kw = dict(layout=layout, **lanes)
+    for pairing in (dict(), dict(interleaved=True), dict(blocks=2)):
+        kw = dict(layout=layout, **pairing)
         got = fused_rope.rotate_qk(q, k, cos, sin, **kw)
         for g, x in zip(got, (q, k), strict=True):
             assert torch.equal(g, bits(x, cos, sin, **kw))
@@ -69,8 +69,8 @@ def test_large_enough_for_every_way_of_reading(layout, dtype):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("precision", ["fp32", "model"])
-def test_pieces_of_large_tensors_in_place(layout, dtype, precision):
-    """Few lanes of every head: vectors are shorter, what lies between the pieces stays."""
+def test_partial_rotation_of_large_tensors_in_place(layout, dtype, precision):
+    """Few elements of each head: vectors are shorter, the elements in between are unchanged."""
     B, S = (1, 8192) if layout == "thd" else (4, 2048)
     q, k = (tensor(layout, B, S, H, 96, dtype, "cuda") for H in (32, 8))
     for P, offset, inverse in ((8, 0, False), (16, 0, True), (16, 64, False), (32, 0, True)):

@@ -11,8 +11,8 @@ from oracle import (
     angles,
     any_bits,
     bits,
+    identical,
     same,
-    same_bits,
     tensor,
     view,
 )
@@ -41,7 +41,7 @@ def test_other_elements_keep_their_bits(dtype, device):
     before = base.clone()
     cos, sin = angles(5, 8, device)
     fused_rope.rotate_qk_(base[:, :, :3], base[:, :, 3:], cos, sin, rotary_offset=32)
-    same_bits(base[..., :32], before[..., :32])
+    identical(base[..., :32], before[..., :32])
     same(base[..., 32:], bits(before[..., 32:], cos, sin))
 
 
@@ -54,7 +54,7 @@ def test_memory_around_a_view_is_left_alone(name, device):
     want = bits(x, cos, sin)
     fused_rope.rotate_(x, cos, sin)
     before.as_strided(x.size(), x.stride(), x.storage_offset()).copy_(want)
-    same_bits(whole, before)
+    identical(whole, before)
 
 
 def test_k_has_heads_and_strides_of_its_own(device):
@@ -64,7 +64,7 @@ def test_k_has_heads_and_strides_of_its_own(device):
     cos, sin = angles(5, 16, device)
     expected[:, 1:-1, :, 4:36].transpose(1, 2).copy_(bits(k, cos, sin))
     fused_rope.rotate_qk_(q, k, cos, sin)
-    same_bits(memory, expected)
+    identical(memory, expected)
 
 
 @pytest.mark.parametrize("D", [48, 80, 96, 160, 192, 256])

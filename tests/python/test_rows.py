@@ -3,7 +3,7 @@
 import fused_rope
 import pytest
 import torch
-from oracle import DTYPES, LAYOUTS, angles, any_bits, bits, same, same_bits, tensor
+from oracle import DTYPES, LAYOUTS, angles, any_bits, bits, identical, same, tensor
 
 INTEGERS = [torch.int32, torch.int64]
 
@@ -105,10 +105,10 @@ def test_position_minus_one_copies_the_token(case, dtype, itype, device):
     y = x.clone().requires_grad_()
     got = fused_rope.rotate(y, cos, sin, **kw)
     same(got, bits(x, cos, sin, **kw))
-    same_bits(got[copied], x[copied])
+    identical(got[copied], x[copied])
     g = any_bits(x.shape, dtype, device)
     got.backward(g)
-    same_bits(y.grad[copied], g[copied])
+    identical(y.grad[copied], g[copied])
     same(fused_rope.rotate_(x.clone(), cos, sin, **kw), got.detach())
 
 
@@ -116,7 +116,7 @@ def test_positions_of_minus_one_need_no_table_row(device):
     x = tensor("bshd", 2, 3, 2, 8, torch.float32, device)
     empty = torch.empty(0, 4, device=device)
     nowhere = torch.full((3,), -1, device=device)
-    same_bits(fused_rope.rotate(x, empty, empty, positions=nowhere), x)
+    identical(fused_rope.rotate(x, empty, empty, positions=nowhere), x)
 
 
 # --- packed sequences --------------------------------------------------------------------------
@@ -151,7 +151,7 @@ def test_packed_sequences(case, lengths, padding, itype, device):
     each = integers(0, 15, (T,), itype, device)
     kw = dict(layout="thd", cu_seqlens=cu, **PACKED[case](past, each))
     check_qk(q, k, cos, sin, **kw)
-    same_bits(fused_rope.rotate(q, cos, sin, **kw)[T - padding :], q[T - padding :])
+    identical(fused_rope.rotate(q, cos, sin, **kw)[T - padding :], q[T - padding :])
 
 
 def test_packed_sequences_equal_separate_calls(device):
@@ -294,7 +294,7 @@ def test_packed_sequences_out_of_range_are_errors(offset):
 def test_minus_one_copies_and_a_sum_of_minus_one_is_out_of_range(device):
     x, (cos, sin) = tensor("bshd", 1, 2, 1, 8, torch.float32, device), angles(4, 4, device)
     nowhere = torch.tensor([-1, -1], device=device)
-    same_bits(fused_rope.rotate(x, cos, sin, positions=nowhere, offset=2), x)
+    identical(fused_rope.rotate(x, cos, sin, positions=nowhere, offset=2), x)
     if device == "cpu":
         with pytest.raises(IndexError):
             fused_rope.rotate(x, cos, sin, positions=torch.tensor([0, 1]), offset=-1)
@@ -316,5 +316,5 @@ def test_padding_reads_no_row(device):
         y, g = x.clone().requires_grad_(), torch.randn_like(x)
         got = fused_rope.rotate(y, cos, sin, layout="thd", cu_seqlens=cu, **kw)
         got.backward(g)
-        same_bits(got[3:], x[3:])
-        same_bits(y.grad[3:], g[3:])
+        identical(got[3:], x[3:])
+        identical(y.grad[3:], g[3:])

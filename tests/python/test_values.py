@@ -12,9 +12,9 @@ from oracle import (
     any_bits,
     bits,
     error_over_bound,
-    lanes,
+    identical,
+    pair_elements,
     same,
-    same_bits,
     tensor,
 )
 
@@ -74,8 +74,8 @@ def test_values_of_every_span(layout, interleaved, inverse, dtype, span, device)
     kw = dict(layout=layout, interleaved=interleaved, inverse=inverse, rotary_offset=o)
     before = q.clone(), k.clone()
     both = fused_rope.rotate_qk(q, k, cos, sin, **kw)
-    same_bits(q, before[0])
-    same_bits(k, before[1])
+    identical(q, before[0])
+    identical(k, before[1])
     for x, got in zip((q, k), both, strict=True):
         same(got, check(x, cos, sin, **kw))
 
@@ -92,8 +92,8 @@ def test_spans_of_any_size_inside_the_head(interleaved, dtype, span, device):
     got = fused_rope.rotate(x, cos, sin, interleaved=interleaved, rotary_offset=o)
     want = bits(x, cos, sin, interleaved=interleaved, rotary_offset=o)
     same(got[..., o : o + R], want[..., o : o + R])
-    same_bits(got[..., :o], x[..., :o])
-    same_bits(got[..., o + R :], x[..., o + R :])
+    identical(got[..., :o], x[..., :o])
+    identical(got[..., o + R :], x[..., o + R :])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -164,7 +164,7 @@ def test_tables_without_columns_rotate_nothing(D, device):
     x = tensor("bshd", 2, 3, 4, D, torch.float32, device)
     nothing = torch.empty(3, 0, device=device)
     for kw in ({}, {"interleaved": True}, {"blocks": 2}):
-        same_bits(fused_rope.rotate(x, nothing, nothing, **kw), x)
+        identical(fused_rope.rotate(x, nothing, nothing, **kw), x)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -295,4 +295,4 @@ def test_pairs_of_the_oracle():
         (("blocks", 2), ("rotary_offset", 3)): ([3, 4, 7, 8], [5, 6, 9, 10]),
     }
     for options, want in spelled.items():
-        assert tuple(t.tolist() for t in lanes(4, **dict(options))) == want
+        assert tuple(t.tolist() for t in pair_elements(4, **dict(options))) == want
