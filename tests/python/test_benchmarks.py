@@ -537,6 +537,7 @@ def test_adapters_keep_the_conventions_of_their_libraries(
             Trial(Bench(work, 2, torch.device("cpu")), provider, direction).verify()
 
 
+@pytest.mark.slow
 def test_sweep_puts_plans_side_by_side(tmp_path, capsys):
     pytest.importorskip("fused_rope")
     out = tmp_path / "sweep.json"
@@ -645,6 +646,7 @@ def model_suite(tmp_path):
     return call
 
 
+@pytest.mark.slow
 def test_models_are_timed_original_and_patched(model_suite):
     status, content = model_suite("--modes", "eager")
     assert status == 0 and content["meta"]["left_out"] == []
@@ -660,6 +662,7 @@ def test_models_are_timed_original_and_patched(model_suite):
             assert all((name, p, variant, "wall_us") in found for p in ("prefill", "train"))
 
 
+@pytest.mark.slow
 def test_compiled_models_are_timed_with_both_choices(model_suite):
     status, content = model_suite(
         *("--models", "qwen3_8b", "--modes", "compiled", "--phases", "decode")

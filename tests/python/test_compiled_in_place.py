@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo", "no_caches")
+slow = pytest.mark.slow
 SHAPES = ((2, 8, 3, 4, 8), (2, 8, 3, 6, 8), (3, 9, 3, 5, 8))
 
 
@@ -79,21 +80,28 @@ MULTIPLE_VIEWS = {
 }
 
 
-# What a rule by strides gets wrong where a size is symbolic.
+# Views whose storage offset depends on a size.
 SYMBOLIC_OFFSETS = ("select", "slice of a slice", "select of a transpose", "unbind")
+ALL_VIEWS = (*SINGLE_VIEWS, *MULTIPLE_VIEWS)
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
 @pytest.mark.parametrize(
-    "backend,dynamic",
-    [*(("aot_eager", dynamic) for dynamic in (None, True, False)), ("inductor", True)],
-    ids=lambda value: "automatic" if value is None else str(value),
+    "backend,dynamic,names",
+    [
+        pytest.param("aot_eager", False, ALL_VIEWS, id="aot_eager, static"),
+        pytest.param("aot_eager", True, SYMBOLIC_OFFSETS, id="aot_eager, symbolic offsets"),
+        pytest.param("aot_eager", True, ALL_VIEWS, id="aot_eager, dynamic", marks=slow),
+        pytest.param("aot_eager", None, ALL_VIEWS, id="aot_eager, automatic", marks=slow),
+        pytest.param("inductor", True, SYMBOLIC_OFFSETS, id="inductor, dynamic", marks=slow),
+    ],
 )
-def test_views(backend: str, dynamic: bool | None, grad: bool, device: str) -> None:
-    """All views in one graph, each of a tensor of its own; some where compiling takes minutes."""
+def test_views(
+    backend: str, dynamic: bool | None, names: tuple[str, ...], grad: bool, device: str
+) -> None:
+    """All views in one graph, each of a tensor of its own."""
     views = SINGLE_VIEWS if grad else SINGLE_VIEWS | MULTIPLE_VIEWS
-    if backend == "inductor":
-        views = {name: view for name, view in views.items() if name in SYMBOLIC_OFFSETS}
+    views = {name: view for name, view in views.items() if name in names}
     cos, sin = angles(64, 3, device)
 
     def f(*xs: Tensor) -> list[Tensor]:
@@ -107,7 +115,12 @@ def test_views(backend: str, dynamic: bool | None, grad: bool, device: str) -> N
 
 
 @pytest.mark.parametrize(
-    "backend,grad", [("aot_eager", False), ("aot_eager", True), ("inductor", False)]
+    "backend,grad",
+    [
+        ("aot_eager", False),
+        pytest.param("aot_eager", True, marks=slow),
+        pytest.param("inductor", False, marks=slow),
+    ],
 )
 def test_drop_ins(backend: str, grad: bool, device: str) -> None:
     cos, sin = angles(64, 4, device)
@@ -159,7 +172,7 @@ OUTPUTS = {
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_outputs(backend: str, device: str) -> None:
-    """A view of memory that is there already."""
+    """out= a view of existing memory."""
     cos, sin = angles(64, 3, device)
 
     def f(*xs: Tensor) -> list[Tensor]:

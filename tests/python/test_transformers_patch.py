@@ -595,6 +595,7 @@ def test_nothing_is_kept_alive():
     assert alive() is None
 
 
+@pytest.mark.slow
 def test_cycles_of_patches_keep_a_bounded_number_of_functions():
     model = model_of()
 

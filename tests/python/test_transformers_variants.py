@@ -17,7 +17,14 @@ from fused_rope.compat.transformers.patching import modules_of, rotary_functions
 from transformers_models import CASES  # noqa: E402
 
 CASES = {name: case for name, case in CASES.items() if case.installed}
-TEXT = [name for name, case in CASES.items() if case.generates]
+# One family of each kind; `make test-all` has them all.
+QUICK = ("V1-llama", "V5-glm", "V14-deepseek_v3", "V19-dinov3_vit", "V20-pixtral", "V26-sam3")
+FAMILIES = [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CASES]
+TEXT = [
+    n if n == "V1-llama" else pytest.param(n, marks=pytest.mark.slow)
+    for n, case in CASES.items()
+    if case.generates
+]
 ON_CUDA_ONLY = "its form can be told on CUDA only"  # version 4's ModernBERT beside flash-attn
 DOCS = Path(__file__).parents[2] / "docs" / "transformers.md"
 
@@ -68,7 +75,7 @@ def patched():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_outputs_and_gradients(name, dtype, device, patched, monkeypatch):
     case = CASES[name]
     model, arguments = case.build(dtype, device), case.arguments(dtype, device)
@@ -247,7 +254,7 @@ def test_sections_of_axes(interleaved, device):
 # --- telling forms ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_a_form_is_the_only_one(name):
     """No function passes for two forms, unless the first does more or trusts the tables less."""
     for site in rotary_functions(modules_of(CASES[name].build(device="meta"))):
