@@ -22,7 +22,7 @@ class TokenRows : public OnDevice {
  protected:
   void expect_rows(const RotateOptions& o, int64_t S, at::IntArrayRef sizes,
                    at::ArrayRef<int64_t> expected) const {
-    expect_equal(token_rows(row_arguments(o), S, device()), sizes, expected);
+    expect_equal(token_rows(row_arguments(o), S, GetParam()), sizes, expected);
   }
 
   static void expect_equal(const at::Tensor& got, at::IntArrayRef sizes,
@@ -89,7 +89,7 @@ TEST_P(TokenRows, NegativeSumsAreNotMinusOne) {
 TEST_P(TokenRows, SumsDoNotOverflow) {
   const at::Tensor extremes = integers({kMin, kMax});
   const auto is_row = [&](const RotateOptions& o) {
-    const at::Tensor rows = token_rows(row_arguments(o), 2, device());
+    const at::Tensor rows = token_rows(row_arguments(o), 2, GetParam());
     return (rows >= -1).logical_and(rows < int64_t{1} << 61).any().item<bool>();
   };
   for (const int64_t offset : {kMin, kMax}) {
@@ -106,17 +106,18 @@ TEST_P(TokenRows, EachAxisHasRows) {
                      .offsets(integers({1, 5}))
                      .axes(std::vector<int64_t>{1, 0, 1});
   const Arguments a = row_arguments(o);
-  expect_equal(token_rows(a, 3, device()), {2, 2, 3}, {5, -1, 3, 9, -1, 7, 1, 10, -1, 5, 14, -1});
-  expect_equal(token_rows_by_pair(a, 3, device()), {2, 3, 3},
+  expect_equal(token_rows(a, 3, GetParam()), {2, 2, 3}, {5, -1, 3, 9, -1, 7, 1, 10, -1, 5, 14, -1});
+  expect_equal(token_rows_by_pair(a, 3, GetParam()), {2, 3, 3},
                {1, 5, 1, 10, -1, 10, -1, 3, -1, 5, 9, 5, 14, -1, 14, -1, 7, -1});
 }
 
 TEST_P(TokenRows, AxesOfNoPairs) {
   const auto o =
       RotateOptions().positions(integers({4, -1, 2, 0}).view({2, 2})).axes(std::vector<int64_t>());
-  EXPECT_EQ(token_rows_by_pair(row_arguments(o), 2, device()).sizes(), at::IntArrayRef({1, 2, 0}));
+  EXPECT_EQ(token_rows_by_pair(row_arguments(o), 2, GetParam()).sizes(),
+            at::IntArrayRef({1, 2, 0}));
   const RotateOptions none;
-  EXPECT_EQ(token_rows_by_pair(row_arguments(none), 2, device()).sizes(),
+  EXPECT_EQ(token_rows_by_pair(row_arguments(none), 2, GetParam()).sizes(),
             at::IntArrayRef({1, 2, 1}));
 }
 
