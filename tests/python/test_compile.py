@@ -277,7 +277,7 @@ def test_a_saved_program(tmp_path, device):
 
 
 def test_make_fx_keeps_a_symbolic_offset(device):
-    """The eager entry must not turn a symbol into the number it has while tracing."""
+    """The eager entry must not replace a symbol by its value while tracing."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
     def f(x, cos, sin):

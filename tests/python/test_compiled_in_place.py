@@ -214,7 +214,7 @@ def test_rows_of_a_cache(backend: str, layout: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("slot", [-2, 40])
-def test_a_slot_outside_the_cache(slot: int) -> None:
+def test_an_out_row_outside_the_cache(slot: int) -> None:
     cos, sin = angles(64, 4)
     x, cache = torch.randn(5, 2, 8), torch.randn(40, 2, 8)
     slots = torch.tensor([0, 1, slot, -1, 2])
@@ -329,7 +329,7 @@ def refused() -> dict[str, Callable[[Tensor], Any]]:
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("name", refused())
-def test_what_eager_mode_refuses(name: str, dynamic: bool) -> None:
+def test_errors_of_eager_mode(name: str, dynamic: bool) -> None:
     grad = name in ("leaf", "one of an unbind")
     x = torch.randn(SHAPES[0], requires_grad=grad)
     before = x.detach().clone()
@@ -341,7 +341,7 @@ def test_what_eager_mode_refuses(name: str, dynamic: bool) -> None:
     same(x.detach(), before)
 
 
-def test_inference_tensors_are_refused() -> None:
+def test_inference_tensors_are_errors() -> None:
     cos, sin = angles(64, 4)
     with torch.inference_mode():
         x = torch.randn(SHAPES[0])

@@ -212,7 +212,7 @@ def refused():
 
 @pytest.mark.parametrize("make", list(refused()), ids=lambda c: c[0])
 @pytest.mark.parametrize("form", ["rotate_", "q of rotate_qk_", "k of rotate_qk_"])
-def test_refused_before_anything_is_touched(make, form, device):
+def test_rejected_before_anything_is_written(make, form, device):
     cos, sin = angles(5, 8, device)
     with torch.device(device):
         x, other = make[1](), torch.randn(2, 5, 3, 16)
@@ -230,7 +230,7 @@ def test_refused_before_anything_is_touched(make, form, device):
 
 
 @pytest.mark.parametrize("form", ["rotate_", "rotate_qk_"])
-def test_the_operator_refuses_torch_func_before_anything_is_touched(form, device):
+def test_the_operator_rejects_torch_func_before_anything_is_written(form, device):
     """The Python functions have a route of their own; the operator's Function does not."""
     cos, sin = angles(5, 8, device)
     xs = [torch.randn(2, 5, 4, 16, device=device) for _ in range(1 if form == "rotate_" else 2)]
@@ -259,7 +259,7 @@ def test_a_leaf_may_be_rotated_without_gradients(device):
 
 
 @pytest.mark.parametrize("grad", [False, True])
-def test_overlapping_q_and_k_are_refused(grad, device):
+def test_overlapping_q_and_k_are_errors(grad, device):
     base = torch.randn(2, 5, 8, 16, device=device, requires_grad=grad) * 1
     cos, sin = angles(5, 8, device)
     before = base.detach().clone()
@@ -313,7 +313,7 @@ def test_memory_of_its_own_table_is_refused(which, device):
     same(x, before)
 
 
-def test_a_bad_row_with_gradients_touches_neither(device):
+def test_a_bad_row_with_gradients_changes_neither_tensor(device):
     """One launch for q and k, with gradients too: the message names the operator called."""
     if device == "cuda":
         pytest.skip("a device-side assertion there: test_cuda.py")

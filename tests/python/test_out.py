@@ -179,7 +179,7 @@ def test_bad_out(case):
         fused_rope.rotate_qk(x.clone(), x, cos, sin, out=(good, out))
 
 
-def test_overlaps_that_can_be_proved_are_refused():
+def test_provable_overlaps_are_errors():
     base = torch.randn(2, 9, 4, 16)
     cos, sin = angles(9, 8)
     flat = base.flatten()
@@ -199,7 +199,7 @@ def test_overlaps_that_can_be_proved_are_refused():
 
 
 @pytest.mark.parametrize("which", ["x", "cos", "out"])
-def test_no_part_in_autograd(which, device):
+def test_out_rejects_tensors_that_require_grad(which, device):
     x = tensor("bshd", 2, 9, 4, 16, torch.float32, device)
     cos, sin = angles(9, 8, device)
     out = torch.zeros_like(x)

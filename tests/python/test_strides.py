@@ -33,7 +33,7 @@ def test_views(name, dtype, interleaved, device):
 
 @pytest.mark.parametrize("name", VIEWS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_views_of_q_beside_views_of_k(name, dtype, device):
+def test_views_of_q_with_views_of_k(name, dtype, device):
     """Each tensor has strides of its own."""
     q = view(name, dtype, device)
     cos, sin = angles(5, 8, device)
@@ -61,7 +61,7 @@ def test_views_in_place(name, dtype, device):
 
 @pytest.mark.parametrize("layout", ["bhsd", "sbhd", "thd"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_a_layout_is_only_a_permutation(layout, dtype, device):
+def test_layouts_are_permutations(layout, dtype, device):
     x = tensor(layout, 1, 7, 4, 32, dtype, device)
     cos, sin = angles(7, 16, device)
     want = fused_rope.rotate(as_bshd(x, layout), cos, sin)
@@ -106,7 +106,7 @@ def test_every_alignment(shift, dtype, device):
 
 @pytest.mark.parametrize("pitch", [64, 65, 66, 68, 72, 80, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_every_pitch(pitch, dtype, device):
+def test_every_head_stride(pitch, dtype, device):
     x = tensor("bshd", 2, 3, 4, pitch, dtype, device)[..., :64]
     cos, sin = angles(3, 32, device)
     same(fused_rope.rotate(x, cos, sin), fused_rope.rotate(x.contiguous(), cos, sin))
@@ -128,7 +128,7 @@ def test_lazily_negated_memory(device):
     same(z.real, before.real)
 
 
-def test_no_copy_is_asked_of_the_allocator(device):
+def test_strided_inputs_are_not_copied(device):
     """One output is allocated and nothing else: no hidden `.contiguous()` of a strided input."""
     x = tensor("bhsd", 2, 64, 8, 64, torch.bfloat16, device).transpose(1, 2)[..., :32]
     cos, sin = angles(64, 16, device)

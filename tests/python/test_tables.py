@@ -198,7 +198,7 @@ def test_full_width_of_any_dtype_and_stride(table_layout, table, dtype, device):
 
 @FULL_WIDTH
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_full_width_with_chosen_rows(table_layout, layout, device):
+def test_full_width_with_row_selection(table_layout, layout, device):
     """positions, offset, axes, cu_seqlens and out_rows, forward and backward."""
     B, S = (1, 10) if layout == "thd" else (2, 5)
     x = tensor(layout, B, S, 3, 32, torch.float32, device)
@@ -272,7 +272,7 @@ def test_derivatives_of_full_width(table_layout, shape, pairing, device):
 
 @FULL_WIDTH
 @EACH_SHAPE
-def test_transformations_of_full_width(table_layout, shape, device):
+def test_torch_func_of_full_width(table_layout, shape, device):
     x = torch.randn(2, 9, 3, 16, device=device)
     cos, sin = tables_of(shape, 8, device)
     full = full_width(cos, table_layout), full_width(sin, table_layout)
@@ -401,14 +401,14 @@ def test_dtype_and_scale(dtype):
         assert g.is_contiguous()
 
 
-def test_rows_from_the_middle():
+def test_rows_do_not_depend_on_the_first():
     whole = fused_rope.cos_sin_table(INV_FREQ, 100)
     for got, want in zip(fused_rope.cos_sin_table(INV_FREQ, 60, first=40), whole, strict=True):
         same(got, want[40:])
 
 
 @pytest.mark.parametrize("rows,P", [(0, 64), (5, 0), (0, 0), (1, 1)])
-def test_edges(rows, P):
+def test_empty_tables(rows, P):
     cos, sin = fused_rope.cos_sin_table(INV_FREQ[:P], rows)
     assert cos.shape == sin.shape == (rows, P)
 
@@ -428,7 +428,7 @@ def test_frequencies_of_any_dtype_and_stride(dtype):
         assert not got[0].requires_grad
 
 
-def test_surroundings_do_not_matter():
+def test_tables_do_not_depend_on_modes_and_defaults():
     """Neither autocast, nor the default dtype, nor the default device, nor TF32 settings."""
     want = fused_rope.cos_sin_table(INV_FREQ, 100)
     torch.set_default_dtype(torch.float16)
