@@ -170,7 +170,7 @@ OUTPUTS = {
 }
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=slow)])
 def test_outputs(backend: str, device: str) -> None:
     """out= a view of existing memory."""
     cos, sin = angles(64, 3, device)
@@ -185,7 +185,11 @@ def test_outputs(backend: str, device: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "backend,layout", [("inductor", "bhsd"), *(("aot_eager", layout) for layout in LAYOUTS)]
+    "backend,layout",
+    [
+        pytest.param("inductor", "bhsd", marks=slow),
+        *(("aot_eager", layout) for layout in LAYOUTS),
+    ],
 )
 def test_rows_of_a_cache(backend: str, layout: str, device: str) -> None:
     """Keys go into a half of [pages, 2, page_size, H, D] or [2, pages, page_size, H, D]."""
@@ -414,7 +418,9 @@ def take(x: Tensor, steps: list[Step]) -> Tensor:
 PROGRAMS = int(os.environ.get("FUSED_ROPE_COMPILED_PROGRAMS", 6))
 
 
-@pytest.mark.parametrize("program", range(PROGRAMS))
+@pytest.mark.parametrize(
+    "program", [n if n in (1, 2) else pytest.param(n, marks=slow) for n in range(PROGRAMS)]
+)
 def test_random_programs(program: int, seed: int, device: str) -> None:
     """Views of views, in place one after the other, over shapes that change from call to call."""
     rng = random.Random(f"{seed}/{program}")

@@ -126,7 +126,9 @@ def positions(device):
     yield torch.arange(S, dtype=torch.int32)[None]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [f if f == "llama" else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
+)
 @pytest.mark.parametrize("kind", ["default", "linear", "yarn", "llama3"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [None, 1_000_000])
@@ -646,6 +648,7 @@ def kept_tensors():
     return sum(type(t) is torch.Tensor and t.shape[:1] == (ROWS,) for t in gc.get_objects())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("table", ["stock", "float64"])
 def test_kept_rows_go_with_the_patch(table):
     rotary = rotary_of()

@@ -175,7 +175,14 @@ WITHOUT_A_BREAK = (
 )
 
 
-@pytest.mark.parametrize("name", [name for name in WITHOUT_A_BREAK if name in CASES])
+@pytest.mark.parametrize(
+    "name",
+    [
+        n if n == "V1-llama" else pytest.param(n, marks=pytest.mark.slow)
+        for n in WITHOUT_A_BREAK
+        if n in CASES
+    ],
+)
 def test_adds_no_graph_break(name, device, patched):
     case = CASES[name]
     model, arguments = case.build(device=device), case.arguments(device=device)
