@@ -35,7 +35,7 @@ RECOMPILING += [("inductor", "none"), ("inductor", "positions")]
 
 @pytest.mark.parametrize("backend,rows", RECOMPILING)
 def test_lengths_do_not_recompile(backend, rows, device):
-    """Forward and backward; the operator's own bits are those of eager mode."""
+    """Forward and backward, bitwise identical to eager mode."""
     cos, sin = angles(128, 16, device)
     count = counter(backend)
 

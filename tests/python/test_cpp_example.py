@@ -47,7 +47,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Attention(nn.Module):
-    """Stock transformers: its attention, its rotary tables, its causal mask."""
+    """Original transformers: its attention, its rotary tables, its causal mask."""
 
     def __init__(self) -> None:
         super().__init__()

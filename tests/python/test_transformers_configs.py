@@ -546,7 +546,7 @@ def test_remote_code_with_a_named_pairing():
 
 
 def test_longrope_of_version_4():
-    """Its trained length is the config's own, beside the scaling."""
+    """Its trained length is the config's own, not part of the scaling."""
     lists = {"short_factor": HALVES, "long_factor": HALVES}
     config = plain(
         model_type="phi3",

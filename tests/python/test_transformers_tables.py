@@ -648,7 +648,6 @@ def kept_tensors():
     return sum(type(t) is torch.Tensor and t.shape[:1] == (ROWS,) for t in gc.get_objects())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("table", ["stock", "float64"])
 def test_kept_rows_go_with_the_patch(table):
     rotary = rotary_of()
