@@ -1,4 +1,4 @@
-"""Drives CMake, which alone knows sources and flags, for `pip install --no-build-isolation .`."""
+"""Runs CMake, which has all sources and flags, for `pip install --no-build-isolation .`."""
 
 import importlib.util
 import os
@@ -15,7 +15,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 
-# Here, and not where it is built, so that pip says it before it fetches anything.
+# Checked at import, so that pip reports it before it downloads anything.
 if not importlib.util.find_spec("torch"):
     sys.exit(
         "fused-rope is built against the torch that it will run with: install torch first, "
@@ -25,12 +25,12 @@ if not importlib.util.find_spec("torch"):
 
 def project_version() -> str:
     found = re.search(r"project\(FusedRope VERSION (\S+)", (ROOT / "CMakeLists.txt").read_text())
-    assert found, "CMakeLists.txt no longer says project(FusedRope VERSION ...)"
+    assert found, "CMakeLists.txt has no project(FusedRope VERSION ...)"
     return found[1]
 
 
 def cmake() -> list[str]:
-    """The CMake installed beside this interpreter, else the one on PATH."""
+    """The CMake of this interpreter's environment, else the one on PATH."""
     if importlib.util.find_spec("cmake"):
         return [sys.executable, "-m", "cmake"]
     return [shutil.which("cmake") or sys.exit("fused-rope needs CMake: pip install cmake")]
@@ -42,7 +42,7 @@ def ninja() -> list[str]:
 
 
 class CMakeBuild(build_ext):
-    """An editable install keeps the library in python/; `cmake --build build` refreshes it."""
+    """An editable install puts the library in python/; `cmake --build build` updates it."""
 
     def run(self) -> None:
         inplace = self.editable_mode or self.inplace
@@ -57,7 +57,7 @@ class CMakeBuild(build_ext):
             subprocess.run([*install, "--component", "python"], check=True)
 
     def configure(self, build: Path, inplace: bool) -> None:
-        # A build folder keeps the generator that it was made with.
+        # CMake refuses another generator in an existing build folder.
         generator = [] if (build / "CMakeCache.txt").exists() else ninja()
         options = [
             f"-DPython_EXECUTABLE={sys.executable}",

@@ -1,18 +1,17 @@
 """Sharding rules for torch.distributed.tensor, and the positions of context parallelism.
 
-Importing this module teaches DTensor to rotate shards where they are, forward and backward:
+Importing this module registers the rules. Forward and backward then behave as follows:
 
-* shards of the batch, of the heads (q's and k's apart) and partial sums, without communication;
-* shards of the sequence, with positions, with tables per token, and with rows that are known on the
-  host, without communication; otherwise (cu_seqlens, an offset that is a tensor) DTensor gathers
-  the sequence first;
-* shards of head_dim are gathered first, as pairs span them.
+* Shards of the batch, of the heads (of q and k independently) and partial sums rotate without
+  communication.
+* Shards of the sequence rotate without communication if positions are given, if tables are per
+  token, or if the host knows the rows. Otherwise (cu_seqlens, a tensor offset) DTensor gathers the
+  sequence first.
+* Shards of head_dim are gathered first, since pairs span them.
 
-Tables and row tensors may be DTensors, replicated or sharded along the same dimension; plain ones
-beside a DTensor count as replicated, and their gradients are not supported. In place, no placement
-may have to change. `out=` is not supported.
-
-Letters: B batch, S sequence length, T packed tokens, H heads, P pairs, M table rows.
+Tables, positions, offset and cu_seqlens may be DTensors, replicated or sharded along the same
+dimension. With a DTensor x, plain tensors count as replicated, and their gradients are not
+supported. In place, placements must not have to change. `out=` is not supported.
 
 Example:
     >>> import fused_rope, fused_rope.distributed
@@ -44,10 +43,10 @@ _WHOLE = Replicate()
 def contiguous_positions(
     length: int, rank: int, size: int, *, device: torch.device | str | None = None
 ) -> Tensor:
-    """The tokens of one rank when a sequence is cut into `size` equal spans.
+    """The tokens of one rank if a sequence is split into `size` equal spans.
 
-    They are both the positions to rotate by and the index that takes the rank's shard out of the
-    whole sequence.
+    They are the positions to rotate by, and the index that selects the rank's shard of the whole
+    sequence.
 
     Args:
         length: S of the whole sequence.
@@ -59,7 +58,7 @@ def contiguous_positions(
         int64 [S/size].
 
     Raises:
-        ValueError: a rank that is not in the group, or a length that is not a multiple of its size.
+        ValueError: rank is not in [0, size), or length is not a multiple of size.
 
     Example:
         >>> contiguous_positions(8, rank=1, size=2)
@@ -72,10 +71,10 @@ def contiguous_positions(
 def zigzag_positions(
     length: int, rank: int, size: int, *, device: torch.device | str | None = None
 ) -> Tensor:
-    """The tokens of one rank when each takes a span from the front and one from the back.
+    """The tokens of one rank if each rank has one span from the front and one from the back.
 
-    Every rank then has as much causal attention to compute: of 2 * size equal spans, rank r holds
-    number r and number 2 * size - 1 - r, as in zig-zag ring attention.
+    All ranks then compute equally much causal attention: of 2 * size equal spans, rank r holds
+    span r and span 2 * size - 1 - r, as in zig-zag ring attention.
 
     Args:
         length: S of the whole sequence.
@@ -87,8 +86,7 @@ def zigzag_positions(
         int64 [S/size].
 
     Raises:
-        ValueError: a rank that is not in the group, or a length that is not a multiple of twice its
-            size.
+        ValueError: rank is not in [0, size), or length is not a multiple of 2 * size.
 
     Example:
         >>> zigzag_positions(8, rank=1, size=2)
@@ -109,7 +107,7 @@ def _span(name: str, length: int, rank: int, size: int, spans: int) -> int:
 
 
 class _Call(NamedTuple):
-    """An operator's arguments, as far as rules need them. Tensors come as DTensorSpec."""
+    """The arguments of an operator that the rules read. Tensors are DTensorSpecs."""
 
     inputs: tuple[Any, ...]
     cos: Any
@@ -122,8 +120,8 @@ class _Call(NamedTuple):
     axes: Sequence[int] | None = None
 
 
-class _Cut(NamedTuple):
-    """How one mesh dimension cuts the tensors of a call so that each part can be rotated alone."""
+class _Placements(NamedTuple):
+    """How one mesh dimension shards the tensors of a call without need for communication."""
 
     inputs: Sequence[Placement]
     table: Placement = _WHOLE
@@ -131,17 +129,17 @@ class _Cut(NamedTuple):
     offsets: Placement = _WHOLE
 
 
-def _by_heads(call: _Call) -> Iterator[_Cut]:
-    """Heads know nothing of each other, and neither do q and k; a rotated sum is a sum."""
+def _by_heads(call: _Call) -> Iterator[_Placements]:
+    """Heads are independent, and so are q and k; the rotation is linear in partial sums."""
     heads = Shard(call.layout.index("h"))
     for inputs in itertools.product((_WHOLE, heads, Partial()), repeat=len(call.inputs)):
         if call.cos.ndim < 4 or heads not in inputs:
-            yield _Cut(inputs)
+            yield _Placements(inputs)
         elif set(inputs) == {heads}:
-            yield _Cut(inputs, table=Shard(2))
+            yield _Placements(inputs, table=Shard(2))
 
 
-def _by_batch(call: _Call) -> Iterator[_Cut]:
+def _by_batch(call: _Call) -> Iterator[_Placements]:
     if call.layout == "thd":
         return
     inputs = [Shard(call.layout.index("b"))] * len(call.inputs)
@@ -149,42 +147,44 @@ def _by_batch(call: _Call) -> Iterator[_Cut]:
     dim = 0 if call.axes is None else 1
     shared = call.positions is None or call.positions.ndim < dim + 2
     positions = _WHOLE if shared or call.positions.shape[dim] == 1 else Shard(dim)
-    yield _Cut(inputs, table, positions, offsets=Shard(0))
+    yield _Placements(inputs, table, positions, offsets=Shard(0))
 
 
-def _by_sequence(call: _Call) -> Iterator[_Cut]:
+def _by_sequence(call: _Call) -> Iterator[_Placements]:
     dim = _sequence_dim(call.layout)
     inputs = [Shard(dim)] * len(call.inputs)
     one_row_each = call.offset == 0 and call.cos.shape[0] == call.inputs[0].shape[dim]
     if call.cos.ndim > 2:
-        yield _Cut(inputs, table=Shard(1))
+        yield _Placements(inputs, table=Shard(1))
     elif call.cu_seqlens is not None:
         return
     elif call.positions is not None:
-        yield _Cut(inputs, positions=Shard(call.positions.ndim - 1))
+        yield _Placements(inputs, positions=Shard(call.positions.ndim - 1))
     elif call.offsets is None and one_row_each:
-        yield _Cut(inputs, table=Shard(0))
+        yield _Placements(inputs, table=Shard(0))
 
 
 def _shardings(call: _Call, in_place: bool) -> _Shardings:
-    """All cuts, as placements of outputs and of tensors among the arguments."""
+    """All shardings, as placements of the outputs and of the tensor arguments."""
     if in_place and len({x.placements for x in call.inputs}) > 1:
         raise RuntimeError(
-            "rotate_qk_: expected q and k with the same placements, as neither can be moved in "
-            f"place, got {' and '.join(str(x.placements) for x in call.inputs)}"
+            "rotate_qk_: expected q and k with the same placements, since in place neither can be "
+            f"redistributed, got {' and '.join(str(x.placements) for x in call.inputs)}"
         )
     shardings: _Shardings = []
-    for cut in itertools.chain(_by_heads(call), _by_batch(call), _by_sequence(call)):
-        if in_place and len(set(cut.inputs)) > 1:
+    for placements in itertools.chain(_by_heads(call), _by_batch(call), _by_sequence(call)):
+        if in_place and len(set(placements.inputs)) > 1:
             continue
         rows = (
-            (call.positions, cut.positions),
-            (call.offsets, cut.offsets),
+            (call.positions, placements.positions),
+            (call.offsets, placements.offsets),
             (call.cu_seqlens, _WHOLE),
         )
         given = [placement for tensor, placement in rows if tensor is not None]
-        outputs = [] if in_place else list(cut.inputs)
-        shardings.append((outputs, [*cut.inputs, cut.table, cut.table, *given]))
+        outputs = [] if in_place else list(placements.inputs)
+        shardings.append(
+            (outputs, [*placements.inputs, placements.table, placements.table, *given])
+        )
     return shardings
 
 
@@ -207,7 +207,7 @@ def _sequence_dim(layout: str) -> int:
     return layout.index("t" if layout == "thd" else "s")
 
 
-def _suit_dtensors(
+def _adapt_to_dtensors(
     name: str,
     tensors: tuple[Tensor, ...],
     positions: Tensor | None,
@@ -215,7 +215,7 @@ def _suit_dtensors(
     cu_seqlens: Tensor | None,
     layout: str,
 ) -> tuple[tuple[Tensor, ...], Tensor | None, int | Tensor, Tensor | None]:
-    """The arguments of operator `name`, with tables and row tensors that suit DTensors."""
+    """The arguments of operator `name`; if x is a DTensor, all tensors are DTensors of its mesh."""
     count, x = _inputs_of(name), tensors[0]
     if not isinstance(x, DTensor):
         return tensors, positions, offset, cu_seqlens
@@ -224,7 +224,7 @@ def _suit_dtensors(
     sequence_dim = _sequence_dim(layout)
     rows_known = positions is None and cu_seqlens is None and not isinstance(offset, Tensor)
     if rows_known and cos.dim() == 2 and Shard(sequence_dim) in x.placements:
-        # One row for each token: then the table can be sharded as the sequence is.
+        # A table with one row per token can be sharded as the sequence is.
         last = offset + x.shape[sequence_dim]
         if offset >= 0 and last <= cos.shape[0] and (offset, last) != (0, cos.shape[0]):
             cos, sin, offset = cos[offset:last], sin[offset:last], 0
@@ -240,4 +240,4 @@ def _suit_dtensors(
 
 for _name in ("rotate", "rotate_", "rotate_qk", "rotate_qk_"):
     _register(_name)
-functional.suit_dtensors = _suit_dtensors
+functional.adapt_to_dtensors = _adapt_to_dtensors

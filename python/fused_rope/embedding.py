@@ -1,4 +1,4 @@
-"""RotaryEmbedding: a module that owns a table, picks its rows and calls the operators."""
+"""RotaryEmbedding: a module that owns a table, selects its rows and calls the operators."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from .functional import call, nested_error, refuse_scripting
-from .hf_config import config_arguments, listed_order
+from .hf_config import buffer_order, config_arguments
+from .reference import table_rows
 from .scaled_frequencies import ScaledFrequencies
 from .table_cache import TableCache
 from .tracing import fake_mode_of
 
 __all__ = ["RotaryEmbedding"]
 
-_USUAL = {
+_DEFAULTS = {
     "rotary_offset": 0,
     "scaling": None,
     "interleaved": False,
@@ -31,46 +32,42 @@ class RotaryEmbedding(torch.nn.Module):
 
     The table is computed in float64 and kept in float32. It is neither a parameter nor a buffer:
     `state_dict()` is empty, and `.to(torch.bfloat16)`, autocast, checkpoints and FSDP do not change
-    its numbers. A table never changes once it exists, and modules with the same frequencies share
-    it; threads and devices may share a module.
+    it. Tables are immutable, and modules with the same frequencies share them. Threads may share a
+    module, and so may devices.
 
-    Which table a call reads depends on its arguments alone, never on earlier calls. Where the host
-    knows the rows (no positions, no cu_seqlens, an int offset) the call takes max_seq_len rows, or
-    twice, four times, ... as many if it needs them, without synchronizing. Otherwise it takes
-    max_seq_len rows; `reserve(rows)` raises that number.
+    The table of a call depends only on the arguments of the call. If the host knows the rows (no
+    positions, no cu_seqlens, an int offset), the call uses max_seq_len rows, or the smallest of 2,
+    4, 8, ... times as many that suffices, without synchronizing. Otherwise it uses max_seq_len
+    rows; `reserve(rows)` raises that number.
 
-    The frequencies of dynamic and longrope scaling depend on the largest position of the call.
-    Where only the device knows that position, and for dynamic beyond the trained length, the call
-    computes a row for each of its tokens on the device, in float64, without synchronizing. Then any
-    position is valid, and positions need no `reserve`.
-
-    Letters: B batch, S sequence length, T packed tokens, N packed sequences, H heads, D head_dim,
-    R rotary_dim, P = R/2 pairs, M table rows, A position axes.
+    The frequencies of dynamic and longrope scaling depend on the largest position of the call. If
+    only the device knows that position, and for dynamic scaling beyond the trained length, the call
+    computes one row per token on the device, in float64, without synchronizing. Any position is
+    valid then, and `reserve` is not needed.
 
     Args:
         head_dim: D.
-        rotary_dim: R, even; None for all lanes from rotary_offset on.
-        rotary_offset: the first rotated lane.
-        max_seq_len: the fewest rows M of a table.
+        rotary_dim: R, even; None for all elements from rotary_offset on.
+        rotary_offset: the first rotated element.
+        max_seq_len: the minimum number of rows M of a table.
         base: base of the frequencies ("rope_theta").
         scaling: a mapping with "rope_type" and its keys, as in Hugging Face configs; see
             `fused_rope.frequencies.frequencies`.
         layout: "bshd", "bhsd" or "sbhd" for 4-D inputs, "thd" for packed 3-D ones.
-        interleaved: pairs are neighbours (GPT-J) instead of halves (GPT-NeoX, Llama).
-        blocks: rotate halves inside each of this many spans, each with the frequencies of R/blocks
-            lanes.
-        axes: M-RoPE: for each of the P pairs the position axis it follows; see
-            `fused_rope.mrope_axes`.
+        interleaved: pairs are adjacent elements (GPT-J) instead of halves (GPT-NeoX, Llama).
+        blocks: pairs are halves of each of this many spans; each span has the frequencies of
+            R/blocks elements.
+        axes: M-RoPE: the position axis of each of the P pairs; see `fused_rope.mrope_axes`.
         precision: "fp32", or "model" for the roundings of eager Hugging Face.
-        device: where `cos` and `sin` are; None for the default device. Calls elsewhere use, and
-            keep, a copy on the device of q.
+        device: of `cos` and `sin`; None for the default device. Calls on other devices create and
+            keep a copy there.
 
     Attributes:
         cos, sin: float32 [M, P], the longest table that a call has used so far.
-        max_seq_len: the fewest rows M of a table; `reserve` raises it.
+        max_seq_len: the minimum number of rows M of a table; `reserve` raises it.
 
     Raises:
-        ValueError: sizes that do not fit each other, an unknown layout or rope_type, a missing key.
+        ValueError: sizes do not match, the layout or rope_type is unknown, or scaling lacks a key.
 
     Example:
         >>> rope = RotaryEmbedding(64, layout="bhsd")
@@ -79,7 +76,7 @@ class RotaryEmbedding(torch.nn.Module):
         >>> q_next, k_next = rope(q[:, :, :1], k[:, :, :1], offset=100)
     """
 
-    _listed: tuple[int, ...] | None = None
+    _buffer_order: tuple[int, ...] | None = None
 
     __prepare_scriptable__ = refuse_scripting
 
@@ -140,29 +137,30 @@ class RotaryEmbedding(torch.nn.Module):
         max_seq_len: int | None = None,
         device: torch.device | str | None = None,
     ) -> RotaryEmbedding:
-        """The embedding that a Hugging Face config describes, transformers 4.57 or 5.
+        """The embedding that a Hugging Face config of transformers 4.57 or 5 describes.
 
-        It rotates as the model's own code does: frequencies, attention factor, pairing, rotary_dim
-        and axes (docs/from_config.md lists the models). What neither the config nor its model_type
-        determines is an error, never a guess.
-
-        max_seq_len is the config's max_position_embeddings, but at most 2048: tables grow by
-        themselves where the host knows the rows. Positions given as a tensor beyond that need
-        `reserve(rows)` or `max_seq_len`.
+        Frequencies, attention factor, pairing, rotary_dim and axes are those of the model's own
+        code (docs/from_config.md lists the models). If neither the config nor its model_type
+        determines one of them, that is an error.
 
         Args:
             hf_config: a config with rope_parameters, or with rope_theta and rope_scaling, or its
                 `to_dict()`. Of a composed config pass the part that rotates, `config.text_config`.
-            layer_type: which of the config's layer types, where their rotary parameters differ.
+            layer_type: one of the config's layer types, if their rotary parameters differ.
             layout: order of q's and k's dimensions.
-            interleaved: pairs are neighbors (True) or halves (False); None for the pairing of the
-                config's model_type. A model_type that is not one of transformers' needs it.
-            max_seq_len: the fewest rows of a table.
-            device: where `cos` and `sin` are; None for the default device.
+            interleaved: pairs are adjacent elements (True) or halves (False); None for the pairing
+                of the config's model_type. Required if transformers has no such model_type.
+            max_seq_len: the minimum number of rows of a table; None for the smaller of the config's
+                max_position_embeddings and 2048. A tensor of larger positions needs
+                `reserve(rows)`.
+            device: of `cos` and `sin`; None for the default device.
+
+        Returns:
+            A RotaryEmbedding.
 
         Raises:
-            ValueError: as the constructor; the config has no rotary parameters, or several models
-                or layer types of which none is named; an unknown model_type, rope_type or key of
+            ValueError: as the constructor; the config has no rotary parameters, or has several
+                models or layer types and none is named; an unknown model_type, rope_type or key of
                 the rotary parameters; a rotation that this module does not compute.
 
         Example:
@@ -174,7 +172,7 @@ class RotaryEmbedding(torch.nn.Module):
             hf_config, layer_type, interleaved=interleaved, max_seq_len=max_seq_len
         )
         rope = cls(layout=layout, device=device, **arguments)
-        rope._listed = listed_order(hf_config)
+        rope._buffer_order = buffer_order(hf_config)
         return rope
 
     @overload
@@ -208,16 +206,20 @@ class RotaryEmbedding(torch.nn.Module):
         offset: int | Tensor = 0,
         cu_seqlens: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """q and k rotated; neither is changed.
+        """Rotates q and k out of place.
 
         Args:
             q: [B, S, H, D] in the order of `layout`, or [T, H, D]; any float dtype.
             k: as q, with any number of heads; None for query-only layers.
             positions: int32 or int64, [S], [1, S], [B, S] or [T], [1, T]; -1 means no rotation.
-                With axes, a leading axis A before these; without it all axes share the positions.
-                What could be [A, S] as well as [B, S] is read as [B, S].
-            offset: tokens before these, an int, or an int tensor [B] or [N].
-            cu_seqlens: int32 or int64 [N + 1], "thd" only: where the packed sequences begin.
+                With axes, a leading dimension A before these; without it all axes share the
+                positions. A shape that could be [A, S] or [B, S] is read as [B, S].
+            offset: the number of tokens before these: an int, or an int32 or int64 tensor [B]
+                ([N] with cu_seqlens).
+            cu_seqlens: int32 or int64 [N + 1], "thd" only: the start of each packed sequence.
+
+        Returns:
+            q and k rotated, or q rotated if k is None.
 
         Raises:
             ValueError, TypeError, IndexError: as `fused_rope.rotate_qk`.
@@ -240,12 +242,12 @@ class RotaryEmbedding(torch.nn.Module):
         axes = None if self.axes is None else self._axes_of(positions, q)
         pair = self._tables.pair(rows, q)
         if pair is None and (q.numel() == 0 or (cu_seqlens is not None and self.layout != "thd")):
-            pair = self._tables.longest()  # nothing to rotate, or the operator refuses the call
+            pair = self._tables.longest()  # the operator returns or raises without reading it
         if pair is None:
             with fake_mode_of(q):
                 tokens = shape[self._sequence_dim]
                 positions = _positions(positions, offset, cu_seqlens, tokens, q.device)
-                pair, positions = self._tables.frequencies.own_table(positions)
+                pair, positions = self._tables.frequencies.per_token_table(positions)
             offset, cu_seqlens = 0, None
         options = (
             self.layout,
@@ -265,11 +267,19 @@ class RotaryEmbedding(torch.nn.Module):
         return rotated
 
     def reserve(self, rows: int) -> None:
-        """Makes tables have at least `rows` rows, and the one for `device` exist.
+        """Raises max_seq_len to at least `rows`, and builds that table on the module's device.
 
-        Needed before positions, cu_seqlens or a tensor offset that lead beyond max_seq_len, before
+        Required if positions, cu_seqlens or a tensor offset ask for rows beyond max_seq_len, before
         export, and before a CUDA graph is captured. Recommended before torch.compile: compiled code
-        that has to grow a table builds one for each module.
+        that grows a table builds one for each module.
+
+        Args:
+            rows: the number of rows, such as the longest sequence.
+
+        Example:
+            >>> rope = RotaryEmbedding(64)
+            >>> rope.reserve(8192)
+            >>> q = rope(torch.randn(1, 1, 8, 64), positions=torch.tensor([8191]))
         """
         self._tables.reserve(rows)
 
@@ -280,8 +290,8 @@ class RotaryEmbedding(torch.nn.Module):
             f"max_seq_len={self.max_seq_len}",
         ]
         parts += [f"base={self.base:g}", f"layout={self.layout!r}"]
-        for name, usual in _USUAL.items():
-            if getattr(self, name) != usual:
+        for name, default in _DEFAULTS.items():
+            if getattr(self, name) != default:
                 parts.append(f"{name}={getattr(self, name)!r}")
         return ", ".join(parts)
 
@@ -289,7 +299,7 @@ class RotaryEmbedding(torch.nn.Module):
     def _inv_freq(self) -> Tensor:
         """The frequencies of one block, in the order of the model's own buffer."""
         inv_freq = self._tables.frequencies.inv_freq[: self.rotary_dim // 2 // self.blocks]
-        return inv_freq if self._listed is None else inv_freq[list(self._listed)]
+        return inv_freq if self._buffer_order is None else inv_freq[list(self._buffer_order)]
 
     def _check(self) -> None:
         D, R, o = self.head_dim, self.rotary_dim, self.rotary_offset
@@ -306,7 +316,7 @@ class RotaryEmbedding(torch.nn.Module):
             )
         if self.axes is not None and len(self.axes) != R // 2:
             raise ValueError(
-                f"RotaryEmbedding: expected axes of P={R // 2} ints, got {len(self.axes)}"
+                f"RotaryEmbedding: expected axes of P={R // 2} ints, got {len(self.axes)} ints"
             )
         if self.layout not in ("bshd", "bhsd", "sbhd", "thd"):
             raise ValueError(
@@ -314,7 +324,7 @@ class RotaryEmbedding(torch.nn.Module):
             )
 
     def _axes_of(self, positions: Tensor | None, q: Tensor) -> tuple[int, ...] | None:
-        """The axes to hand on: none where one position serves them all."""
+        """The axes to pass on; None if all of them share their positions."""
         if self.axes is None or positions is None or positions.dim() < 2:
             return None
         batch = 1 if self._batch_dim is None else q.shape[self._batch_dim]
@@ -322,11 +332,11 @@ class RotaryEmbedding(torch.nn.Module):
         return None if one_for_all else self.axes
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryEmbedding:
-        """Follows moves, not casts."""
+        """Moves the tables; casts do not apply to them."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         try:
             device = fn(torch.empty(0, device=self._tables.device)).device
-        except NotImplementedError:  # there is nothing to copy out of meta
+        except NotImplementedError:  # fn copies, and meta tensors have no data
             return self
         if device != self._tables.device:
             self._tables.move(device)
@@ -337,28 +347,18 @@ def _positions(
     positions: Tensor | None,
     offset: int | Tensor,
     cu_seqlens: Tensor | None,
-    tokens: int,
+    S: int,
     device: torch.device,
 ) -> Tensor:
-    """The position of every token as the operator finds it, offset added; -1 for no rotation."""
+    """The row that each token would read, offset added; -1 for no rotation."""
     for name, given in (("positions", positions), ("offset", offset), ("cu_seqlens", cu_seqlens)):
         if isinstance(given, Tensor) and given.dtype not in (torch.int32, torch.int64):
             raise TypeError(
                 f"RotaryEmbedding: expected {name} of dtype int32 or int64, got {given.dtype}"
             )
-    counted = torch.arange(tokens, device=device)
-    skipped = None if positions is None else positions == -1
-    if cu_seqlens is not None:
-        starts = cu_seqlens.long()
-        sequence = torch.searchsorted(starts, counted, right=True) - 1
-        sequence = sequence.clamp(max=starts.shape[0] - 2)
-        padding = counted >= starts[-1]
-        skipped = padding if skipped is None else skipped | padding
-        counted = counted - starts[sequence]
-        offset = offset[sequence] if isinstance(offset, Tensor) else offset
-    elif isinstance(offset, Tensor):
-        offset = offset[:, None]
-    found = (counted if positions is None else positions.long()) + offset
-    # A sum that is no row must not look like -1: the operator is to refuse it.
-    found = torch.where(found < 0, found.clamp(max=-2), found)
-    return found if skipped is None else torch.where(skipped, -1, found)
+    row, skip = table_rows(
+        S, positions=positions, offset=offset, cu_seqlens=cu_seqlens, device=device
+    )
+    # The operator must refuse a negative row and not take it for -1, no rotation.
+    row = torch.where(row < 0, row.clamp(max=-2), row)
+    return torch.where(skip, -1, row)

@@ -1,11 +1,9 @@
 """Inverse frequencies of every scaling, and the axes of M-RoPE.
 
-Pair j of the token at position m turns by `m * inv_freq[j]`; RoFormer (Su et al., 2021) takes
-`inv_freq[j] = base ** (-2j/R)`. The other kinds stretch these, so that a model reads longer texts
-than it was trained on. All are computed in float64 on the host, out of reach of default dtypes,
-default devices and autocast.
-
-Letters: R rotary_dim, P = R/2 pairs, M table rows, A position axes.
+Pair j of the token at position m rotates by `m * inv_freq[j]`. RoFormer (Su et al., 2021) has
+`inv_freq[j] = base ** (-2j/R)`; the other kinds stretch these, so that a model reads longer texts
+than it was trained on. All are computed in float64 on the host, so that default dtypes, default
+devices and autocast have no effect.
 """
 
 from __future__ import annotations
@@ -30,10 +28,10 @@ def frequencies(
     *,
     rows: int | None = None,
 ) -> tuple[Tensor, float]:
-    """The inverse frequencies of R lanes, and the factor that scales cosine and sine.
+    """The inverse frequencies of R elements, and the factor that scales cosine and sine.
 
-    Keys and meaning follow Hugging Face's `rope_scaling` and `rope_parameters`, and the values
-    equal those of its `ROPE_INIT_FUNCTIONS` to float32 rounding.
+    The keys are those of Hugging Face's `rope_scaling` and `rope_parameters`, and the values equal
+    those of its `ROPE_INIT_FUNCTIONS` to float32 rounding.
 
     Args:
         rotary_dim: R, even.
@@ -55,16 +53,16 @@ def frequencies(
             axial            (the frequencies of R/2 elements, once for each of two axes)
             ===============  =====================================================================
 
-            Every kind but dynamic and longrope takes pair_order too, P ints: pair j then has the
-            frequency of number pair_order[j].
-        rows: how many positions are in use; only dynamic and longrope depend on it. None means no
-            more than original_max_position_embeddings.
+            All kinds except dynamic and longrope also take pair_order, P ints: pair j then has
+            frequency pair_order[j].
+        rows: the number of positions in use; only dynamic and longrope depend on it. None means at
+            most original_max_position_embeddings.
 
     Returns:
         inv_freq, float64 [P] on the CPU, and the attention factor.
 
     Raises:
-        ValueError: an odd R, an unknown rope_type, a missing key, or a key of the wrong length.
+        ValueError: R is odd, rope_type is unknown, a key is missing or has the wrong length.
 
     Example:
         >>> inv_freq, factor = frequencies(128, 500000.0, {"rope_type": "linear", "factor": 4.0})
@@ -83,7 +81,7 @@ def frequencies(
 
 
 def rope_type(scaling: Scaling) -> str:
-    """The kind that `scaling` names, by its present key or by its old one, "type"."""
+    """The kind that `scaling` names, by the key "rope_type" or the older "type"."""
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     kind = _ALIASES.get(kind, kind)
     if kind not in _KINDS:
@@ -93,19 +91,19 @@ def rope_type(scaling: Scaling) -> str:
 
 
 def mrope_axes(sections: Sequence[int], interleaved: bool = False) -> tuple[int, ...]:
-    """Which position axis each pair reads its row from, for `axes` of `fused_rope.rotate`.
+    """The position axis of each pair, for the `axes` of `fused_rope.rotate` (M-RoPE).
 
     Args:
-        sections: pairs of each of the A axes, P in all.
+        sections: the number of pairs of each of the A axes, P in total.
         interleaved: False for Qwen2-VL's order (the first sections[0] pairs read axis 0, the next
-            sections[1] axis 1, ...), True for Qwen3-VL's (pair j reads axis j mod A while
+            sections[1] axis 1, ...), True for Qwen3-VL's (pair j reads axis j mod A if
             j < A * sections[j mod A], else axis 0).
 
     Returns:
         P ints in [0, A).
 
     Raises:
-        ValueError: no section, or one that is negative.
+        ValueError: sections is empty or has a negative number.
 
     Example:
         >>> mrope_axes([2, 1, 1])
@@ -132,7 +130,7 @@ def _reordered(kind: str, inv_freq: list[float], order: Sequence[int]) -> list[f
 
 
 class _Keys:
-    """The entries of one scaling; a missing one is the caller's mistake and is named."""
+    """The entries of one scaling; the error for a missing one names it."""
 
     def __init__(self, kind: str, scaling: Scaling) -> None:
         self.kind = kind
@@ -156,7 +154,7 @@ class _Keys:
 
 
 def _series(R: int, base: float) -> list[float]:
-    return [1.0 / base ** (lane / R) for lane in range(0, R, 2)]
+    return [1.0 / base ** (element / R) for element in range(0, R, 2)]
 
 
 def _default(R: int, base: float, keys: _Keys, rows: int | None) -> _Frequencies:
@@ -170,7 +168,7 @@ def _linear(R: int, base: float, keys: _Keys, rows: int | None) -> _Frequencies:
 
 
 def _dynamic(R: int, base: float, keys: _Keys, rows: int | None) -> _Frequencies:
-    """NTK-aware scaling of the base, from the first row past the original length on."""
+    """NTK-aware scaling of the base, for rows beyond the original length."""
     factor = keys.need("factor")
     trained = keys.need("original_max_position_embeddings")
     stretch = factor * max(rows or 0, trained) / trained - (factor - 1)
@@ -178,15 +176,16 @@ def _dynamic(R: int, base: float, keys: _Keys, rows: int | None) -> _Frequencies
 
 
 def _yarn(R: int, base: float, keys: _Keys, rows: int | None) -> _Frequencies:
-    """YaRN (Peng et al., 2023): slow pairs interpolate, fast ones do not, a ramp lies between."""
+    """YaRN (Peng et al., 2023): interpolates slow pairs, keeps fast ones, blends those between."""
     factor = keys.need("factor")
     trained = keys.need("original_max_position_embeddings")
 
-    def pair_that_turns(times: float) -> float:
-        return R * math.log(trained / (times * 2 * math.pi)) / (2 * math.log(base))
+    def pair_with(rotations: float) -> float:
+        """The pair that rotates so often over the trained length, as a fraction."""
+        return R * math.log(trained / (rotations * 2 * math.pi)) / (2 * math.log(base))
 
-    low = pair_that_turns(keys.get("beta_fast") or 32)
-    high = pair_that_turns(keys.get("beta_slow") or 1)
+    low = pair_with(keys.get("beta_fast") or 32)
+    high = pair_with(keys.get("beta_slow") or 1)
     if keys.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, R - 1)
@@ -212,7 +211,7 @@ def _yarn_attention_factor(factor: float, keys: _Keys) -> float:
 
 
 def _longrope(R: int, base: float, keys: _Keys, rows: int | None) -> _Frequencies:
-    """LongRoPE (Ding et al., 2024): a searched factor for each pair, others for long texts."""
+    """LongRoPE (Ding et al., 2024): a searched factor for each pair, and others for long texts."""
     trained = keys.need("original_max_position_embeddings")
     lists = {key: keys.need_list(key, R // 2) for key in ("short_factor", "long_factor")}
     stretch = lists["long_factor" if (rows or 0) > trained else "short_factor"]
@@ -225,44 +224,47 @@ def _longrope(R: int, base: float, keys: _Keys, rows: int | None) -> _Frequencie
 
 
 def _llama3(R: int, base: float, keys: _Keys, rows: int | None) -> _Frequencies:
-    """Llama 3.1: long waves interpolate, short ones do not, a blend by wavelength lies between."""
+    """Llama 3.1: interpolates slow pairs, keeps fast ones, blends those between by wavelength."""
     factor = keys.need("factor")
     slow, fast = keys.need("low_freq_factor"), keys.need("high_freq_factor")
     trained = keys.need("original_max_position_embeddings")
     inv_freq = []
     for f in _series(R, base):
-        turns = trained * f / (2 * math.pi)
+        rotations = trained * f / (2 * math.pi)
         if fast > slow:
-            kept = min(max((turns - slow) / (fast - slow), 0.0), 1.0)
-        else:  # nothing to blend, as in transformers
-            kept = 1.0 if turns >= slow else 0.0
+            kept = min(max((rotations - slow) / (fast - slow), 0.0), 1.0)
+        else:  # no blend, as in transformers
+            kept = 1.0 if rotations >= slow else 0.0
         inv_freq.append((1 - kept) * f / factor + kept * f)
     return inv_freq, 1.0
 
 
 def _proportional(R: int, base: float, keys: _Keys, rows: int | None) -> _Frequencies:
-    """p-RoPE (Gemma 4): only the fastest pairs turn, with the series of all R lanes."""
-    turning = int(keys.get("partial_rotary_factor", 1.0) * R // 2)
+    """p-RoPE (Gemma 4): only the fastest pairs rotate, with the series of all R elements."""
+    rotating = int(keys.get("partial_rotary_factor", 1.0) * R // 2)
     factor = keys.get("factor", 1.0)
-    return [f / factor if j < turning else 0.0 for j, f in enumerate(_series(R, base))], 1.0
+    return [f / factor if j < rotating else 0.0 for j, f in enumerate(_series(R, base))], 1.0
 
 
 def _half_truncated(R: int, base: float, keys: _Keys, rows: int | None) -> _Frequencies:
-    """modded-nanogpt: R/4 frequencies whose last is 1/base, and R/4 pairs that do not turn."""
-    turning = _quarter(R, keys)
-    step = 1 / max(turning - 1, 1)
-    return [(1.0 / base) ** (j * step) for j in range(turning)] + [0.0] * turning, 1.0
+    """modded-nanogpt: R/4 frequencies whose last is 1/base, and R/4 pairs that do not rotate."""
+    rotating = _quarter(R, keys)
+    step = 1 / max(rotating - 1, 1)
+    return [(1.0 / base) ** (j * step) for j in range(rotating)] + [0.0] * rotating, 1.0
 
 
 def _axial(R: int, base: float, keys: _Keys, rows: int | None) -> _Frequencies:
-    """2-D vision: rows and columns, told apart by `axes`, share the frequencies of R/2 lanes."""
+    """2-D vision: rows and columns (`axes`) have the same frequencies, those of R/2 elements."""
     _quarter(R, keys)
     return _series(R // 2, base) * 2, 1.0
 
 
 def _quarter(R: int, keys: _Keys) -> int:
     if R % 4:
-        raise ValueError(f"frequencies: rope_type {keys.kind!r} needs rotary_dim in fours, got {R}")
+        raise ValueError(
+            f"frequencies: rope_type {keys.kind!r} needs a rotary_dim R that is a multiple of 4, "
+            f"got {R}"
+        )
     return R // 4
 
 
@@ -277,5 +279,5 @@ _KINDS: dict[str, Callable[[int, float, _Keys, int | None], _Frequencies]] = {
     "half_truncated": _half_truncated,
     "axial": _axial,
 }
-# Old configs name M-RoPE as a scaling ("mrope") and LongRoPE by its first name ("su").
+# Older configs call M-RoPE a scaling ("mrope") and LongRoPE "su".
 _ALIASES = {"mrope": "default", "su": "longrope"}

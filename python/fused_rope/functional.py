@@ -1,8 +1,15 @@
-"""The operators as typed functions, and the table they read.
+"""The operators as typed functions, and the table that they read.
 
-Letters: B batch, S sequence length, T tokens of a packed batch, N its sequences, H (Hq, Hk) heads,
-D head_dim, R rotary_dim, P = R/2 pairs, M table rows. `fused_rope.reference` says the same in plain
-PyTorch.
+The docstrings, comments and messages of the package write shapes with these letters:
+
+    B  batch                               D  head_dim
+    S  sequence length                     R  rotary_dim, the rotated elements of a head
+    T  tokens of a packed batch            P  pairs, R/2
+    N  sequences in a packed batch         o  rotary_offset, the first rotated element
+    H  heads; Hq of queries, Hk of keys    M  table rows
+    A  position axes of M-RoPE
+
+`fused_rope.reference` implements the same functions in pure PyTorch.
 """
 
 from __future__ import annotations
@@ -18,8 +25,8 @@ from . import _C, _functorch
 
 _ops = torch.ops.fused_rope
 _in_dynamo = torch.compiler.is_dynamo_compiling
-# Set by fused_rope.distributed: makes the other arguments of a call with DTensors suit them.
-suit_dtensors: Callable[..., Any] | None = None
+# fused_rope.distributed sets this: it adapts the other arguments of a call to DTensors.
+adapt_to_dtensors: Callable[..., Any] | None = None
 
 
 def rotate(
@@ -41,60 +48,59 @@ def rotate(
     out: Tensor | None = None,
     out_rows: Tensor | None = None,
 ) -> Tensor:
-    """Rotates pairs of lanes of every head by the angle of its token (RoFormer, arXiv:2104.09864).
+    """Rotates the pairs of elements of each head by the angle of its token.
 
-    For pair j of a token that reads table row m, with c = cos[m, j] and s = sin[m, j] (negated when
-    `inverse`)::
+    This is the rotary position embedding of RoFormer (arXiv:2104.09864). For pair j of a token that
+    reads table row m, with c = cos[m, j] and s = sin[m, j] (negated if `inverse`)::
 
         out[a] = x[a] * c - x[b] * s
         out[b] = x[b] * c + x[a] * s
 
     where b = a + P (the default, as in Llama), b = a + 1 (`interleaved`, as in GPT-J) or
-    b = a + P / blocks. Lanes outside [rotary_offset, rotary_offset + R) are copied bit for bit.
-    With half lanes, R = D and a table row for each token this is the fused form of::
+    b = a + P / blocks. Elements outside [rotary_offset, rotary_offset + R) are copied bit for bit.
+    With the default pairs, R = D and one table row per token, this is the fused form of::
 
         c, s = (torch.cat([t, t], -1)[None, :, None] for t in (cos, sin))
         x1, x2 = x.chunk(2, -1)
         out = x * c + torch.cat([-x2, x1], -1) * s
 
     Args:
-        x: float16, bfloat16, float32 or float64, any strides, in the order that `layout` names.
+        x: float16, bfloat16, float32 or float64, [B, S, H, D] in the order that `layout` names, or
+            [T, H, D]. Any strides.
         cos, sin: tables of one floating dtype, any strides: shared [M, P], per token [B or 1, S, P]
-            or per token and head [B or 1, S, H, P]; 2P columns where `table_layout` says so. R is
-            2P.
+            or per token and head [B or 1, S, H, P]; 2P columns if `table_layout` says so. R is 2P.
         layout: "bshd", "bhsd", "sbhd" (4-D) or "thd" (packed sequences, 3-D).
         table_layout: the columns of cos and sin. "half": P, one for each pair. "tiled": 2P, the
             second half a copy of the first (Hugging Face's cat(freqs, freqs)). "repeated": 2P,
             each number twice in succession (repeat_interleave, as in diffusers). The copies are
-            never read: they have no effect, and their gradient is 0.
+            not read: they have no effect, and their gradient is 0.
         positions: the row of a shared table that each token reads, int32 or int64, [S], [1, S] or
-            [B, S] ([T] for "thd"), with a leading axis A beside `axes`; -1 copies the token
-            through. Without it, row i for token i.
-        offset: added to every position: an int, or an int32 or int64 tensor [B] ([N] beside
+            [B, S] ([T] or [1, T] for "thd"), after a leading dimension A if `axes` is given. -1
+            copies the token unchanged. None: token i reads row i.
+        offset: added to every position: an int, or an int32 or int64 tensor [B] ([N] with
             `cu_seqlens`).
-        cu_seqlens: int32 or int64 [N + 1], where each packed sequence starts; tokens count from the
-            start of their own. Tokens past cu_seqlens[-1] are padding and copied through.
+        cu_seqlens: int32 or int64 [N + 1], the start of each packed sequence; token indices count
+            from there. Tokens past cu_seqlens[-1] are padding and copied unchanged.
         axes: P ints: pair j reads its row from positions[axes[j]] (M-RoPE; see `mrope_axes`).
-        rotary_offset: the first rotated lane.
-        interleaved: members of a pair are neighbours.
-        blocks: halves inside each of `blocks` equal spans of the rotated lanes; divides P.
-        inverse: rotate backward.
+        rotary_offset: the first rotated element.
+        interleaved: the two elements of a pair are adjacent.
+        blocks: pairs are halves of each of `blocks` equal spans of the rotated elements; divides P.
+        inverse: apply the inverse rotation.
         precision: "fp32" computes in float32 (float64 for float64) and rounds once; "model" rounds
-            the table, the products and the sum to x's dtype, as eager PyTorch does in it.
-        out: memory for the result: x's shape and dtype, any strides. Takes no part in autograd.
+            the table, the products and the sum to x's dtype, as eager PyTorch does.
+        out: memory for the result, of x's shape and dtype, any strides. Does not support autograd.
         out_rows: int32 or int64 [B, S] or [T]: `out` is [rows, H, D], and token i is written to row
-            out_rows[i], or nowhere where that is -1.
+            out_rows[i], or nowhere if that is -1.
 
     Returns:
         A tensor of x's shape and dtype, or `out`. Differentiable in x, cos and sin.
 
     Raises:
-        ValueError: shapes, devices and values that do not fit, rows known on the host that the
-            table does not have.
-        TypeError: dtypes.
-        IndexError: rows read from a tensor that the table does not have (on CUDA a device-side
-            assertion).
-        RuntimeError: `out` beside tensors that require grad, or whose memory overlaps.
+        ValueError: shapes, devices or values do not match, or the table lacks a row that the host
+            knows to be needed.
+        TypeError: an unsupported dtype, or not a tensor.
+        IndexError: the table lacks a row that a tensor asks for (on CUDA a device-side assertion).
+        RuntimeError: `out` with inputs that require grad, or memory that overlaps.
 
     Example::
 
@@ -140,15 +146,21 @@ def rotate_(
     inverse: bool = False,
     precision: str = "fp32",
 ) -> Tensor:
-    """Rotates x in place and returns it; lanes outside the span and tokens copied through are not
-    touched.
+    """Rotates x in place and returns it.
 
-    Arguments, shapes and errors are those of `rotate`. Works in autograd, also on views such as
-    slices of a packed QKV tensor.
+    Elements outside the rotated span, padding and tokens at position -1 are not written. Autograd
+    works, also on views such as slices of a packed QKV tensor.
+
+    Args:
+        x: as in `rotate`, and so are all other arguments.
+
+    Returns:
+        x.
 
     Raises:
-        RuntimeError: what autograd forbids, before x is touched: a leaf that requires grad or a
-            view of one, one of several views made by one call (split, unbind), an expanded tensor.
+        ValueError, TypeError, IndexError: as `rotate`.
+        RuntimeError: x is a leaf that requires grad or a view of one, one of several views made by
+            one call (split, unbind), or expanded. Raised before x is written.
 
     Example::
 
@@ -191,12 +203,21 @@ def rotate_qk(
     out: tuple[Tensor, Tensor] | None = None,
     out_rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Rotates q and k by one table in one launch; any head counts, each tensor with strides of its
-    own.
+    """Rotates q and k by one table in one launch.
 
-    Arguments, shapes and errors are those of `rotate`, with q [B, S, Hq, D] and k [B, S, Hk, D] in
-    the order that `layout` names. `out` is a pair of tensors, and `out_rows` concerns k's: a decode
-    step rotates q and writes k straight into its slots of a paged cache.
+    Args:
+        q, k: [B, S, Hq, D] and [B, S, Hk, D] in the order that `layout` names, or [T, Hq, D] and
+            [T, Hk, D]. One dtype and device; any head counts, any strides.
+        out: memory for the two results. Does not support autograd.
+        out_rows: as in `rotate`, for k: a decode step rotates q and writes k directly into its
+            slots of a paged cache.
+        cos, sin and the rest: as in `rotate`.
+
+    Returns:
+        q and k rotated, of their shapes and dtype, or `out`.
+
+    Raises:
+        ValueError, TypeError, IndexError, RuntimeError: as `rotate`.
 
     Example::
 
@@ -217,7 +238,7 @@ def rotate_qk(
     )
     if out is not None:
         if isinstance(out, Tensor) or len(out) != 2:
-            got = "one tensor" if isinstance(out, Tensor) else f"{len(out)} of them"
+            got = "one tensor" if isinstance(out, Tensor) else f"{len(out)} tensors"
             raise TypeError(f"rotate_qk: expected out to be a pair of tensors, got {got}")
         call(
             "rotate_qk_out",
@@ -255,8 +276,15 @@ def rotate_qk_(
 ) -> tuple[Tensor, Tensor]:
     """Rotates q and k in place, in one launch, and returns them.
 
-    Arguments and errors are those of `rotate_qk` and `rotate_`; q and k may be slices of one packed
-    tensor, but must not overlap.
+    Args:
+        q, k: as in `rotate_qk`, and so are all other arguments. They may be slices of one packed
+            tensor, but must not overlap.
+
+    Returns:
+        q and k.
+
+    Raises:
+        ValueError, TypeError, IndexError, RuntimeError: as `rotate_qk` and `rotate_`.
 
     Example::
 
@@ -288,28 +316,29 @@ def cos_sin_table(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin of row * inv_freq[j], times scale, for rows first, first + 1, ..., first + rows -
-    1.
+    """cos and sin of row * inv_freq[j], times scale, for `rows` consecutive rows.
 
-    Always built on the host from float64 angles whose rounding error is compensated: right to 1
-    float32 ulp of the true cosine and sine for every row up to 2^31, and the same bits on every
-    device. Copied to a device without waiting for it. Autocast, default dtypes and inference mode
-    do not matter.
+    The table is computed on the host from float64 angles whose rounding error is compensated. It is
+    within 1 float32 ulp of the true cosine and sine for every row up to 2^31 and bitwise identical
+    on every device. The copy to a device is asynchronous. Autocast, default dtypes and inference
+    mode have no effect.
 
     Args:
-        inv_freq: [P], any floating dtype; float64 keeps far rows right. Radians per row. It gets no
-            gradient: learned frequencies make their table with PyTorch's own cos and sin.
-        rows: how many rows.
+        inv_freq: [P], any floating dtype, in radians per row; only float64 is exact enough for far
+            rows. It gets no gradient: compute a table of learned frequencies with torch.cos and
+            torch.sin.
+        rows: the number of rows.
         first: the first row; first + rows is at most 2^31 + 1.
         scale: the attention factor of YaRN or longrope.
         dtype: float16, bfloat16, float32 or float64.
-        device: inv_freq's where None.
+        device: of the result; None for inv_freq's.
 
     Returns:
         cos [rows, P] and sin [rows, P].
 
     Raises:
-        ValueError: shapes and values. TypeError: dtypes.
+        ValueError: inv_freq is not 1-D, or first and rows are out of range.
+        TypeError: inv_freq is not floating, or another dtype.
 
     Example::
 
@@ -346,14 +375,16 @@ def call(
     options: tuple[Any, ...],
     out_rows: Tensor | None = None,
 ) -> Any:
-    """The one route to operator `name`: eager calls go straight to C++, all others on from here.
+    """Calls operator `name`: dispatches to the eager, compiled, DTensor or torch.func path.
+
+    An eager call on plain tensors ends in the C++ entry, before any other path is considered.
 
     Args:
         tensors: x, or q and k; cos, sin; the outputs.
         options: layout, axes, rotary_offset, interleaved, blocks, inverse, precision, table_layout.
     """
     if out_rows is not None and not name.endswith("_out"):
-        raise ValueError(f"{name}: expected out beside out_rows, got none")
+        raise ValueError(f"{name}: expected out with out_rows, got out=None: pass both")
     if not _in_dynamo():
         done = getattr(_C, name)(*tensors, positions, offset, cu_seqlens, out_rows, options)
         if done is not NotImplemented:
@@ -361,8 +392,8 @@ def call(
         transform = torch._C._functorch.peek_interpreter_stack()
         if transform is not None and transform.key() != TransformType.Functionalize:
             return _functorch.call(call, name, tensors, (positions, offset, cu_seqlens), options)
-    if suit_dtensors is not None:
-        tensors, positions, offset, cu_seqlens = suit_dtensors(
+    if adapt_to_dtensors is not None:
+        tensors, positions, offset, cu_seqlens = adapt_to_dtensors(
             name, tensors, positions, offset, cu_seqlens, options[0]
         )
     number, offsets = (0, offset) if isinstance(offset, Tensor) else (offset, None)
@@ -380,7 +411,7 @@ def call(
 
 
 def nested_error(operator: str) -> TypeError:
-    """The error of `operator` for a nested tensor."""
+    """The error that `operator` raises for a nested tensor."""
     return TypeError(
         f"{operator}: expected dense tensors, got a nested tensor: pass the values() of a jagged "
         'one with layout="thd" and its offsets() as cu_seqlens'
@@ -388,7 +419,7 @@ def nested_error(operator: str) -> TypeError:
 
 
 def refuse_scripting(module: torch.nn.Module) -> NoReturn:
-    """The `__prepare_scriptable__` of modules that torch.jit.script cannot compile."""
+    """The `__prepare_scriptable__` of modules: torch.jit.script cannot compile them."""
     raise RuntimeError(
         f"{type(module).__name__}: torch.jit.script cannot compile this module: use torch.compile "
         "or torch.export, or call torch.ops.fused_rope with a table"
@@ -396,7 +427,7 @@ def refuse_scripting(module: torch.nn.Module) -> NoReturn:
 
 
 class _Unscriptable:
-    """Stands for an operator in TorchScript's table of builtins and raises when it is looked up."""
+    """An entry of TorchScript's table of builtins that raises when torch.jit.script reads it."""
 
     def __init__(self, name: str) -> None:
         self._name = name

@@ -1,11 +1,9 @@
 """The arguments of `RotaryEmbedding` that a Hugging Face config describes.
 
-A config states base, scaling and sizes. Which elements its model pairs, which axis a pair follows
-and which keys it ignores is in the model's code. `_FAMILIES` states this for every `model_type`
-with a rotary embedding in transformers 4.57 and 5.17; docs/from_config.md is the comparison with
-the models' own modules. What neither the config nor the table states is a ValueError.
-
-Letters: D head_dim, R rotary_dim, P = R/2 pairs.
+A config states base, scaling and sizes. The pairing, the axis of each pair and the keys that are
+ignored are decided by the model's code. `_FAMILIES` states them for every `model_type` with a
+rotary embedding in transformers 4.57 and 5.17; docs/from_config.md compares the results with the
+models' own modules. What neither the config nor `_FAMILIES` states is a ValueError.
 """
 
 from __future__ import annotations
@@ -16,9 +14,9 @@ from typing import Any
 
 from .frequencies import mrope_axes
 
-__all__ = ["config_arguments", "listed_order"]
+__all__ = ["buffer_order", "config_arguments"]
 
-_FIRST_ROWS = 2048
+_MAX_DEFAULT_ROWS = 2048
 _KEYS = {
     "default": (),
     "linear": ("factor",),
@@ -37,7 +35,7 @@ _KEYS = {
     "proportional": ("factor",),
 }
 # Read for every rope_type, or by attention and not by the rotation.
-_EVERYWHERE = (
+_COMMON_KEYS = (
     "rope_type",
     "type",
     "rope_theta",
@@ -46,14 +44,14 @@ _EVERYWHERE = (
     "max_position_embeddings",
     "llama_4_scaling_beta",
 )
-_BASES = (
+_BASE_NAMES = (
     "rope_theta",
     "global_rope_theta",
     "rotary_emb_base",
     "rotary_embedding_base",
     "attn_config.rope_theta",
 )
-_WIDTHS = (
+_HEAD_DIM_NAMES = (
     "head_dim",
     "hidden_size / num_attention_heads",
     "hidden_size / num_heads",
@@ -72,16 +70,16 @@ def config_arguments(
     interleaved: bool | None = None,
     max_seq_len: int | None = None,
 ) -> dict[str, Any]:
-    """What a Hugging Face config describes, as keyword arguments of `fused_rope.RotaryEmbedding`.
+    """The keyword arguments of `fused_rope.RotaryEmbedding` that a Hugging Face config describes.
 
     Args:
         config: a config of transformers 4.57 or 5, or its `to_dict()`.
-        layer_type: which of the config's layer types, where their rotary parameters differ.
+        layer_type: one of the config's layer types, if their rotary parameters differ.
         interleaved: the pairing; None for that of the config's model_type.
         max_seq_len: rows of the table; None for the config's length, but at most 2048.
 
     Raises:
-        ValueError: the config leaves something open, or says something that is not known.
+        ValueError: the config lacks an entry, or has an unknown one.
     """
     reader = _Reader(config)
     family = _find_family(reader, interleaved)
@@ -99,8 +97,8 @@ def config_arguments(
     elif family.mscale and kind == "longrope":
         scaling = _phimoe_scaling(reader, stated, scaling)
     axes, layout = _axes(reader, family, kind, stated, R)
-    length = reader.number("max_position_embeddings") or _FIRST_ROWS
-    rows = int(min(length, _FIRST_ROWS)) if max_seq_len is None else max_seq_len
+    length = reader.number("max_position_embeddings") or _MAX_DEFAULT_ROWS
+    rows = int(min(length, _MAX_DEFAULT_ROWS)) if max_seq_len is None else max_seq_len
     return {
         "head_dim": D,
         "rotary_dim": R,
@@ -114,11 +112,11 @@ def config_arguments(
     }
 
 
-def listed_order(config: Any) -> tuple[int, ...] | None:
-    """The pair of each frequency in the buffer of the model's own module, None for their order.
+def buffer_order(config: Any) -> tuple[int, ...] | None:
+    """The pair of each frequency in the buffer of the model's own module; None if in order.
 
-    Ernie 4.5 VL's buffer holds the frequencies of the height axis, then of the width, then of time;
-    height and width alternate in the pairs that it rotates.
+    Ernie 4.5 VL's buffer has the frequencies of height, then of width, then of time, while height
+    and width alternate among the pairs.
     """
     reader = _Reader(config)
     family = _FAMILIES.get(reader.model_type)
@@ -129,33 +127,30 @@ def listed_order(config: Any) -> tuple[int, ...] | None:
     return (*range(0, plane, 2), *range(1, plane, 2), *range(plane, sum(sections)))
 
 
-# --- what a config does not say -------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class _Family:
-    """What the code of one model_type decides.
+    """Properties of a model_type that its code decides, not its config.
 
     Attributes:
-        interleaved: pairs are neighbors.
-        switch: the config's attribute that turns `interleaved` off.
-        partial: the part of D that rotates where the config states none; None where the model reads
+        interleaved: pairs are adjacent elements.
+        switch: the config's attribute that can disable `interleaved`.
+        partial: the fraction of D that rotates if the config states none; None if the model reads
             no partial_rotary_factor.
-        width: attributes that hold D, before the usual ones.
-        whole_width: D is the rotated part alone, which the model splits off before it rotates.
+        width: attributes that hold D, read before `_HEAD_DIM_NAMES`.
+        whole_width: D is only the rotated part, which the model splits off before it rotates.
         trailing: the last R elements of a head rotate.
-        base: where the config has none.
+        base: the base if the config states none.
         local_base: transformers 4's attribute with the base of sliding layers, which have no
             scaling.
         states_rotary_dim: the config's rotary_dim is R.
-        axes: the axis of each pair, by name; see `_axes`. "" for one axis.
-        sections: pairs of each axis where the config states none.
-        needs: an attribute and the value with which the model rotates at all.
-        unrotated: layer types that the model leaves alone.
+        axes: the name of the order of axes; see `_axes`. "" for one axis.
+        sections: pairs of each axis if the config states none.
+        needs: an attribute and the value that it has if the model rotates.
+        unrotated: layer types that do not rotate.
         ignored: keys of the scaling that the model does not read.
         unscaled: the versions whose model reads no scaling, "4" or "4 and 5".
         mscale: short_mscale and long_mscale scale longrope.
-        refused: why there is no RotaryEmbedding for it.
+        refused: the reason if no RotaryEmbedding computes its rotation.
     """
 
     interleaved: bool = False
@@ -182,7 +177,7 @@ def _named(names: str, family: _Family) -> dict[str, _Family]:
 
 
 _HALF = _Family()
-_ANY = _Family(partial=1.0, states_rotary_dim=True)  # of a caller who names the pairing
+_ANY = _Family(partial=1.0, states_rotary_dim=True)  # an unknown model_type with `interleaved`
 _PART = _Family(partial=1.0)
 _INTERLEAVED = _Family(interleaved=True)
 _LATENT = _Family(interleaved=True, width=("qk_rope_head_dim",), whole_width=True)
@@ -244,7 +239,7 @@ _FAMILIES: dict[str, _Family] = {
         _PART,
     ),
     "mimo_v2_flash": _Family(partial=0.334),
-    # Neighbors are pairs.
+    # Interleaved pairs.
     **_named(
         "blt_global_transformer blt_local_encoder blt_local_decoder blt_patcher", _INTERLEAVED
     ),
@@ -271,7 +266,7 @@ _FAMILIES: dict[str, _Family] = {
     ),
     **_named("hy_v4 minicpm3", replace(_LATENT, interleaved=False)),
     "deepseek_v4": _Family(interleaved=True, partial=0.125, trailing=True),
-    # Text among images: the pairs follow several axes.
+    # Text with images: M-RoPE.
     **_named("qwen2_vl_text qwen2_5_vl_text qwen2_5_omni_text paddleocr_vl_text", _CONTIGUOUS),
     "qwen2_5_omni_talker": _CONTIGUOUS,
     **_named("glm4v_text glm_ocr_text", replace(_GLM_IMAGES, interleaved=True)),
@@ -287,7 +282,7 @@ _FAMILIES: dict[str, _Family] = {
     "ernie4_5_vl_moe_text": _Family(interleaved=True, axes=_ERNIE, sections=(22, 22, 20)),
     "cohere_compass_text": _Family(axes="height, then width, then time", sections=(22, 22, 20)),
     "neomme": _Family(partial=1.0, axes="alternating"),
-    # Images: rows and columns.
+    # Images: the axes are rows and columns.
     **_named(
         """
         cohere_compass_vision ernie4_5_vl_moe_vision exaone4_5_vision glm4v_vision glm4v_moe_vision
@@ -303,14 +298,14 @@ _FAMILIES: dict[str, _Family] = {
     "pixtral": _Family(axes="plane, frequencies alternating", base=10000.0),
     "kimi_k25_vision": _Family(axes="plane, columns first, alternating", base=10000.0),
     "gemma4_vision": _Family(axes="blocks", base=100.0),
-    # Not what RotaryEmbedding computes.
+    # Rotations that RotaryEmbedding does not compute.
     **_named("dinov3_vit eomt_dinov3 sapiens2 efficientloftr", _Family(refused=_NOT_POSITIONS)),
     **_named("sam2_video edgetam_video sam3_tracker_video", _Family(refused=_MEMORY)),
     "llama4_vision_model": _Family(refused="the axes of its pairs alternate and count from 1"),
     "musicflamingo": _Family(refused="its angles are products of times, not of positions"),
     "vjepa2": _Family(refused="both elements of its pairs rotate by angles of their own"),
-    "clvp_encoder": _Family(refused="it rotates values too, and a width of its own"),
-    "nanochat": _Family(refused="it rotates the other way (inverse=True of rotate_qk)"),
+    "clvp_encoder": _Family(refused="it also rotates values, with a rotary_dim of its own"),
+    "nanochat": _Family(refused="its rotation is the inverse (inverse=True of rotate_qk)"),
     "hunyuan_vl_text": _Family(refused="the elements of its pairs may follow different axes"),
 }
 
@@ -319,23 +314,24 @@ def _find_family(reader: _Reader, interleaved: bool | None) -> _Family:
     parts = reader.sub_configs()
     model_type = reader.model_type
     if model_type not in _FAMILIES and not any(name.endswith("text_config") for name in parts):
-        # transformers 4 gives vision configs, and old files flat text configs, the whole's name.
+        # In transformers 4 vision configs, and in old files flat text configs, have the model_type
+        # of the whole model.
         model_type += "_vision" if reader.get("vocab_size") is None else "_text"
     family = _FAMILIES.get(model_type)
     if family is None and interleaved is not None and reader.has_rotary_parameters():
         return _ANY
     if family is None and parts:
         listed = " or ".join(f"config.{name}" for name in parts)
-        raise reader.error(f"has several models in it: pass the one that rotates, {listed}")
+        raise reader.error(f"contains several models: pass the one that rotates, {listed}")
     if family is None and not reader.has_rotary_parameters():
         raise reader.error(
-            "has no rotary parameters (rope_parameters, rope_theta): if the model rotates all the "
-            f"same, {_DIRECTLY}"
+            "has no rotary parameters (rope_parameters, rope_theta): if the model rotates "
+            f"nevertheless, {_DIRECTLY}"
         )
     if family is None:
         raise reader.error(
-            "is of an unknown model_type, and which elements its model pairs is not in a config: "
-            "pass interleaved=False (halves, as Llama) or interleaved=True (neighbors, as GPT-J)"
+            "has an unknown model_type, from which the pairing would follow: pass "
+            "interleaved=False (halves, as in Llama) or interleaved=True (as in GPT-J)"
         )
     if family.refused:
         raise reader.error(
@@ -346,15 +342,12 @@ def _find_family(reader: _Reader, interleaved: bool | None) -> _Family:
         if reader.get(name) not in (None, value) or (
             reader.get(name) is None and value is not False
         ):
-            raise reader.error(f"rotates with {name}={value!r} only, got {reader.get(name)!r}")
+            raise reader.error(f"rotates only with {name}={value!r}, got {reader.get(name)!r}")
     return family
 
 
-# --- reading --------------------------------------------------------------------------------------
-
-
 class _Reader:
-    """The entries of a config or of its dict. A missing one is None, a wrong one a ValueError."""
+    """Reads a config or its dict. A missing entry is None, an invalid one a ValueError."""
 
     def __init__(self, source: Any, name: str | None = None) -> None:
         kind = "the dict" if isinstance(source, Mapping) else type(source).__name__
@@ -380,7 +373,7 @@ class _Reader:
             raise self.error(f"has no single {name}, pass layer_type: {error}") from error
 
     def number(self, *names: str) -> float | None:
-        """The first of these that is stated; "a / b" is a whole quotient."""
+        """The first of these that the config has; "a / b" is the integer quotient of two."""
         for name in names:
             parts = [self.checked(part, self.get(part)) for part in name.split(" / ")]
             if None not in parts:
@@ -400,7 +393,7 @@ class _Reader:
         return any(self.get(name) is not None for name in names)
 
     def sub_configs(self) -> tuple[str, ...]:
-        """Names of the configs inside this one, text first."""
+        """Names of the configs in this one, text first."""
         entries = (
             self._source
             if isinstance(self._source, Mapping)
@@ -415,7 +408,7 @@ class _Reader:
         return tuple(sorted(found, key=lambda name: ("text" not in name, name)))
 
     def of_layer_type(self, layer_type: str | None) -> _Reader:
-        """That layer type's own view, where more differs than its rotary parameters (Gemma 4)."""
+        """A reader of that layer type, if more than its rotary parameters differs (Gemma 4)."""
         if layer_type is None:
             return self
         types = list(self.get("layer_types") or ())
@@ -431,7 +424,7 @@ class _Reader:
 
 
 def _rope_parameters(reader: _Reader, family: _Family, layer_type: str | None) -> dict[str, Any]:
-    """The rotary parameters of one layer type, by the names of transformers 5."""
+    """The rotary parameters of one layer type, with the names of transformers 5."""
     known = reader.get("layer_types") or ()
     stated = reader.get("rope_parameters")
     if not stated:
@@ -454,13 +447,13 @@ def _rope_parameters(reader: _Reader, family: _Family, layer_type: str | None) -
             raise reader.error(f"has layers of type {names}, got layer_type={layer_type!r}")
         if stated is None or layer_type in family.unrotated:
             raise reader.error(f"does not rotate in layers of type {layer_type!r}")
-    # transformers 5 looks for `truncate` outside the layer types.
+    # transformers 5 reads `truncate` only outside the layer types.
     dropped = ("truncate",) if by_layer and reader.get("rope_parameters") else ()
     return {k: v for k, v in stated.items() if v is not None and k not in dropped}
 
 
 def _version_4_parameters(reader: _Reader, family: _Family) -> dict[str, Any]:
-    """transformers 4 keeps base, partial factor and longrope's length beside the scaling."""
+    """The same of transformers 4, which has the base and longrope's length outside the scaling."""
     scaling = reader.get("rope_scaling") or {}
     if not isinstance(scaling, Mapping):
         raise reader.error(f"has rope_scaling={scaling!r}, expected a mapping")
@@ -473,7 +466,7 @@ def _version_4_parameters(reader: _Reader, family: _Family) -> dict[str, Any]:
             scaling["factor"] = length / trained
     if not family.local_base:
         return scaling
-    base = reader.number(*_BASES)
+    base = reader.number(*_BASE_NAMES)
     local = reader.number(family.local_base) or base
     return {
         "full_attention": {**scaling, "rope_theta": base},
@@ -482,7 +475,7 @@ def _version_4_parameters(reader: _Reader, family: _Family) -> dict[str, Any]:
 
 
 def _kind(reader: _Reader, family: _Family, stated: Mapping[str, Any]) -> str:
-    """The rope_type, by its present name."""
+    """The rope_type, by its current name."""
     kind = stated.get("rope_type", stated.get("type", "default"))
     kind = {"mrope": "default", "su": "longrope"}.get(str(kind), str(kind))
     planar = family.axes in _PLANES
@@ -494,7 +487,7 @@ def _kind(reader: _Reader, family: _Family, stated: Mapping[str, Any]) -> str:
         known = ("default",)
     if kind not in known:
         raise reader.error(
-            f"has rope_type {kind!r}, its model is known with {', '.join(known)} only: {_DIRECTLY}"
+            f"has rope_type {kind!r}, expected one of {', '.join(known)} for its model: {_DIRECTLY}"
         )
     return "default" if planar else kind
 
@@ -502,8 +495,8 @@ def _kind(reader: _Reader, family: _Family, stated: Mapping[str, Any]) -> str:
 def _refuse_unknown_keys(
     reader: _Reader, family: _Family, kind: str, stated: Mapping[str, Any]
 ) -> None:
-    """A key that no model of this kind reads might change the numbers of the one at hand."""
-    read = {*_KEYS[kind], *_EVERYWHERE, *family.ignored}
+    """Raises for keys that no known model of this kind reads: they may change its numbers."""
+    read = {*_KEYS[kind], *_COMMON_KEYS, *family.ignored}
     if family.axes or family is _ANY:
         read |= {"mrope_section", "mrope_interleaved", "interleaved"}
     if family.mscale and kind == "longrope":
@@ -514,7 +507,7 @@ def _refuse_unknown_keys(
     if unknown:
         raise reader.error(
             f"has {', '.join(unknown)} in its rotary parameters, which rope_type {kind!r} of its "
-            f"model is not known to read: leave that out if it changes no number, or {_DIRECTLY}"
+            f"model is not known to read: remove it if it changes no number, or {_DIRECTLY}"
         )
 
 
@@ -524,7 +517,7 @@ def _pairing(reader: _Reader, family: _Family) -> bool:
 
 
 def _head_dim(reader: _Reader, family: _Family) -> int:
-    D = reader.number(*family.width, *_WIDTHS)
+    D = reader.number(*family.width, *_HEAD_DIM_NAMES)
     if D is None or int(D) != D:
         raise reader.error(
             f"has no head_dim, and no hidden_size and num_attention_heads: {_DIRECTLY}"
@@ -554,14 +547,14 @@ def _rotary_dim(
 
 
 def _base(reader: _Reader, family: _Family, stated: Mapping[str, Any]) -> float:
-    base = reader.checked("rope_theta", stated.get("rope_theta")) or reader.number(*_BASES)
+    base = reader.checked("rope_theta", stated.get("rope_theta")) or reader.number(*_BASE_NAMES)
     if base is None and family.base is None:
         raise reader.error(f"has no rope_theta: {_DIRECTLY}")
     return float(base or family.base or 0.0)
 
 
 def _scaling(reader: _Reader, kind: str, stated: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of `frequencies`; the config's length is what a scaling leaves out."""
+    """The keys of `frequencies`; lengths that the scaling does not state are the config's."""
     if kind == "default":
         return {}
     scaling = {key: stated[key] for key in _KEYS[kind] if key in stated}
@@ -586,7 +579,7 @@ def _scaling(reader: _Reader, kind: str, stated: Mapping[str, Any]) -> dict[str,
 
 
 def _alpha_scaled_base(reader: _Reader, stated: Mapping[str, Any], base: float, D: int) -> float:
-    """HunYuan's dynamic scaling by alpha, which does not depend on the length of a text."""
+    """HunYuan's dynamic scaling by alpha, which does not depend on the length."""
     alpha = reader.checked("alpha", stated["alpha"]) or 1.0
     return float(base * alpha ** (D / max(D - 2, 1)))
 
@@ -594,20 +587,17 @@ def _alpha_scaled_base(reader: _Reader, stated: Mapping[str, Any], base: float, 
 def _phimoe_scaling(
     reader: _Reader, stated: Mapping[str, Any], scaling: dict[str, Any]
 ) -> dict[str, Any]:
-    """Its own factors of cosine and sine; transformers 5 never takes its long frequencies."""
+    """PhiMoE's attention factors; transformers 5 never uses its long frequencies."""
     short, long = (reader.checked(k, stated.get(k)) for k in ("short_mscale", "long_mscale"))
     if short is None or short != long:
         raise reader.error(
-            f"has short_mscale={short} and long_mscale={long}, known are two that are equal: one "
-            "table has one factor"
+            f"has short_mscale={short} and long_mscale={long}, expected equal ones: one table has "
+            "one factor"
         )
     scaling["attention_factor"] = short
     if reader.get("rope_parameters"):
         scaling["long_factor"] = scaling["short_factor"]
     return scaling
-
-
-# --- axes -----------------------------------------------------------------------------------------
 
 
 def _sections(reader: _Reader, family: _Family, stated: Mapping[str, Any]) -> tuple[int, ...]:
@@ -620,7 +610,7 @@ def _sections(reader: _Reader, family: _Family, stated: Mapping[str, Any]) -> tu
 def _axes(
     reader: _Reader, family: _Family, kind: str, stated: Mapping[str, Any], R: int
 ) -> tuple[tuple[int, ...] | None, dict[str, Any]]:
-    """The axis of each pair, and what else the constructor needs for it."""
+    """The axis of each pair, and further arguments of the constructor."""
     P = R // 2
     order = family.axes
     if family is _ANY and "mrope_section" in stated:
@@ -642,7 +632,7 @@ def _axes(
 
     sections = _sections(reader, family, stated)
     if order == "sections of thirds" and len(sections) == 3:
-        # The first section is what the others leave.
+        # The first section has all pairs that the others leave.
         rest = max(P - sections[1] - sections[2], 0)
         return mrope_axes((rest, *sections[1:]), interleaved=True)[:P], {}
     if sum(sections) != P or (order != "sections" and len(sections) != 3):

@@ -1,17 +1,14 @@
-"""The whole operator in plain PyTorch: what to read first.
+"""The operators in pure PyTorch: read this first.
 
-A rotary embedding turns pairs of lanes of every token by angles that the token's table row gives.
-Four steps say it all: `table_rows` (which row a token reads, and which tokens are copied through),
-`gather` (the cosines and sines of those rows), `lanes` (where the two members of each pair live)
-and `rotate_lanes` (the formula).
+A rotary embedding rotates the pairs of elements of each token by angles from one row of a table. It
+has four steps: `table_rows` (the row that a token reads, or that it is copied unchanged), `gather`
+(cosines and sines of those rows), `split_pairs` (the two elements of each pair) and `rotate_heads`
+(the formula).
 
-The functions take the arguments of their namesakes in `fused_rope`, run on any device without
-waiting for it, are differentiable by PyTorch's own rules, and on the CPU return the operator's own
-bits. They are a baseline for benchmarks, and the fallback on devices that have no kernel
-(`register_fallback`).
-
-Letters: B batch, S sequence length, T packed tokens, N packed sequences, H heads, D head_dim,
-R rotary_dim, P = R/2 pairs, M table rows, A position axes.
+The functions have the arguments of their namesakes in `fused_rope`, run on any device without
+synchronizing, and are differentiable by PyTorch's own rules. On the CPU their results are bitwise
+identical to the operators'. They are a baseline for benchmarks, and the fallback on devices without
+a kernel (`register_fallback`).
 """
 
 from __future__ import annotations
@@ -48,20 +45,21 @@ def rotate(
     out: Tensor | None = None,
     out_rows: Tensor | None = None,
 ) -> Tensor:
-    """`fused_rope.rotate`, which documents every argument, in PyTorch.
+    """`fused_rope.rotate` in PyTorch; that function documents every argument.
 
     Args:
         x: [B, S, H, D] in the order that `layout` names, or [T, H, D] for "thd"; any float dtype.
-        cos, sin: [M, P] shared rows, [B or 1, S, P] per token, or [B or 1, S, H, P] per head too;
-            2P columns where `table_layout` is "tiled" or "repeated".
+        cos, sin: [M, P] shared rows, [B or 1, S, P] per token, or [B or 1, S, H, P] per token and
+            head; 2P columns if `table_layout` is "tiled" or "repeated".
 
     Returns:
         A tensor of x's shape and dtype, or `out`.
 
     Raises:
         ValueError: the shared table has too few rows for the tokens.
-        IndexError, RuntimeError: a position names no row (PyTorch's own error; on CUDA a
-            device-side assertion), or out= is given beside inputs that require grad.
+        IndexError, RuntimeError: the table lacks the row of a position (PyTorch's own error; on
+            CUDA a device-side assertion).
+        RuntimeError: `out` with inputs that require grad.
 
     Example:
         >>> angle = torch.arange(5.0)[:, None] / 10000 ** (torch.arange(0, 8, 2) / 8)
@@ -100,7 +98,13 @@ def rotate_qk(
     out_rows: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """`fused_rope.rotate_qk` in PyTorch: q and k may have different head counts. See `rotate`."""
+    """`fused_rope.rotate_qk` in PyTorch. See `rotate`.
+
+    Example:
+        >>> angle = torch.arange(5.0)[:, None] / 10000 ** (torch.arange(0, 8, 2) / 8)
+        >>> q, k = torch.randn(2, 5, 3, 8), torch.randn(2, 5, 1, 8)
+        >>> q, k = rotate_qk(q, k, angle.cos(), angle.sin())
+    """
     if out is not None:
         _refuse_grad("rotate_qk", q, k, cos, sin)
     y, z = _rotated((q, k), cos, sin, layout=layout, **options)
@@ -110,7 +114,12 @@ def rotate_qk(
 
 
 def rotate_(x: Tensor, cos: Tensor, sin: Tensor, **options: Any) -> Tensor:
-    """`fused_rope.rotate_` in PyTorch: x itself, its lanes rotated in place. See `rotate`."""
+    """`fused_rope.rotate_` in PyTorch: rotates x in place and returns it. See `rotate`.
+
+    Example:
+        >>> angle = torch.arange(5.0)[:, None] / 10000 ** (torch.arange(0, 8, 2) / 8)
+        >>> x = rotate_(torch.randn(2, 5, 3, 8), angle.cos(), angle.sin())
+    """
     (y,) = _rotated((x,), cos, sin, **options)
     return _overwrite(x, y, cos, **options)
 
@@ -118,7 +127,13 @@ def rotate_(x: Tensor, cos: Tensor, sin: Tensor, **options: Any) -> Tensor:
 def rotate_qk_(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    """`fused_rope.rotate_qk_` in PyTorch: q and k themselves, rotated in place. See `rotate`."""
+    """`fused_rope.rotate_qk_` in PyTorch: rotates q and k in place. See `rotate`.
+
+    Example:
+        >>> angle = torch.arange(5.0)[:, None] / 10000 ** (torch.arange(0, 8, 2) / 8)
+        >>> q, k = torch.randn(2, 5, 3, 8), torch.randn(2, 5, 1, 8)
+        >>> q, k = rotate_qk_(q, k, angle.cos(), angle.sin())
+    """
     y, z = _rotated((q, k), cos, sin, **options)
     return _overwrite(q, y, cos, **options), _overwrite(k, z, cos, **options)
 
@@ -132,9 +147,9 @@ def table_rows(
     axes: Sequence[int] | None = None,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """The row each token reads, int64, and whether it is copied through instead, bool.
+    """The row that each token reads, int64, and whether it is copied unchanged instead, bool.
 
-    Both are [B or 1, S]; with axes [B or 1, S, P], for each pair has a row of its own then.
+    Both are [B or 1, S]. With axes each pair has its own row: [B or 1, S, P].
     """
     token = torch.arange(S, device=device)
     padding = torch.zeros(S, dtype=torch.bool, device=device)
@@ -161,7 +176,7 @@ def table_rows(
 
 
 def half_width(table: Tensor, table_layout: str) -> Tensor:
-    """The columns of a table [..., P or 2P] that are read, one for each pair: a view [..., P]."""
+    """A view [..., P] of a table [..., P or 2P]: the columns that are read, one per pair."""
     if table_layout == "half":
         return table
     if table.shape[-1] % 2 or table_layout not in ("tiled", "repeated"):
@@ -173,9 +188,9 @@ def half_width(table: Tensor, table_layout: str) -> Tensor:
 
 
 def gather(cos: Tensor, sin: Tensor, S: int, **rows: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-    """cos and sin of S tokens, [B or 1, S, H or 1, P], and which of them are copied through.
+    """cos and sin of S tokens, [B or 1, S, H or 1, P], and which tokens are copied unchanged.
 
-    Nothing is gathered when the rows are known to be consecutive.
+    Consecutive rows are a slice, not a gather.
     """
     if cos.dim() == 4:
         return cos, sin, None
@@ -183,7 +198,7 @@ def gather(cos: Tensor, sin: Tensor, S: int, **rows: Any) -> tuple[Tensor, Tenso
         return cos.unsqueeze(2), sin.unsqueeze(2), None
 
     def read(table: Tensor) -> Tensor:
-        # index_select and gather refuse a negative row; table[row] would count it from the end.
+        # table[row] would count a negative row from the end; index_select and gather refuse it.
         if row.dim() == 3:
             return table.gather(0, row.flatten(0, 1)).view(row.shape).unsqueeze(2)
         return table.index_select(0, row.flatten()).view(*row.shape, 1, table.shape[1])
@@ -202,17 +217,17 @@ def gather(cos: Tensor, sin: Tensor, S: int, **rows: Any) -> tuple[Tensor, Tenso
     return read(cos), read(sin), skip.unsqueeze(2) if skip.dim() == 3 else skip[..., None, None]
 
 
-def lanes(x: Tensor, d: int) -> tuple[Tensor, Tensor]:
-    """The two members of each pair of x [..., R], each [..., P/d, d]: pair j is (j div d, j mod d).
+def split_pairs(x: Tensor, d: int) -> tuple[Tensor, Tensor]:
+    """The two elements of each pair of x [..., R], each [..., P/d, d]: pair j is [j // d, j % d].
 
-    The lanes are d first members, their d partners, and so on: d = P pairs lane j with lane P + j
-    (half), d = 1 with its neighbour (interleaved), d = P/blocks pairs halves inside each block.
+    d is the distance between the two elements of a pair: P (half), 1 (interleaved) or P/blocks
+    (halves of each block).
     """
     first, second = x.unflatten(-1, (x.shape[-1] // (2 * d), 2, d)).unbind(-2)
     return first, second
 
 
-def rotate_lanes(
+def rotate_heads(
     x: Tensor,
     cos: Tensor,
     sin: Tensor,
@@ -230,7 +245,7 @@ def rotate_lanes(
         return x.clone()
     d = 1 if interleaved else P // blocks
     before, span, after = x.split((rotary_offset, 2 * P, x.shape[-1] - rotary_offset - 2 * P), -1)
-    a, b = lanes(span, d)
+    a, b = split_pairs(span, d)
 
     # "fp32" rounds once, at the end; "model" rounds the table, each product and their sum.
     exact = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -257,9 +272,9 @@ def _rotated(
     offset: int | Tensor = 0,
     cu_seqlens: Tensor | None = None,
     axes: Sequence[int] | None = None,
-    **lane_map: Any,
+    **pairing: Any,
 ) -> tuple[Tensor, ...]:
-    """Every one of `tensors`, which share their tokens, rotated."""
+    """The rotated `tensors`, which have the same tokens."""
     views = [_as_bshd(x, layout) for x in tensors]
     tables = gather(
         half_width(cos, table_layout),
@@ -270,11 +285,11 @@ def _rotated(
         cu_seqlens=cu_seqlens,
         axes=axes,
     )
-    return tuple(_from_bshd(rotate_lanes(v, *tables, **lane_map), layout) for v in views)
+    return tuple(_from_bshd(rotate_heads(v, *tables, **pairing), layout) for v in views)
 
 
 def _as_bshd(x: Tensor, layout: str) -> Tensor:
-    """x as a view [B, S, H, D]; packed tokens become one batch."""
+    """x as a view [B, S, H, D]; packed tokens become one sequence."""
     return x.unsqueeze(0) if layout == "thd" else x.transpose(*_TRANSPOSED[layout])
 
 
@@ -291,7 +306,7 @@ def _overwrite(
     table_layout: str = "half",
     **_: Any,
 ) -> Tensor:
-    """Only the rotated elements of x become those of y."""
+    """Copies the rotated elements of y to x."""
     R = 2 * half_width(cos, table_layout).shape[-1]
     x.narrow(-1, rotary_offset, R).copy_(y.narrow(-1, rotary_offset, R))
     return x
@@ -305,7 +320,7 @@ def _write(out: Tensor, y: Tensor, layout: str, out_rows: Tensor | None = None) 
     rows = out_rows.flatten().long()
     if rows.numel() == 0:
         return out
-    # A token that goes nowhere repeats another's write: dropping it would mean to ask the device.
+    # A token without a row repeats the write of another: to drop it would synchronize.
     kept = rows != -1
     other, any_kept = kept.int().argmax(), kept.any()
     rows = torch.where(any_kept, torch.where(kept, rows, rows[other]), 0)
@@ -315,7 +330,7 @@ def _write(out: Tensor, y: Tensor, layout: str, out_rows: Tensor | None = None) 
 
 def _refuse_grad(name: str, *tensors: Tensor) -> None:
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        raise RuntimeError(f"{name}: out= takes no part in autograd, but an input requires grad")
+        raise RuntimeError(f"{name}: out= does not support autograd, but an input requires grad")
 
 
 _library: torch.library.Library | None = None
@@ -334,7 +349,7 @@ def register_fallback() -> None:
 
 
 def _kernel(form: Callable[..., Any], *, out: bool = False) -> Callable[..., Any]:
-    """`form` with the positional arguments of its operator's schema, trailing defaults left out."""
+    """`form` with the positional arguments of its operator's schema."""
     n = 2 if form in (rotate_qk, rotate_qk_) else 1
     rows = ("positions", "offsets", "cu_seqlens") + (("out_rows",) if out else ())
     rest = ("offset", "layout", "axes", "rotary_offset", "interleaved", "blocks", "inverse")
@@ -357,7 +372,7 @@ def _kernel(form: Callable[..., Any], *, out: bool = False) -> Callable[..., Any
             options["out"] = outs if n == 2 else outs[0]
         _warn_of_cuda(inputs[0].device.type)
         with torch.no_grad():
-            operator(*shapes)  # the Meta kernel has the checks
+            operator(*shapes)  # the Meta kernel checks the arguments
             result = form(*inputs, **options)
         if out or form in (rotate_, rotate_qk_):
             return None
@@ -369,7 +384,7 @@ def _kernel(form: Callable[..., Any], *, out: bool = False) -> Callable[..., Any
 
 
 def _with_strides_of(y: Tensor, x: Tensor) -> Tensor:
-    """y in the memory order that the operator promises: x's own if x is dense, else row-major."""
+    """y in the memory order that the operator promises: x's if x is dense, else row-major."""
     if not torch.ops.aten.is_non_overlapping_and_dense(x):
         return y.contiguous()
     like = torch.empty_like(x)
@@ -380,6 +395,6 @@ def _with_strides_of(y: Tensor, x: Tensor) -> Tensor:
 def _warn_of_cuda(device_type: str) -> None:
     if device_type == "cuda":
         warnings.warn(
-            "fused_rope was built without CUDA kernels: CUDA tensors take the PyTorch reference",
+            "fused_rope was built without CUDA kernels: CUDA tensors use the PyTorch reference",
             stacklevel=3,
         )

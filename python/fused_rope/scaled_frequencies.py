@@ -1,7 +1,4 @@
-"""Frequencies that may depend on the length: which table a call reads, or the rows of its own.
-
-Letters: R rotary_dim, P = R/2 pairs, M table rows.
-"""
+"""Frequencies that may depend on the length of a call: its table, or one row per token."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ __all__ = ["ScaledFrequencies", "Span"]
 
 
 class Span(NamedTuple):
-    """A table and the numbers of rows that it serves: above `low`, up to `high`."""
+    """A table, and the numbers of rows for which it is valid: (low, high]."""
 
     table: Table
     low: float
@@ -32,19 +29,19 @@ class ScaledFrequencies:
 
     Most kinds have one table. Longrope has two, for texts up to the trained length and for longer
     ones. Dynamic has one up to the trained length; beyond it the frequencies change with each row.
-    For that, and for both kinds where only the device knows the largest position, `own_table`
-    computes a row for each token, on the device and without synchronizing.
+    For those rows, and for both kinds if only the device knows the largest position,
+    `per_token_table` computes one row per token on the device, without synchronizing.
 
     Args:
         rotary_dim: R.
         base: base of the frequencies.
-        scaling: as `frequencies` takes it.
+        scaling: as in `frequencies`.
         blocks: how many times the frequencies of R / blocks elements are repeated.
         dtype: of the tables.
 
     Attributes:
-        inv_freq: float64 [P] on the CPU, up to the trained length.
-        depend_on_length: whether these are dynamic or longrope.
+        inv_freq: float64 [P] on the CPU, those up to the trained length.
+        depend_on_length: whether the kind is dynamic or longrope.
 
     Raises:
         ValueError: as `frequencies`.
@@ -91,20 +88,20 @@ class ScaledFrequencies:
             self._constants, self._constant_numbers = DeviceCopies(constants), constants.tolist()
 
     def span(self, rows: int) -> Span | None:
-        """The table of a call with `rows` positions in use; None where it needs `own_table`."""
+        """The table of a call with `rows` positions in use; None if it needs `per_token_table`."""
         for span in self._spans:
             if rows <= span.high:
                 return span
         return None
 
-    def own_table(self, positions: Tensor) -> tuple[Pair, Tensor]:
-        """A table with a row for each of `positions`, and the positions that name these rows.
+    def per_token_table(self, positions: Tensor) -> tuple[Pair, Tensor]:
+        """A table with one row for each of `positions`, and the indices of these rows.
 
         Args:
             positions: int64, any shape and device; -1 means no rotation.
 
         Returns:
-            cos and sin, float32 [positions.numel(), P], and int64 of the shape of `positions`.
+            cos and sin, float32 [positions.numel(), P], and indices, int64 of positions' shape.
         """
         device = positions.device
         rows = positions.max() + 1

@@ -1,9 +1,7 @@
 """Tables of cosines and sines that modules share.
 
-A published table never changes: whoever takes a pair (cos, sin) may keep it, as autograd and
-recomputation do. Growth makes another pair.
-
-Letters: P pairs, M table rows.
+Tables are immutable: autograd and recomputation may keep a pair (cos, sin). Growth makes another
+pair.
 """
 
 from __future__ import annotations
@@ -24,14 +22,14 @@ _CPU = torch.device("cpu")
 
 
 class Pair(NamedTuple):
-    """One table, [M, P] each."""
+    """The two halves of one table, [M, P] each."""
 
     cos: Tensor
     sin: Tensor
 
 
 class DeviceCopies:
-    """Host tensors that never change, and their copies on other devices. Thread-safe."""
+    """Immutable host tensors and their copies on other devices. Thread-safe."""
 
     def __init__(self, *host: Tensor) -> None:
         self._lock = threading.Lock()
@@ -39,10 +37,10 @@ class DeviceCopies:
         self._in_flight: dict[torch.device, torch.cuda.Event] = {}
 
     def on(self, device: torch.device) -> tuple[Tensor, ...]:
-        """The tensors on `device`, ready for its current stream; nothing synchronizes.
+        """The tensors on `device`, ready for its current stream, without synchronizing.
 
         Raises:
-            RuntimeError: a CUDA graph is being captured, and there is no copy yet.
+            RuntimeError: there is no copy yet while a CUDA graph is being captured.
         """
         copies = self._copies.get(device)
         if copies is None:
@@ -50,11 +48,11 @@ class DeviceCopies:
                 copies = self._copies.get(device) or self._copy(device)
         event = self._in_flight.get(device)
         if event is not None and not is_capturing(device):
-            torch.cuda.current_stream(device).wait_event(event)  # another one may have copied
+            torch.cuda.current_stream(device).wait_event(event)  # another stream may have copied
         return copies
 
     def are_complete(self, device: torch.device) -> bool:
-        """Whether all streams may read the copies on `device` without waiting."""
+        """Whether the copies on `device` are complete, so that no stream needs to wait."""
         if device in self._in_flight and not is_capturing(device):
             with self._lock:
                 event = self._in_flight.get(device)
@@ -63,11 +61,11 @@ class DeviceCopies:
         return device in self._copies and device not in self._in_flight
 
     def peek(self, device: torch.device) -> tuple[Tensor, ...] | None:
-        """The copies that are there already, for code that is traced."""
+        """The existing copies or None; traced code must not make new ones."""
         return self._copies.get(device)
 
     def replace_host(self, *host: Tensor) -> None:
-        """Puts equal tensors in the place of the host's."""
+        """Replaces the host tensors by equal ones."""
         self._copies[_CPU] = host
 
     def _copy(self, device: torch.device) -> tuple[Tensor, ...]:
@@ -77,7 +75,7 @@ class DeviceCopies:
                 "captured: call reserve(rows) or run the module once before"
             )
         host = self._copies[_CPU]
-        if device.type == "cuda":  # from pageable memory even a non-blocking copy synchronizes
+        if device.type == "cuda":  # a copy from pageable memory would synchronize
             host = tuple(tensor.pin_memory() for tensor in host)
         copies = tuple(tensor.to(device, non_blocking=True) for tensor in host)
         if device.type == "cuda":
@@ -89,9 +87,7 @@ class DeviceCopies:
 
 
 class Table:
-    """The rows of one set of frequencies, for any number of rows and device. Thread-safe.
-
-    Get one by `shared_table`.
+    """The rows of one set of frequencies, on any device. Thread-safe. See `shared_table`.
 
     Args:
         frequencies: P frequencies, in radians per row.
@@ -108,19 +104,19 @@ class Table:
         self._by_rows: dict[int, DeviceCopies] = {}
 
     def pair(self, rows: int, device: torch.device) -> Pair:
-        """The first `rows` rows, as `DeviceCopies.on` returns them."""
+        """The first `rows` rows on `device`; see `DeviceCopies.on`."""
         return Pair(*self._first(rows).on(device))
 
     def is_complete(self, rows: int, device: torch.device) -> bool:
-        """As `DeviceCopies.are_complete`, of a pair that was taken."""
+        """See `DeviceCopies.are_complete`; for a pair that exists."""
         return self._by_rows[rows].are_complete(device)
 
     def transient(self, rows: int, q: Tensor) -> Pair:
-        """The same rows on the device of q, made as q was made and for one call only."""
+        """The first `rows` rows on q's device and in q's fake mode, for one call."""
         with fake_mode_of(q):
-            return self._made(rows, q.device)
+            return self._build(rows, q.device)
 
-    def _made(self, rows: int, device: torch.device) -> Pair:
+    def _build(self, rows: int, device: torch.device) -> Pair:
         inv_freq = torch.tensor(self.frequencies, dtype=torch.float64, device="cpu")
         return Pair(
             *cos_sin_table(inv_freq, rows, scale=self.scale, dtype=self.dtype, device=device)
@@ -135,8 +131,8 @@ class Table:
 
     def _add(self, rows: int) -> DeviceCopies:
         if self._longest is None or self._longest.cos.shape[0] < rows:
-            self._longest = self._made(rows, _CPU)
-            # Shorter ones become views of it and keep no memory of their own. Their copies on
+            self._longest = self._build(rows, _CPU)
+            # Shorter tables become views of it, so that their memory is freed. Their copies on
             # other devices stay, since streams may still read them.
             for shorter, copies in self._by_rows.items():
                 copies.replace_host(*(table[:shorter] for table in self._longest))
@@ -158,7 +154,7 @@ _tables: weakref.WeakValueDictionary[tuple[Any, ...], Table] = weakref.WeakValue
 def shared_table(
     frequencies: tuple[float, ...], scale: float = 1.0, dtype: torch.dtype = torch.float32
 ) -> Table:
-    """The process's one `Table` of these frequencies; it lives as long as somebody holds it."""
+    """The process's only `Table` of these frequencies; references to it are weak."""
     key = frequencies, scale, dtype
     with _lock:
         table = _tables.get(key)

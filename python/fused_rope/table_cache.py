@@ -1,7 +1,4 @@
-"""Which table each call of a module takes.
-
-Letters: M table rows.
-"""
+"""Selects the table of each call of a module."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ __all__ = ["TableCache"]
 
 
 class Recent(NamedTuple):
-    """The table that a call took, and the calls that it serves: rows above `low`, up to `high`."""
+    """The table of the last call, and the calls that it serves: rows in (low, high]."""
 
     device: torch.device | None
     low: float
@@ -28,20 +25,19 @@ class Recent(NamedTuple):
     pair: Pair | None
 
 
-_NOTHING = Recent(None, math.inf, -math.inf, None)
+_NO_CALL = Recent(None, math.inf, -math.inf, None)
 
 
 class TableCache:
-    """The tables of one module, which may be shared by threads and devices.
+    """The tables of one module, which threads and devices may share.
 
-    A call takes one pair and keeps it until it ends. Which one depends on the call alone: its
-    device, its frequencies, and the smallest of min_rows, 2 * min_rows, 4 * min_rows, ... rows that
-    are enough. So recomputation in backward meets the same shapes. Code that is traced takes the
-    longest pair so far, so that it need not be traced again for each length.
+    The pair of a call depends only on the call: its device, its frequencies, and the smallest of
+    min_rows, 2 * min_rows, 4 * min_rows, ... that suffices. So recomputation in backward gets equal
+    shapes. Traced code uses the longest pair so far, so that new lengths do not trace it again.
 
     Attributes:
-        min_rows: the fewest rows of a pair.
-        device: where the last call was.
+        min_rows: the minimum number of rows of a pair.
+        device: of the last call.
     """
 
     def __init__(self, frequencies: ScaledFrequencies, min_rows: int) -> None:
@@ -51,10 +47,10 @@ class TableCache:
         self._forget()
 
     def pair(self, rows: int | None, q: Tensor) -> Pair | None:
-        """The table for a call whose largest position is rows - 1, or not known on the host.
+        """The table for a call whose largest position is rows - 1, or unknown on the host if None.
 
         Returns:
-            None where no table has the frequencies of the call: it needs a row for each token.
+            None if no table has the frequencies of the call: it needs one row per token.
         """
         if self.frequencies.depend_on_length and (rows is None or is_traced(q)):
             return None
@@ -66,7 +62,7 @@ class TableCache:
         return self._traced(rows, q) if is_traced(q) else self._take(rows, q.device)
 
     def longest(self) -> Pair:
-        """The longest pair so far on `device`."""
+        """The longest pair so far on the device of the last call."""
         held = self._longest.get(self.device)
         if held is None:
             held = self._take(0, self.device)
@@ -74,13 +70,13 @@ class TableCache:
         return held
 
     def reserve(self, rows: int) -> None:
-        """Raises `min_rows`, and makes the pair of as many rows on `device`."""
+        """Raises `min_rows` to at least `rows`, and makes that pair on `device`."""
         self.min_rows = max(self.min_rows, rows)
         self._take(rows, self.device)
 
     def move(self, device: torch.device | str) -> None:
-        """Makes the shortest pair on `device`, so that a CUDA graph finds it."""
-        self.device = torch.empty(0, device=device).device  # with its index
+        """Makes the shortest pair on `device`, since a captured CUDA graph cannot."""
+        self.device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
         if torch._guards.detect_fake_mode() is None:
             self._take(0, self.device)
 
@@ -96,7 +92,7 @@ class TableCache:
             self._recent = Recent(device, max(low, span.low), min(M, span.high), pair)
         held = self._longest.get(device)
         if held is None or held.cos.shape[0] < M:
-            self._longest[device] = Pair(*map(_of_any_length, pair))
+            self._longest[device] = Pair(*map(_mark_dynamic, pair))
         self.device = device
         return pair
 
@@ -109,7 +105,7 @@ class TableCache:
         assert span is not None
         M = max(rows, 2 * M, self.min_rows)
         if not in_dynamo():
-            real = type(q) is Tensor  # then the tracer takes the table for a constant
+            real = type(q) is Tensor  # the tracer records the table as a constant
             return span.table.pair(int(M), q.device) if real else span.table.transient(M, q)
         grown = Pair(
             *cos_sin_table(
@@ -120,11 +116,11 @@ class TableCache:
                 device=q.device,
             )
         )
-        self._longest[q.device] = grown  # Dynamo does this at run time, with real tensors
+        self._longest[q.device] = grown  # Dynamo runs this at run time, with real tensors
         return grown
 
     def _forget(self) -> None:
-        self._recent = _NOTHING
+        self._recent = _NO_CALL
         self._longest: dict[torch.device, Pair] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -138,10 +134,10 @@ class TableCache:
 _TABLES = ("_recent", "_longest")
 
 
-def _of_any_length(table: Tensor) -> Tensor:
-    """`table`, marked so that compiled code serves tables of all lengths.
+def _mark_dynamic(table: Tensor) -> Tensor:
+    """`table`, marked so that compiled code accepts tables of all lengths.
 
-    These are the marks of torch._dynamo.maybe_mark_dynamic, whose import takes a second.
+    This is torch._dynamo.maybe_mark_dynamic(table, 0) without its import, which takes a second.
     """
     table._dynamo_weak_dynamic_indices = {0}  # type: ignore[attr-defined]
     table._has_dynamo_dim_marking = True  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Whether a call runs, is recorded, or only computes shapes; and how to step out of that."""
+"""Tells whether a call runs, is recorded or only computes shapes; suspends recording."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ in_dynamo = torch.compiler.is_dynamo_compiling
 def outside_modes() -> Iterator[None]:
     """Suspends fake tensors, tracers, functorch transforms, autograd and inference mode.
 
-    Only tensors that are made under it may outlive the call that made them.
+    A tensor that outlives the call that makes it must be made under this.
     """
     tracing = torch._C._get_tracing_state()
     torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
@@ -45,7 +45,7 @@ def outside_modes() -> Iterator[None]:
 
 
 def is_traced(q: Tensor) -> bool:
-    """Whether this call is recorded, or only its shapes are computed."""
+    """Whether this call is recorded or only computes shapes."""
     return (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
@@ -55,18 +55,18 @@ def is_traced(q: Tensor) -> bool:
 
 
 def is_capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is being captured: its memory must not be kept, nor values read."""
+    """Whether a CUDA graph is being captured: memory must not be kept, and values not read."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def is_strictly_fake(q: Tensor) -> bool:
-    """Whether q is a fake tensor that refuses to meet real ones."""
+    """Whether q is a fake tensor that cannot be combined with real ones."""
     mode = None if in_dynamo() else torch._guards.detect_fake_mode(q)
     return mode is not None and not mode.allow_non_fake_inputs
 
 
 def fake_mode_of(q: Tensor) -> AbstractContextManager[Any]:
-    """The mode of a fake tensor, in which tensors are made that meet it; else nothing."""
+    """The fake mode of q, to make tensors that can be combined with it; else a null context."""
     if in_dynamo() or type(q) is Tensor:
         return nullcontext()
     return torch._guards.detect_fake_mode(q) or nullcontext()

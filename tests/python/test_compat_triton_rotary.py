@@ -44,7 +44,7 @@ def test_gradients(device):
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="fours"):
+    with pytest.raises(ValueError, match="multiple of 4"):
         TritonRotary(30, 8)
     rope = TritonRotary(D, S)
     q, k = inputs("cpu")

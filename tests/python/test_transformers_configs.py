@@ -87,7 +87,7 @@ def rows(built):
     return [
         row
         for module, _, config, theirs in built
-        for row in configs.rows_of(module, theirs, config)
+        for row in configs.entries_of(module, theirs, config)
     ]
 
 

@@ -435,8 +435,8 @@ def test_tables_written_to_between_calls():
 def test_a_rotary_module_that_is_known_is_looked_at_once(mode, monkeypatch):
     """Neither later forwards nor layers compare anything, whatever the position."""
     model, looks = model_of(), []
-    compare = patching._same
-    monkeypatch.setattr(patching, "_same", lambda pairs: looks.append(0) or compare(pairs))
+    compare = patching._all_equal
+    monkeypatch.setattr(patching, "_all_equal", lambda pairs: looks.append(0) or compare(pairs))
     ids = torch.randint(97, (2, 12))
     patch(model)
     with mode():
@@ -453,9 +453,9 @@ def test_a_hook_that_changes_the_tables_is_seen():
         return output[0] * torch.arange(16), output[1]
 
     ids = torch.randint(97, (2, 12))
-    stock, model = model_of(), model_of()
-    stock.model.rotary_emb.register_forward_hook(hook)
-    want = stock(ids).logits
+    original, model = model_of(), model_of()
+    original.model.rotary_emb.register_forward_hook(hook)
+    want = original(ids).logits
     patch(model)
     model(ids)
     model.model.rotary_emb.register_forward_hook(hook)
@@ -623,9 +623,9 @@ def forbidden(monkeypatch):
         def reached(*args, **kwargs):
             raise AssertionError("reached")
 
-        shims = importlib.import_module("fused_rope.compat.transformers.shims")
+        adapters = importlib.import_module("fused_rope.compat.transformers.adapters")
         for name in ("call", "rotate", "rotate_qk"):
-            monkeypatch.setattr(shims.functional, name, reached)
+            monkeypatch.setattr(adapters.functional, name, reached)
         monkeypatch.setattr(patching.Tables, "__call__", reached)
 
     return forbid

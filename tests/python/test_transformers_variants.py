@@ -1,4 +1,4 @@
-"""Every variant of rotary embedding in transformers: a small real model, stock against patched."""
+"""Every variant of rotary embedding in transformers: a small real model, original and patched."""
 
 import importlib
 import re
@@ -11,7 +11,7 @@ from oracle import bits, same
 
 transformers = pytest.importorskip("transformers", minversion="4.57")
 
-from fused_rope.compat.transformers import coverage, patch, shims, unpatch  # noqa: E402
+from fused_rope.compat.transformers import adapters, coverage, patch, unpatch  # noqa: E402
 from fused_rope.compat.transformers.forms import FORMS, find_form  # noqa: E402
 from fused_rope.compat.transformers.patching import modules_of, rotary_functions  # noqa: E402
 from transformers_models import CASES  # noqa: E402
@@ -25,7 +25,7 @@ TEXT = [
     for n, case in CASES.items()
     if case.generates
 ]
-ON_CUDA_ONLY = "its form can be told on CUDA only"  # version 4's ModernBERT beside flash-attn
+ON_CUDA_ONLY = "its form can be checked on CUDA only"  # version 4's ModernBERT with flash-attn
 DOCS = Path(__file__).parents[2] / "docs" / "transformers.md"
 
 
@@ -79,24 +79,24 @@ def patched():
 def test_outputs_and_gradients(name, dtype, device, patched, monkeypatch):
     case = CASES[name]
     model, arguments = case.build(dtype, device), case.arguments(dtype, device)
-    stock, stock_grads = forward_backward(model, arguments)
+    original, original_grads = forward_backward(model, arguments)
     patched(model)
     ours, grads = forward_backward(model, arguments)
     if case.bitwise and device == "cpu":
-        for a, b in zip(ours, stock, strict=True):
+        for a, b in zip(ours, original, strict=True):
             same(a, b)
     exact = dtype == torch.float32
-    assert distance(ours, stock) < (2e-6 if exact else 1e-2)
-    assert grads.keys() == stock_grads.keys()
-    assert distance(grads.values(), stock_grads.values()) < (3e-6 if exact else 2e-2)
+    assert distance(ours, original) < (2e-6 if exact else 1e-2)
+    assert grads.keys() == original_grads.keys()
+    assert distance(grads.values(), original_grads.values()) < (3e-6 if exact else 2e-2)
 
-    # A rotation by nothing must show: else the model never came here, or it did not matter.
+    # Copying instead of rotating must change the outputs, or the test shows nothing.
     def copies(name, tensors, *a):
         q, *rest = (+x for x in tensors[:-2])
         return (q, *rest) if rest else q
 
-    monkeypatch.setattr(shims, "functional", SimpleNamespace(call=copies))
-    assert distance([o.detach() for o in tensors(model(**arguments))], stock) > 1e-3
+    monkeypatch.setattr(adapters, "functional", SimpleNamespace(call=copies))
+    assert distance([o.detach() for o in tensors(model(**arguments))], original) > 1e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -109,13 +109,13 @@ def test_left_padding(name, dtype, device, patched):
     arguments["attention_mask"] = mask
     arguments["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
     with torch.no_grad():
-        stock = model(**arguments).logits
+        original = model(**arguments).logits
         patched(model)
         ours = model(**arguments).logits
-    ours, stock = ours[mask.bool()], stock[mask.bool()]
+    ours, original = ours[mask.bool()], original[mask.bool()]
     if case.bitwise and device == "cpu":
-        same(ours, stock)
-    assert distance([ours], [stock]) < (2e-6 if dtype == torch.float32 else 1e-2)
+        same(ours, original)
+    assert distance([ours], [original]) < (2e-6 if dtype == torch.float32 else 1e-2)
 
 
 @pytest.mark.parametrize("name", TEXT)
@@ -194,16 +194,16 @@ def test_adds_no_graph_break(name, device, patched):
             torch.compile(model, backend="eager")(**arguments)
         return sum(torch._dynamo.utils.counters["graph_break"].values())
 
-    stock = breaks()
+    original = breaks()
     patched(model)
-    assert breaks() <= stock
+    assert breaks() <= original
 
 
 def test_tokens_without_a_batch(device, patched):
-    """Qwen4's indexer turns the keys of its blocks as [T, 1, D] beside tables of [T, R]."""
+    """Qwen4's indexer rotates the keys of its blocks as [T, 1, D] with tables of [T, R]."""
     x, table = torch.randn(5, 3, 16, device=device), torch.randn(2, 5, 12, device=device)
     cos, sin = torch.cat([table, table], -1)[..., ::2]
-    got = shims.optional_key(shims.HALF)(x, cos=cos, sin=sin)
+    got = adapters.optional_key(adapters.HALF)(x, cos=cos, sin=sin)
     same(got, bits(x, cos[:, :6], sin[:, :6], layout="thd"))
 
 
@@ -223,14 +223,14 @@ def test_complex_tables_that_a_cast_made_real():
 
 
 def test_packed_qkv_in_place(device):
-    """ModernBERT's form beside flash-attn (V28)."""
+    """ModernBERT's form with flash-attn (V28)."""
     qkv = torch.randn(11, 3, 4, 16, device=device)
     cos, sin = torch.randn(2, 6, 8, device=device)
     cu = torch.tensor([0, 5, 5, 10], dtype=torch.int32, device=device)
     want = qkv.clone()
     for part in (0, 1):
         want[:, part] = bits(qkv[:, part], cos, sin, layout="thd", cu_seqlens=cu)
-    got = shims.packed_qkv(qkv, cos, sin, cu, 5)
+    got = adapters.packed_qkv(qkv, cos, sin, cu, 5)
     assert got is qkv
     same(got, want)
 
@@ -241,7 +241,7 @@ def test_sliced_from_qkv_per_head(device):
     q, k = (qkv[..., i * 16 : (i + 1) * 16].transpose(1, 2) for i in (0, 1))
     cos, sin = torch.randn(2, 1, 7, 4, device=device)
     tables = (torch.cat([t, t], -1) for t in (cos, sin))
-    rotated = shims.pair(shims.HALF)(q, k, *tables)
+    rotated = adapters.pair(adapters.HALF)(q, k, *tables)
     for got, x in zip(rotated, (q, k), strict=True):
         same(got, bits(x, cos, sin, layout="bhsd"))
 
@@ -252,9 +252,9 @@ def test_sections_of_axes(interleaved, device):
     q, k = torch.randn(2, 4, 7, 16, device=device), torch.randn(2, 2, 7, 16, device=device)
     cos, sin = torch.randn(2, 3, 2, 7, 6, device=device)
     tables = [torch.cat([t, t], -1) for t in (cos, sin)]
-    shim = shims.sections(shims.Style("half", interleaved=interleaved))
+    adapter = adapters.sections(adapters.Style("half", interleaved=interleaved))
     merged = [torch.cat([t[0, ..., :1], t[1, ..., 1:3], t[2, ..., 3:]], -1) for t in (cos, sin)]
-    for got, x in zip(shim(q, k, *tables, [1, 2, 3]), (q, k), strict=True):
+    for got, x in zip(adapter(q, k, *tables, [1, 2, 3]), (q, k), strict=True):
         same(got, bits(x, *merged, layout="bhsd", interleaved=interleaved))
 
 
@@ -306,8 +306,8 @@ def test_documented_coverage_is_that_of_the_installed_version():
     """docs/transformers.md: python -m fused_rope.compat.transformers > docs/transformers.md"""
     page = DOCS.read_text()
     version = re.search(r"transformers (\d+\.\d+\.\d+)", page)[1]
-    rows = coverage.rows()
-    assert not any("unknown" in row.form for row in rows)
+    entries = coverage.entries()
+    assert not any("unknown" in entry.form for entry in entries)
     if version != transformers.__version__:
         pytest.skip(f"the page is that of transformers {version}")
-    assert coverage.page(rows) == page
+    assert coverage.page(entries) == page

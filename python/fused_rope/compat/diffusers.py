@@ -2,10 +2,8 @@
 
     from fused_rope.compat.diffusers import apply_rotary_emb
 
-The arguments and numbers are the same. What differs: x has any strides, tables are read as they
-are, and `out=` rotates the streams of a dual-stream block into one joint tensor.
-
-Letters: B batch, S sequence length, H heads, D head_dim, P = D/2 pairs.
+The arguments and numbers are the same. Differences: x may have any strides, tables are not
+converted, and `out=` rotates the streams of a dual-stream block into one joint tensor.
 """
 
 from __future__ import annotations
@@ -32,24 +30,24 @@ def apply_rotary_emb(
     """Rotates x by cosines and sines, or by complex numbers.
 
     Args:
-        x: [B, H, S, D], or [B, S, H, D] with sequence_dim=1 and where freqs_cis is complex.
-        freqs_cis: (cos, sin), each [S, D] and every number twice: next to its copy where neighbors
-            are paired, else half a row before it. With use_real=False complex [B or 1, S, P]. One
-            row ([1, D], [B or 1, 1, P]) is every token's.
+        x: [B, H, S, D]; [B, S, H, D] with sequence_dim=1 or complex freqs_cis. Any float dtype.
+        freqs_cis: (cos, sin), each [S, D], with every number twice: in succession with
+            use_real_unbind_dim=-1, else in each half of the row. With use_real=False complex
+            [B or 1, S, P]. A single row ([1, D], [B or 1, 1, P]) is that of all tokens.
         use_real: whether freqs_cis is (cos, sin).
-        use_real_unbind_dim: -1 pairs neighbors (Flux, CogVideoX, Hunyuan-DiT), -2 pairs
-            element j with element j + P (Stable Audio, OmniGen, CogView4, Cosmos).
-        sequence_dim: where S is, 1 or 2; has no effect on the complex form.
+        use_real_unbind_dim: -1 for pairs of adjacent elements (Flux, CogVideoX, Hunyuan-DiT), -2
+            for pairs of elements j and j + P (Stable Audio, OmniGen, CogView4, Cosmos).
+        sequence_dim: the dimension S of x, 1 or 2; no effect with complex freqs_cis.
         out: memory for the result, of x's shape and dtype, such as one stream's part of a joint
-            tensor. Takes no part in autograd.
+            tensor. Does not support autograd.
 
     Returns:
         A tensor of x's shape and dtype, or `out`.
 
     Raises:
-        ValueError: shapes that do not fit; another use_real_unbind_dim or sequence_dim.
-        TypeError: use_real=False, and freqs_cis is not complex.
-        RuntimeError: `out` with tensors that require grad.
+        ValueError: shapes do not match, or another use_real_unbind_dim or sequence_dim.
+        TypeError: use_real=False, and freqs_cis is not complex; an unsupported dtype.
+        RuntimeError: `out` with inputs that require grad.
 
     Example:
         >>> text, image = torch.randn(2, 4, 7, 64), torch.randn(2, 4, 9, 64)

@@ -4,12 +4,9 @@
 
 `apply_rotary` is that of flash_attn/ops/triton/rotary.py.
 
-The arguments and numbers are the same. What differs: operations in place are seen by autograd (so a
-leaf that requires grad is refused, not overwritten), gradients stay as they were, a row outside the
-table is an error, tokens past cu_seqlens[-1] are copied, and headdim may exceed 256.
-
-Letters: B batch, S sequence length, T packed tokens, N packed sequences, H (Hq, Hk) heads,
-D head_dim, R rotary_dim, P = R/2 pairs, M table rows.
+The arguments and numbers are the same. Differences: autograd records in-place calls (so that they
+refuse a leaf that requires grad), incoming gradients are not overwritten, a row outside the table
+is an error, tokens past cu_seqlens[-1] are copied, and headdim may exceed 256.
 """
 
 from __future__ import annotations
@@ -52,13 +49,13 @@ def apply_rotary(
     inplace: bool = False,
     conjugate: bool = False,
 ) -> Tensor:
-    """Rotates the first R elements of each head of x: the call below `apply_rotary_emb`.
+    """Rotates the first R elements of each head of x; `apply_rotary_emb` calls this.
 
-    The original's kernel is unknown to autograd. This call is differentiable, and in place it
-    refuses what autograd forbids; under no_grad, or inside an autograd.Function, it is the same.
+    The original launches a kernel outside of autograd. This function is differentiable, and in
+    place it refuses what autograd forbids.
 
     Args:
-        conjugate: rotate by the inverse, as a backward pass does.
+        conjugate: apply the inverse rotation, as a backward pass does.
         x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen, interleaved, inplace: as in
             `apply_rotary_emb`.
 
@@ -100,22 +97,23 @@ def apply_rotary_emb(
     """Rotates the first R elements of each head of x.
 
     Args:
-        x: [B, S, H, D], or [T, H, D] with cu_seqlens.
+        x: [B, S, H, D], or [T, H, D] with cu_seqlens; any float dtype.
         cos, sin: [M, P].
-        interleaved: pair neighbors instead of halves.
-        inplace: write the result into x.
-        seqlen_offsets: added to the positions of each sequence: an int, or int32 or int64 [B], [N]
-            with cu_seqlens.
-        cu_seqlens: int32 or int64 [N + 1], where the packed sequences begin.
-        max_seqlen: has no effect: the operator does not need it.
+        interleaved: pairs are adjacent elements instead of halves.
+        inplace: write the result to x.
+        seqlen_offsets: added to the positions of each sequence: an int, or int32 or int64 [B] ([N]
+            with cu_seqlens).
+        cu_seqlens: int32 or int64 [N + 1], the start of each packed sequence.
+        max_seqlen: no effect.
 
     Returns:
         A tensor of x's shape and dtype, or x.
 
     Raises:
-        ValueError: shapes that do not fit; too few rows.
-        IndexError: an offset that leads past the table (on CUDA a device-side assertion).
-        RuntimeError: inplace on what autograd forbids.
+        ValueError: shapes do not match, or the table has too few rows.
+        TypeError: an unsupported dtype.
+        IndexError: the table lacks a row that an offset asks for (on CUDA a device-side assertion).
+        RuntimeError: inplace with an x that autograd forbids.
 
     Example:
         >>> angle = torch.arange(20.0)[:, None] / 10000 ** (torch.arange(0, 64, 2) / 64)
@@ -132,19 +130,20 @@ apply_rotary_emb_func = apply_rotary_emb
 def apply_rotary_emb_torch(
     x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False
 ) -> Tensor:
-    """Rotates the first R elements of each head of x with the roundings of the original's PyTorch.
+    """Rotates the first R elements of each head of x, rounded as in the original PyTorch function.
 
     Args:
-        x: [B, S, H, D] or [S, H, D].
-        cos, sin: [S, P] or [B or 1, S, P]; one row is every token's.
-        interleaved: pair neighbors instead of halves.
+        x: [B, S, H, D] or [S, H, D]; any float dtype.
+        cos, sin: [S, P] or [B or 1, S, P]; a single row is that of all tokens.
+        interleaved: pairs are adjacent elements instead of halves.
 
     Returns:
-        A tensor of x's shape. As in the original its dtype is what x's and the tables' promote to:
-        float32 tables make a float32 result of a bfloat16 x.
+        A tensor of x's shape. As in the original, its dtype is the promotion of x's and the
+        tables': with float32 tables a bfloat16 x gives a float32 result.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes do not match.
+        TypeError: an unsupported dtype.
 
     Example:
         >>> angle = torch.arange(16.0)[:, None] / 10000 ** (torch.arange(0, 64, 2) / 64)
@@ -158,7 +157,7 @@ def apply_rotary_emb_torch(
 
 
 def rotate_half(x: Tensor, interleaved: bool = False) -> Tensor:
-    """x [..., D] with each pair (a, b) as (-b, a); pairs are halves, or neighbors if interleaved.
+    """x [..., D] with (-b, a) for each pair (a, b): of halves, or adjacent if interleaved.
 
     Example:
         >>> rotate_half(torch.tensor([1.0, 2.0, 3.0, 4.0]))
@@ -185,7 +184,7 @@ def apply_rotary_emb_qkv_(
     Args:
         qkv: [B, S, 3, H, D], or [B, S, Hq + 2*Hk, D] with num_heads_q.
         cos, sin: [M, P].
-        cos_k, sin_k: [M, P], tables of the keys where they have their own.
+        cos_k, sin_k: [M, P], separate tables of the keys.
         interleaved, seqlen_offsets: as in `apply_rotary_emb`.
         num_heads_q: Hq.
 
@@ -218,7 +217,18 @@ def apply_rotary_emb_kv_(
     interleaved: bool = False,
     seqlen_offsets: int | Tensor = 0,
 ) -> Tensor:
-    """Rotates the keys of kv [B, S, 2, H, D] in place and returns it; see `apply_rotary_emb`.
+    """Rotates the keys of a packed tensor in place.
+
+    Args:
+        kv: [B, S, 2, H, D].
+        cos, sin: [M, P].
+        interleaved, seqlen_offsets: as in `apply_rotary_emb`.
+
+    Returns:
+        kv.
+
+    Raises:
+        ValueError, IndexError, RuntimeError: as `apply_rotary_emb`.
 
     Example:
         >>> angle = torch.arange(20.0)[:, None] / 10000 ** (torch.arange(0, 64, 2) / 64)
@@ -233,37 +243,41 @@ def apply_rotary_emb_kv_(
 
 
 class ApplyRotaryEmb:
-    """`apply_rotary_emb` by the name of the original's autograd.Function."""
+    """`apply_rotary_emb` under the name of the original's autograd.Function."""
 
     apply = staticmethod(apply_rotary_emb)
 
 
 class ApplyRotaryEmbQKV_:
-    """`apply_rotary_emb_qkv_` by the name of the original's autograd.Function."""
+    """`apply_rotary_emb_qkv_` under the name of the original's autograd.Function."""
 
     apply = staticmethod(apply_rotary_emb_qkv_)
 
 
 class ApplyRotaryEmbKV_:
-    """`apply_rotary_emb_kv_` by the name of the original's autograd.Function."""
+    """`apply_rotary_emb_kv_` under the name of the original's autograd.Function."""
 
     apply = staticmethod(apply_rotary_emb_kv_)
 
 
 class RotaryEmbedding(torch.nn.Module):
-    """A module that keeps tables in the inputs' dtype and rotates queries and keys in place.
+    """A module with tables in the inputs' dtype that rotates queries and keys in place.
 
-    With scale_base, XPos (Sun et al., arXiv:2212.10554): the tables of queries grow with the
-    position, and those of keys shrink. Both are 1 in the middle of the call's rows; the original
-    takes the middle of the longest sequence so far. Scores of queries and keys that are rotated
-    by one call, or with one max_seqlen, do not depend on it.
+    With scale_base it computes XPos (Sun et al., arXiv:2212.10554): the scale of the queries' table
+    grows with the position, that of the keys' table shrinks. Both are 1 in the middle of the call's
+    rows; in the original, in the middle of the longest sequence so far. Attention scores do not
+    depend on this if one call, or calls with the same max_seqlen, rotate queries and keys.
 
     Args:
         dim: R.
         base: base of the frequencies.
-        interleaved: pair neighbors instead of halves.
-        scale_base: tokens after which XPos scales once more, such as 512; None for no scaling.
-        device: has no effect: the tables follow the inputs.
+        interleaved: pairs are adjacent elements instead of halves.
+        scale_base: XPos multiplies its scale once per this many tokens, such as 512; None for no
+            scale.
+        device: no effect: the tables are on the inputs' device.
+
+    Raises:
+        ValueError: dim is odd.
 
     Example:
         >>> rotary = RotaryEmbedding(64)
@@ -309,15 +323,18 @@ class RotaryEmbedding(torch.nn.Module):
         max_seqlen: int | None = None,
         num_heads_q: int | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """qkv, or q and kv, with queries and keys rotated in place.
+        """Rotates queries and keys in place.
 
         Args:
-            qkv: [B, S, 3, H, D], or [B, S, Hq + 2*Hk, D] beside num_heads_q; beside kv the
-                queries, [B, S, H, D].
+            qkv: [B, S, 3, H, D], or [B, S, Hq + 2*Hk, D] with num_heads_q; with kv the queries
+                [B, S, H, D].
             kv: [B, S, 2, H, D].
-            seqlen_offset: tokens before these, an int, or int32 or int64 [B].
-            max_seqlen: rows that the tables must have; needed beside a tensor seqlen_offset.
+            seqlen_offset: the number of tokens before these: an int, or int32 or int64 [B].
+            max_seqlen: rows that the tables must have; required with a tensor seqlen_offset.
             num_heads_q: Hq.
+
+        Returns:
+            qkv, or qkv and kv.
 
         Raises:
             ValueError, IndexError, RuntimeError: as `apply_rotary_emb`.
@@ -339,7 +356,7 @@ class RotaryEmbedding(torch.nn.Module):
 
     @property
     def _cos_cached(self) -> Tensor | None:
-        """The table of cosines [M, P]; None before the first call. Read by callers of their own."""
+        """The table of cosines [M, P]; None before the first call. Some callers read it."""
         return self._cached(0)
 
     @property
@@ -348,7 +365,7 @@ class RotaryEmbedding(torch.nn.Module):
 
     @property
     def _cos_k_cached(self) -> Tensor | None:
-        """Those of the keys with XPos; None without, as in the original."""
+        """The table of the keys with XPos; None without, as in the original."""
         return None if self.scale_base is None else self._cached(2)
 
     @property
@@ -365,14 +382,14 @@ class RotaryEmbedding(torch.nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Makes tables of at least seqlen rows, for callers who then read `_cos_cached`."""
+        """Makes tables of at least seqlen rows, for callers that then read `_cos_cached`."""
         self._tables_for(seqlen, torch.empty(0, device=device, dtype=dtype))
 
     def _cached(self, index: int) -> Tensor | None:
         return self._tables[index] if self._tables else None
 
     def _tables_for(self, rows: int | None, x: Tensor) -> tuple[Tensor, ...]:
-        """Tables of x's dtype and device; as many rows as calls needed so far where None."""
+        """Tables of x's dtype and device; for None, with as many rows as calls so far needed."""
         if rows is None:
             rows = self._last[0]
             if rows == 0:
@@ -381,13 +398,14 @@ class RotaryEmbedding(torch.nn.Module):
             self._last = (max(rows, self._last[0]), x.dtype, x.device)
         if self.scale_base is not None:
             return self._xpos_tables(rows, self.scale_base, x)
-        cache = self._caches.get(x.dtype, self._caches[torch.float32])  # the operator refuses it
+        # The operator refuses other dtypes.
+        cache = self._caches.get(x.dtype, self._caches[torch.float32])
         pair = cache.pair(rows, x)
         assert pair is not None
         return (*pair, *pair)
 
     def _xpos_tables(self, rows: int, scale_base: float, x: Tensor) -> tuple[Tensor, ...]:
-        """The scale is 1 in the middle row, so each number of rows has tables of its own."""
+        """Each number of rows has its own tables, since the scale is 1 in the middle row."""
         if is_traced(x):
             with fake_mode_of(x):
                 tables = self._xpos_rows(rows, scale_base, x.dtype)
@@ -415,7 +433,7 @@ class RotaryEmbedding(torch.nn.Module):
         return {**self.__dict__, "_xpos": {}}
 
 
-# How many lengths keep their XPos tables: a decode loop asks for another one in each step.
+# Bounds the XPos tables that are kept: each step of a decode loop has another length.
 _XPOS_TABLES = 8
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

@@ -8,12 +8,9 @@
         liger_rotary_pos_emb_vision,
     )
 
-The arguments are the same; results are rounded once, to q's dtype. What differs: q, k and gradients
-stay as they were, `unsqueeze_dim` has an effect, R < D works, and so do tables that
-differ between sequences.
-
-Letters: B batch, S sequence length, Hq, Hk query and key heads, D head_dim, R rotary_dim,
-P = R/2 pairs.
+The arguments are the same; results are rounded once, to q's dtype. Differences: q, k and incoming
+gradients are not overwritten, `unsqueeze_dim` has an effect, and R < D and a table per sequence
+work.
 """
 
 from __future__ import annotations
@@ -55,20 +52,25 @@ def liger_rotary_pos_emb(
     *,
     rotary_dim: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Rotates q and k, half layout, by tables gathered for their tokens.
+    """Rotates q and k, paired as halves, by tables per token.
 
     Args:
         q, k: [B, Hq, S, D] and [B, Hk, S, D]; with unsqueeze_dim=2 [B, S, Hq, D] and [B, S, Hk, D].
-        cos, sin: [B or 1, S, R] or [S, R], the second half a copy of the first; where R < D, the
-            first R elements are rotated. With rotary_dim=R they may be of half that width too.
-        position_ids: has no effect, as in the original: the tables are gathered already.
-        unsqueeze_dim: where the heads are, 1 or 2.
-        rotary_dim: R. Needed only for tables of D/2 columns, which are full width for half of the
-            elements or half width for all (gpt-oss).
+            Any float dtype.
+        cos, sin: [B or 1, S, R] or [S, R], the second half a copy of the first; if R < D, the first
+            R elements are rotated. With rotary_dim=R also half of that width.
+        position_ids: no effect, as in the original: the tables are already per token.
+        unsqueeze_dim: the dimension of the heads, 1 or 2.
+        rotary_dim: R. Required only for tables of D/2 columns, which may be full width for R = D/2
+            or half width for R = D (gpt-oss).
+
+    Returns:
+        q and k rotated, of their shapes and dtype.
 
     Raises:
-        ValueError: shapes that do not fit each other; another unsqueeze_dim; tables of D/2 columns
-            without rotary_dim.
+        ValueError: shapes do not match, another unsqueeze_dim, or tables of D/2 columns without
+            rotary_dim.
+        TypeError: an unsupported dtype.
 
     Example:
         >>> q, k = torch.randn(2, 4, 9, 64), torch.randn(2, 2, 9, 64)
@@ -84,10 +86,18 @@ def liger_rotary_pos_emb(
 def liger_rotary_pos_emb_vision(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Rotates q and k [S, H, D] of a vision tower by cos and sin [S, D], half layout.
+    """Rotates q and k of a vision tower, paired as halves.
+
+    Args:
+        q, k: [S, Hq, D] and [S, Hk, D]; any float dtype.
+        cos, sin: [S, D], the second half a copy of the first.
+
+    Returns:
+        q and k rotated, of their shapes and dtype.
 
     Raises:
-        ValueError: shapes that do not fit each other.
+        ValueError: shapes do not match.
+        TypeError: an unsupported dtype.
 
     Example:
         >>> q, k, angle = torch.randn(9, 4, 64), torch.randn(9, 4, 64), torch.rand(9, 32)
@@ -105,16 +115,20 @@ def liger_multimodal_rotary_pos_emb(
     mrope_section: Sequence[int],
     unsqueeze_dim: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Rotates q and k by M-RoPE in Qwen2-VL's order: each pair reads the table of its own axis.
+    """Rotates q and k by M-RoPE in Qwen2-VL's order: each pair reads the table of its axis.
 
     Args:
         q, k: [B, Hq, S, D] and [B, Hk, S, D]; with unsqueeze_dim=2 [B, S, Hq, D] and [B, S, Hk, D].
-        cos, sin: [A, B, S, D], for each axis (time, height, width) full-width tables.
-        mrope_section: pairs of each axis, D/2 in all.
-        unsqueeze_dim: where the heads are, 1 or 2.
+        cos, sin: [A, B, S, D], a full-width table for each axis (time, height, width).
+        mrope_section: the number of pairs of each axis, D/2 in total.
+        unsqueeze_dim: the dimension of the heads, 1 or 2.
+
+    Returns:
+        q and k rotated, of their shapes and dtype.
 
     Raises:
-        ValueError: shapes or sections that do not fit each other, another unsqueeze_dim.
+        ValueError: shapes or sections do not match, or another unsqueeze_dim.
+        TypeError: an unsupported dtype.
 
     Example:
         >>> q, k = torch.randn(2, 4, 9, 32), torch.randn(2, 2, 9, 32)
@@ -128,7 +142,7 @@ def liger_multimodal_rotary_pos_emb(
             f"{name}: expected cos of [A, B, S, D] with a table for each of the "
             f"A={len(mrope_section)} sections, got {list(cos.shape)}"
         )
-    # One shared table whose rows are those of every axis, sequence and token.
+    # One shared table has the rows of all axes, sequences and tokens.
     rows = cos.shape[:-1]
     positions = torch.arange(rows.numel(), device=cos.device).view(rows)
     return functional.rotate_qk(
@@ -146,15 +160,18 @@ def liger_multimodal_rotary_pos_emb(
 def liger_llama4_text_rotary_pos_emb(
     xq: Tensor, xk: Tensor, freqs_cis: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Rotates neighboring elements of xq and xk by complex numbers.
+    """Rotates pairs of adjacent elements of xq and xk by complex numbers.
 
     Args:
         xq, xk: [B, S, Hq, D] and [B, S, Hk, D].
         freqs_cis: complex, [B or 1, S, D/2] or [S or more, D/2].
 
+    Returns:
+        xq and xk rotated, of their shapes and dtype.
+
     Raises:
-        ValueError: shapes that do not fit each other.
-        TypeError: freqs_cis is not complex.
+        ValueError: shapes do not match.
+        TypeError: freqs_cis is not complex; an unsupported dtype.
 
     Example:
         >>> xq, xk = torch.randn(2, 9, 4, 64), torch.randn(2, 9, 2, 64)
@@ -168,16 +185,19 @@ def liger_llama4_text_rotary_pos_emb(
 def liger_llama4_vision_rotary_pos_emb(
     query: Tensor, key: Tensor, freqs_ci: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Rotates neighboring elements of query and key by complex numbers shared by the batch.
+    """Rotates pairs of adjacent elements of query and key by complex numbers.
 
     Args:
         query, key: [B, S, H, D].
-        freqs_ci: complex, [S, D/2], [S, 1, D/2] or [1, S, 1, D/2].
+        freqs_ci: complex, [S, D/2], [S, 1, D/2] or [1, S, 1, D/2], shared by the batch.
+
+    Returns:
+        query and key rotated, of their shapes and dtype.
 
     Raises:
-        ValueError: shapes that do not fit each other.
-        TypeError: freqs_ci is not complex: the original multiplies by what a cast to a real dtype
-            left of it.
+        ValueError: shapes do not match.
+        TypeError: freqs_ci is real, as after a cast of its module (the original multiplies by it);
+            an unsupported dtype.
 
     Example:
         >>> query, key = torch.randn(2, 9, 4, 64), torch.randn(2, 9, 4, 64)
@@ -200,33 +220,33 @@ liger_qwen2vl_mrope = liger_multimodal_rotary_pos_emb
 
 
 class LigerRopeFunction:
-    """`liger_rotary_pos_emb` by the name of the original's autograd.Function.
+    """`liger_rotary_pos_emb` under the name of the original's autograd.Function.
 
-    Results have the memory order of q and k; the original's are views of [B, S, H, D].
+    Results have the memory order of q and k; the original's are views of [B, S, H, D] tensors.
     """
 
     apply = staticmethod(liger_rotary_pos_emb)
 
 
 class LigerQwen2VLMRopeFunction:
-    """`liger_multimodal_rotary_pos_emb` by the name of the original's autograd.Function."""
+    """`liger_multimodal_rotary_pos_emb` under the name of the original's autograd.Function."""
 
     apply = staticmethod(liger_multimodal_rotary_pos_emb)
 
 
 class LigerLlama4RopeFunction:
-    """`liger_llama4_text_rotary_pos_emb` by the name of the original's autograd.Function."""
+    """`liger_llama4_text_rotary_pos_emb` under the name of the original's autograd.Function."""
 
     @staticmethod
     def apply(
         q: Tensor, k: Tensor, freqs_cis: Tensor, BLOCK_SIZE: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """q [B, S, Hq, D] and k [B, S, Hk, D] rotated.
+        """Rotates q [B, S, Hq, D] and k [B, S, Hk, D].
 
         Args:
             freqs_cis: as in `liger_llama4_text_rotary_pos_emb`, or its real and imaginary parts
                 [S or more, D/2, 2].
-            BLOCK_SIZE: has no effect: it tunes the original's kernel.
+            BLOCK_SIZE: no effect; it tunes the original's kernel.
         """
         if freqs_cis.is_floating_point() and freqs_cis.shape[-2:] == (q.shape[-1] // 2, 2):
             cos, sin = freqs_cis.unbind(-1)
@@ -237,7 +257,17 @@ class LigerLlama4RopeFunction:
 def rope_forward(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(q', k', cos, sin) with q and k [B, H, S, D] rotated; see `liger_rotary_pos_emb`.
+    """The forward of the original's autograd.Function.
+
+    Args:
+        q, k: [B, Hq, S, D] and [B, Hk, S, D].
+        cos, sin: as in `liger_rotary_pos_emb`.
+
+    Returns:
+        q and k rotated, cos, sin.
+
+    Raises:
+        ValueError, TypeError: as `liger_rotary_pos_emb`.
 
     Example:
         >>> q, k, angle = torch.randn(2, 4, 9, 64), torch.randn(2, 2, 9, 64), torch.rand(1, 9, 32)
@@ -248,7 +278,17 @@ def rope_forward(
 
 
 def rope_backward(dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients [B, H, S, D] of `rope_forward`'s results, rotated by the inverse.
+    """The backward of the original's autograd.Function: the inverse rotation.
+
+    Args:
+        dq, dk: [B, Hq, S, D] and [B, Hk, S, D], gradients of `rope_forward`'s q and k.
+        cos, sin: those of `rope_forward`.
+
+    Returns:
+        The gradients of q and k.
+
+    Raises:
+        ValueError, TypeError: as `liger_rotary_pos_emb`.
 
     Example:
         >>> dq, dk, angle = torch.randn(2, 4, 9, 64), torch.randn(2, 2, 9, 64), torch.rand(1, 9, 32)
@@ -268,12 +308,12 @@ def _layout(operator: str, unsqueeze_dim: int) -> str:
 
 
 def _table_layout(cos: Tensor, D: int, rotary_dim: int | None) -> str:
-    """Tables have full width, or half of it where rotary_dim says so."""
+    """Tables have full width, or half of it if rotary_dim says so."""
     width = cos.shape[-1]
     if rotary_dim is None and 2 * width == D:
         raise ValueError(
-            f"liger_rotary_pos_emb: expected cos of full width, or rotary_dim with D/2={width}"
-            f" columns, which may mean {width} rotated elements or {D}, got {list(cos.shape)}"
+            f"liger_rotary_pos_emb: expected rotary_dim, as cos {list(cos.shape)} has D/2={width} "
+            f"columns, got None: pass rotary_dim={width} for full width or {D} for half width"
         )
     if rotary_dim is not None and width not in (rotary_dim, rotary_dim // 2):
         raise ValueError(

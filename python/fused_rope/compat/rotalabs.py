@@ -2,11 +2,9 @@
 
     from fused_rope.compat.rotalabs import RotaryEmbedding, apply_rope, build_rope_cache
 
-The arguments and results are those of its PyTorch path; what differs: `seq_len=`, `offset=` and
-grouped-query attention work as its documentation promises, gradients flow on every device, position
-ids may differ between sequences, and `interleaved=False` pairs sequential halves instead.
-
-Letters: B batch, S sequence length, Hq, Hk query and key heads, D head_dim, P = D/2 pairs, M rows.
+The arguments and results are those of its PyTorch path. Differences: `seq_len=`, `offset=` and
+grouped-query attention work as documented, gradients are computed on every device, position ids may
+differ between sequences, and `interleaved=False` pairs halves.
 """
 
 from __future__ import annotations
@@ -30,20 +28,21 @@ def apply_rope(
     *,
     interleaved: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Rotates q and k, pairs of neighboring elements.
+    """Rotates pairs of adjacent elements of q and k.
 
     Args:
-        q, k: [B, S, Hq, D] and [B, S, Hk, D].
-        cos, sin: [S or more, P] in the order of the tokens, or for each sequence [B or 1, S, P] or
-            [B or 1, S, 1, P]. One row is every token's.
-        use_triton: False for the PyTorch reference; True, or None to choose, for the fused kernel.
-        interleaved: False to pair element j with element j + P instead.
+        q, k: [B, S, Hq, D] and [B, S, Hk, D]; any float dtype.
+        cos, sin: [S or more, P] in the order of the tokens, or per sequence [B or 1, S, P] or
+            [B or 1, S, 1, P]. A single row is that of all tokens.
+        use_triton: False for the PyTorch reference; True or None for the fused operator.
+        interleaved: False for pairs of elements j and j + P.
 
     Returns:
-        q and k rotated, of their shapes and dtypes.
+        q and k rotated, of their shapes and dtype.
 
     Raises:
-        ValueError: shapes that do not fit; fewer than S rows.
+        ValueError: shapes do not match, or there are fewer than S rows.
+        TypeError: an unsupported dtype.
 
     Example:
         >>> q, k = torch.randn(2, 16, 4, 32), torch.randn(2, 16, 1, 32)
@@ -58,7 +57,21 @@ def apply_rope(
 def rope_torch(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """`apply_rope` by the PyTorch reference, on any device."""
+    """`apply_rope` with the PyTorch reference, which runs on any device.
+
+    Args:
+        q, k, cos, sin, interleaved: as in `apply_rope`.
+
+    Returns:
+        q and k rotated, of their shapes and dtype.
+
+    Raises:
+        ValueError: as `apply_rope`.
+
+    Example:
+        >>> q, k = torch.randn(2, 16, 4, 32), torch.randn(2, 16, 1, 32)
+        >>> q, k = rope_torch(q, k, *build_rope_cache(16, 32))
+    """
     return apply_rope(q, k, cos, sin, use_triton=False, interleaved=interleaved)
 
 
@@ -71,17 +84,20 @@ def build_rope_cache(
     *,
     dim: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin [seq_len, head_dim/2]; angles in float64, whatever the dtype.
+    """A table of cosines and sines, computed from float64 angles for every dtype.
 
     Args:
-        seq_len: rows.
-        head_dim: D, even; `dim`, as the original's README calls it, is the same.
+        seq_len: the number of rows.
+        head_dim, dim: D, even; the original's README calls it dim. Pass one of them.
         base: base of the frequencies.
-        device: where the table lies; None for the default device.
+        device: of the table; None for the default device.
         dtype: of the table.
 
+    Returns:
+        cos and sin, [seq_len, head_dim/2].
+
     Raises:
-        ValueError: an odd head_dim; none, or both names for it.
+        ValueError: head_dim is odd, or neither or both of head_dim and dim are given.
 
     Example:
         >>> cos, sin = build_rope_cache(2048, 128)
@@ -97,13 +113,16 @@ def build_rope_cache(
 
 
 class RotaryEmbedding(torch.nn.Module):
-    """A module that keeps the table, grows it where the host knows the rows, and rotates q and k.
+    """A module that rotates q and k, with a table that grows if the host knows the rows.
 
     Args:
         dim: D.
-        max_seq_len: rows to begin with.
+        max_seq_len: the minimum number of rows.
         base: base of the frequencies.
-        interleaved: False to pair element j with element j + P, not neighbors.
+        interleaved: False for pairs of elements j and j + P.
+
+    Raises:
+        ValueError: dim is odd.
 
     Example:
         >>> rope = RotaryEmbedding(dim=32, max_seq_len=128)
@@ -147,18 +166,22 @@ class RotaryEmbedding(torch.nn.Module):
         seq_len: int | None = None,
         offset: int | Tensor = 0,
     ) -> tuple[Tensor, Tensor]:
-        """q and k rotated.
+        """Rotates q and k out of place.
 
         Args:
-            q, k: [B, S, Hq, D] and [B, S, Hk, D].
-            position_ids: the row of each token, int32 or int64, [S] or [B, S]; the table must have
-                it (`module.rope.reserve(rows)`), for only the device knows its largest.
-            seq_len: S, for callers who say it.
-            offset: tokens before these, an int, or an int tensor [B].
+            q, k: [B, S, Hq, D] and [B, S, Hk, D]; any float dtype.
+            position_ids: the row of each token, int32 or int64, [S] or [B, S]. The table does not
+                grow for them: call `module.rope.reserve(rows)` first.
+            seq_len: S; optional.
+            offset: the number of tokens before these: an int, or an int32 or int64 tensor [B].
+
+        Returns:
+            q and k rotated.
 
         Raises:
-            ValueError: shapes that do not fit; a seq_len that is not S.
-            IndexError: a position that is no row (on CUDA a device-side assertion).
+            ValueError: shapes do not match, or seq_len is not S.
+            TypeError: an unsupported dtype.
+            IndexError: the table lacks the row of a position (on CUDA a device-side assertion).
         """
         if seq_len is not None and seq_len != q.shape[1]:
             raise ValueError(
@@ -173,7 +196,7 @@ class RotaryEmbedding(torch.nn.Module):
 
 
 def _table(name: str, table: Tensor, S: int) -> Tensor:
-    """A table without the dimension of size 1 that broadcasts over heads, one row for S tokens."""
+    """The table with S rows and without the dimension of size 1 that broadcasts over heads."""
     if table.dim() == 4:
         if table.shape[2] != 1:
             raise ValueError(

@@ -2,12 +2,9 @@
 
     from fused_rope.compat.rotary_embedding_torch import RotaryEmbedding, apply_rotary_emb
 
-The arguments and numbers are the same, and so is the state dict. What differs: positions are
-counted in float32 whatever t's dtype (bfloat16 has no 257), casts of the module do not round
-frequencies that are not learned, `RotaryEmbedding.apply_rotary_emb` is always there, and any
-`seq_dim` may be counted from the front.
-
-Letters: S sequence length, D elements of t's last dimension, R rotary_dim.
+The arguments, numbers and state dict are the same. Differences: positions are float32 for every
+dtype of t (bfloat16 cannot represent 257), casts of the module do not round frequencies that are
+not learned, `RotaryEmbedding.apply_rotary_emb` always exists, and `seq_dim` may be nonnegative.
 """
 
 from __future__ import annotations
@@ -41,22 +38,23 @@ def apply_rotary_emb(
     seq_dim: int = -2,
     freqs_seq_dim: int | None = None,
 ) -> Tensor:
-    """Rotates R elements of t, neighbors paired, by angles that broadcast over it.
+    """Rotates pairs of adjacent elements of t by angles that broadcast against it.
 
     Args:
-        freqs: angles [..., R], every angle next to its copy, that broadcast against t.
-        t: [..., D], any number of dimensions.
+        freqs: angles [..., R], each twice in succession.
+        t: [..., D], any number of dimensions; any float dtype.
         start_index: the first rotated element.
         scale: factor of cosines and sines, a number or a tensor that broadcasts as freqs does.
-        seq_dim: where t's S is.
-        freqs_seq_dim: where that of freqs is; of its positions the last S are taken. None means the
-            first dimension where freqs has two or t three, and else that all are taken.
+        seq_dim: the dimension S of t.
+        freqs_seq_dim: the dimension of the positions in freqs, of which the last S are used. None
+            is 0 if freqs is 2-D or t is 3-D; otherwise all positions are used.
 
     Returns:
         A contiguous tensor of t's shape and dtype; differentiable in t, freqs and scale.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes do not match.
+        TypeError: an unsupported dtype.
 
     Example:
         >>> freqs = RotaryEmbedding(16, freqs_for="pixel").get_axial_freqs(8, 9)
@@ -76,12 +74,18 @@ def apply_rotary_emb(
 def apply_learned_rotations(
     rotations: Tensor, t: Tensor, start_index: int = 0, freq_ranges: Tensor | None = None
 ) -> Tensor:
-    """`apply_rotary_emb` by one angle [..., R/2] for each pair.
+    """`apply_rotary_emb` with one angle [..., R/2] per pair.
 
     Args:
-        rotations: angles [..., R/2]; with freq_ranges [..., r], each times all of these.
-        t, start_index: as there.
+        rotations: angles [..., R/2]; with freq_ranges [..., r], each multiplied by all of those.
+        t, start_index: as in `apply_rotary_emb`.
         freq_ranges: [f], with r*f = R/2.
+
+    Returns:
+        A contiguous tensor of t's shape and dtype.
+
+    Raises:
+        ValueError: shapes do not match. TypeError: an unsupported dtype.
 
     Example:
         >>> rotations = torch.randn(9, 8, requires_grad=True)
@@ -93,7 +97,7 @@ def apply_learned_rotations(
 
 
 def rotate_half(x: Tensor) -> Tensor:
-    """Each pair (x[2j], x[2j + 1]) of x [..., D] as (-x[2j + 1], x[2j]).
+    """x [..., D] with (-x[2j + 1], x[2j]) for each pair (x[2j], x[2j + 1]).
 
     Example:
         >>> rotate_half(torch.tensor([1.0, 2.0, 3.0, 4.0]))
@@ -103,7 +107,7 @@ def rotate_half(x: Tensor) -> Tensor:
 
 
 def broadcat(tensors: Sequence[Tensor], dim: int = -1) -> Tensor:
-    """The tensors broadcast against each other, then concatenated along `dim`.
+    """Broadcasts the tensors against each other and concatenates them along `dim`.
 
     Example:
         >>> broadcat((torch.rand(4, 1, 8), torch.rand(1, 5, 8))).shape
@@ -113,30 +117,29 @@ def broadcat(tensors: Sequence[Tensor], dim: int = -1) -> Tensor:
 
 
 class RotaryEmbedding(torch.nn.Module):
-    """Makes angles and rotates tensors of any number of dimensions, neighbors paired.
+    """Computes angles and rotates pairs of adjacent elements of tensors with any dimensions.
 
     Args:
         dim: R.
         custom_freqs: frequencies [R/2] instead of those of freqs_for.
         freqs_for: "lang" for the geometric series, "pixel" for pi times a linear one up to
             max_freq / 2, "constant" for num_freqs ones.
-        theta, max_freq, num_freqs: of these.
+        theta, max_freq, num_freqs: parameters of these.
         learned_freq: whether the frequencies are trained.
         use_xpos: scale queries up and keys down with the position (arXiv:2212.10554).
-        xpos_scale_base: tokens after which XPos scales once more.
+        xpos_scale_base: XPos multiplies its scale once per this many tokens.
         interpolate_factor: positions are divided by it.
         theta_rescale_factor: NTK-aware rescaling of theta.
         seq_before_head_dim: tensors are [B, S, H, D], not [B, H, S, D].
-        cache_if_possible, cache_max_seq_len: have no effect: nothing is cached.
+        cache_if_possible, cache_max_seq_len: no effect: nothing is cached.
 
     Attributes:
-        freqs: the frequencies, a parameter. Learned ones are a weight like any other: casts round
-            them. Other frequencies are never rounded below float32: a cast of the module to
-            float16 or bfloat16 leaves their dtype alone, and a half-precision checkpoint of them
-            loads as the float32 numbers it was rounded from.
+        freqs: the frequencies, a parameter. Casts round learned ones, as they do any weight. They
+            never round others below float32: a cast to float16 or bfloat16 keeps their dtype, and
+            from a half-precision checkpoint they load as the float32 numbers before its rounding.
 
     Raises:
-        ValueError: an interpolate_factor below 1, an unknown freqs_for.
+        ValueError: interpolate_factor is below 1, or freqs_for is unknown.
 
     Example:
         >>> rotary = RotaryEmbedding(32)
@@ -167,10 +170,10 @@ class RotaryEmbedding(torch.nn.Module):
             raise ValueError(
                 f"RotaryEmbedding: expected interpolate_factor >= 1, got {interpolate_factor}"
             )
-        # The initial frequencies as Python numbers, out of reach of casts, devices and tracers;
-        # None where custom_freqs has no values that can be read (a meta or fake tensor).
+        # Python numbers, which casts, devices and tracers do not change; None if custom_freqs is a
+        # meta or fake tensor without values.
         self._initial: tuple[float, ...] | None
-        # A parameter made under inference mode could not be trained later.
+        # A parameter that is made under inference mode cannot be trained later.
         with torch.inference_mode(False):
             if custom_freqs is not None:
                 freqs = custom_freqs.clone() if custom_freqs.is_inference() else custom_freqs
@@ -201,13 +204,13 @@ class RotaryEmbedding(torch.nn.Module):
 
     @property
     def scale(self) -> Tensor:
-        """XPos' base of the factors, float32 [R/2]."""
+        """The base of XPos' factors, float32 [R/2]."""
         element = torch.arange(0, self.dim, 2, device=self.device, dtype=torch.float32)
         return (element + 0.4 * self.dim) / (1.4 * self.dim)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Writes the initial frequencies, such as after `to_empty`.
+        """Writes the initial frequencies, for example after `to_empty`.
 
         Raises:
             RuntimeError: custom_freqs had no values when the module was made.
@@ -220,12 +223,12 @@ class RotaryEmbedding(torch.nn.Module):
         self._write_initial(self.freqs)
 
     def forward(self, t: Tensor, seq_len: int | None = None, offset: int = 0) -> Tensor:
-        """The angles [..., R] of positions t [...], every angle next to its copy.
+        """The angles [..., R] of positions t [...], each twice in succession.
 
-        seq_len and offset, which say where the original's cache has them, have no effect.
+        seq_len and offset have no effect; they index the original's cache.
         """
-        # Angles of far positions need float32. A parameter narrower than that was cast around the
-        # module (FSDP's mixed precision, functional_call).
+        # Angles of far positions need float32. A narrower parameter was cast outside of the
+        # module's methods (FSDP's mixed precision, functional_call).
         freqs: Tensor = self.freqs
         if freqs.dtype in _HALF:
             freqs = freqs.float() if self.learned_freq else self._unrounded(freqs)
@@ -238,7 +241,7 @@ class RotaryEmbedding(torch.nn.Module):
         dtype: torch.dtype | None = None,
         offset: int = 0,
     ) -> Tensor:
-        """The positions [seq_len], interpolated; float32 where no dtype is given."""
+        """The interpolated positions [seq_len]; float32 by default."""
         device = self.device if device is None else device
         dtype = torch.float32 if dtype is None else dtype
         return (
@@ -246,7 +249,7 @@ class RotaryEmbedding(torch.nn.Module):
         ) / self.interpolate_factor
 
     def get_scale(self, t: Tensor, seq_len: int | None = None, offset: int = 0) -> Tensor:
-        """XPos' factors [S, R] of positions t [S], each next to its copy; 1 in the middle."""
+        """XPos' factors [S, R] of positions t [S], each twice in succession; 1 in the middle."""
         if not self.use_xpos:
             raise ValueError("RotaryEmbedding.get_scale: expected use_xpos=True, got False")
         scale = self.scale
@@ -256,14 +259,14 @@ class RotaryEmbedding(torch.nn.Module):
     def get_axial_freqs(
         self, *dims: int, offsets: tuple[float, ...] | Tensor | None = None
     ) -> Tensor:
-        """The angles [*dims, len(dims)*R] of a grid, those of each axis side by side.
+        """The angles [*dims, len(dims)*R] of a grid, those of the axes concatenated.
 
         Args:
             dims: the grid's sizes.
             offsets: added to the positions of each axis.
 
         Raises:
-            ValueError: not one offset for each axis.
+            ValueError: offsets does not have one number for each axis.
         """
         if offsets is not None and len(offsets) != len(dims):
             raise ValueError(
@@ -291,16 +294,16 @@ class RotaryEmbedding(torch.nn.Module):
         offset: int = 0,
         scale: float | Tensor | None = None,
     ) -> Tensor:
-        """t [..., S, D] (or as seq_dim says) rotated.
+        """Rotates t [..., S, D], or with S in dimension seq_dim.
 
         Args:
             t: queries or keys.
-            seq_dim: where S is; None for the module's.
-            offset: tokens before these.
-            scale: factor of the result, a number or [S, R]; XPos needs it.
+            seq_dim: the dimension S; None for the module's.
+            offset: the number of tokens before these.
+            scale: factor of the result, a number or [S, R]; required with XPos.
 
         Raises:
-            ValueError: shapes that do not fit; use_xpos without scale.
+            ValueError: shapes do not match, or use_xpos without scale.
         """
         if self.use_xpos and scale is None:
             raise ValueError(
@@ -332,16 +335,16 @@ class RotaryEmbedding(torch.nn.Module):
     def rotate_queries_with_cached_keys(
         self, q: Tensor, k: Tensor, seq_dim: int | None = None, offset: int = 0
     ) -> tuple[Tensor, Tensor]:
-        """q rotated as the last of the tokens of k, and k.
+        """Rotates q, the last of k's tokens, and k.
 
         Args:
             q: [..., Sq, D].
             k: [..., Sk, D], with Sq <= Sk.
-            seq_dim: where both are; None for the module's.
-            offset: of the queries alone, as in the original.
+            seq_dim: the dimension of Sq and Sk; None for the module's.
+            offset: of the queries only, as in the original.
 
         Raises:
-            ValueError: more queries than keys.
+            ValueError: there are more queries than keys.
         """
         q_len, k_len = (x.shape[self._seq_dim(x, seq_dim)] for x in (q, k))
         if q_len > k_len:
@@ -360,13 +363,13 @@ class RotaryEmbedding(torch.nn.Module):
         )
 
     def _write_initial(self, freqs: Tensor) -> Tensor:
-        """freqs with the initial frequencies written into it, where they are known."""
+        """Writes the initial frequencies to freqs, if they are known, and returns it."""
         if self._initial is None:
             return freqs
         return freqs.copy_(torch.tensor(self._initial, dtype=torch.float64, device="cpu"))
 
     def _unrounded(self, freqs: Tensor) -> Tensor:
-        """freqs in at least float32, the initial frequency wherever it is a rounding of that."""
+        """freqs in at least float32; a rounding of an initial frequency becomes that frequency."""
         wide = torch.promote_types(freqs.dtype, torch.float32)
         if self._initial is None or freqs.shape != (len(self._initial),):
             return freqs.to(wide)
@@ -378,7 +381,7 @@ class RotaryEmbedding(torch.nn.Module):
         return torch.where(ours, initial, freqs.to(wide))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryEmbedding:
-        """Casts and moves the module; see `freqs` for what casts leave alone."""
+        """Casts and moves the module; see `freqs` for what casts do not change."""
 
         def apply(t: Tensor) -> Tensor:
             applied = fn(t)
@@ -390,7 +393,7 @@ class RotaryEmbedding(torch.nn.Module):
                 applied = applied.to(torch.promote_types(applied.dtype, torch.float32))
             if t.is_meta and not applied.is_meta:
                 return self._write_initial(applied)
-            # Written even where the dtype stays: `to_empty` leaves memory uninitialized.
+            # Written for any dtype, since `to_empty` leaves memory uninitialized.
             return applied if applied.is_meta else applied.copy_(self._unrounded(t.to(applied)))
 
         # Under inference mode the parameter would become an inference tensor.
@@ -408,7 +411,7 @@ class RotaryEmbedding(torch.nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _seq_dim(self, t: Tensor, seq_dim: int | None) -> int:
-        """The sequence dimension, counted from the back."""
+        """The sequence dimension, counted from the end."""
         dim = self.default_seq_dim if seq_dim is None else seq_dim
         return dim - t.dim() if dim >= 0 else dim
 
@@ -416,7 +419,7 @@ class RotaryEmbedding(torch.nn.Module):
 def _frequencies(
     freqs_for: str, dim: int, theta: float, max_freq: float, num_freqs: int
 ) -> tuple[float, ...]:
-    """The frequencies as Python numbers, which no mode, default device or default dtype changes."""
+    """The frequencies as Python numbers, so modes, default devices and dtypes have no effect."""
     if freqs_for == "constant":
         return (1.0,) * num_freqs
     if dim % 2:
@@ -432,26 +435,25 @@ def _frequencies(
 
 
 def _is_plain(t: Tensor) -> bool:
-    """Whether t is no fake tensor, DTensor or other subclass, whose values are not at hand."""
+    """Whether t is no subclass: the values of a fake tensor or DTensor cannot be read."""
     return type(t) in (torch.Tensor, torch.nn.Parameter)
 
 
 def _align(rows: Tensor, seq_dim: int) -> Tensor:
-    """The view of rows [S, R] that broadcasts where the sequence is dimension seq_dim < 0."""
+    """A view of rows [S, R] that broadcasts against tensors whose dimension seq_dim < 0 is S."""
     return rows[(slice(None), *(None,) * (-seq_dim - 2))]
 
 
 def _rotate_broadcast(t: Tensor, cos: Tensor, sin: Tensor, rotary_offset: int) -> Tensor:
-    """Rotates t [..., D] by tables [..., R], every number twice, that broadcast against it."""
+    """Rotates t [..., D] by tables [..., R], every number twice, which broadcast against t."""
     if cos.dim() > t.dim():
         raise ValueError(
             f"apply_rotary_emb: expected freqs of at most {t.dim()} dimensions, as t has, got "
             f"{cos.dim()}"
         )
     shape = t.shape
-    if (
-        t.dim() > 4
-    ):  # the dimensions that the tables tell apart are one sequence, the others a batch
+    if t.dim() > 4:
+        # The dimensions of the tables become one sequence, the others the batch.
         rows = shape[-cos.dim() : -1]
         cos, sin = (table.expand(*rows, -1).flatten(0, -2) for table in (cos, sin))
         t = t.reshape(math.prod(shape[: -len(rows) - 1]), 1, math.prod(rows), shape[-1])

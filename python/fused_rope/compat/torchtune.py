@@ -2,11 +2,8 @@
 
     from fused_rope.compat.torchtune import RotaryPositionalEmbeddings  # was torchtune.modules
 
-The arguments and results are the same, up to the originals' float32 angles. What differs: the table
-is float64 before it is rounded, no cast of the model touches it, and it grows where the host knows
-the rows.
-
-Letters: B batch, S sequence length, H heads, D head_dim.
+The arguments and results are the same, up to the originals' float32 angles. Differences: angles are
+float64, casts of the model do not change the table, and it grows if the host knows the rows.
 """
 
 from __future__ import annotations
@@ -29,7 +26,7 @@ __all__ = [
 
 
 class _Module(torch.nn.Module):
-    """What all of them share: the embedding that has the table."""
+    """The base of all modules: it holds the `fused_rope.RotaryEmbedding`."""
 
     def __init__(self, dim: int, max_seq_len: int, base: float, **options: Any) -> None:
         super().__init__()
@@ -39,17 +36,20 @@ class _Module(torch.nn.Module):
         self.rope = embedding.RotaryEmbedding(dim, max_seq_len=max_seq_len, base=base, **options)
 
     def rope_init(self) -> None:
-        """Makes the table on the default device, as recipes want it after meta initialization."""
+        """Makes the table on the default device; recipes call this after meta initialization."""
         self.rope._tables.move(torch.get_default_device())
 
 
 class RotaryPositionalEmbeddings(_Module):
-    """Rotates neighboring elements of x [B, S, H, D].
+    """Rotates pairs of adjacent elements of x [B, S, H, D].
 
     Args:
         dim: D.
-        max_seq_len: rows of the table to begin with.
+        max_seq_len: the minimum number of rows of the table.
         base: base of the frequencies.
+
+    Raises:
+        ValueError: dim is odd.
 
     Example:
         >>> rope = RotaryPositionalEmbeddings(64, max_seq_len=128)
@@ -60,16 +60,20 @@ class RotaryPositionalEmbeddings(_Module):
         super().__init__(dim, max_seq_len, base, interleaved=True)
 
     def forward(self, x: Tensor, *, input_pos: Tensor | None = None) -> Tensor:
-        """x rotated.
+        """Rotates x out of place.
 
         Args:
-            x: [B, S, H, D].
+            x: [B, S, H, D]; any float dtype.
             input_pos: the position of each token, int32 or int64, [S], [1, S] or [B, S], below
                 max_seq_len; None for 0 to S - 1.
 
+        Returns:
+            A tensor of x's shape and dtype.
+
         Raises:
-            ValueError: shapes that do not fit.
-            IndexError: a position that is no row (on CUDA a device-side assertion).
+            ValueError: shapes do not match.
+            TypeError: an unsupported dtype.
+            IndexError: the table lacks the row of a position (on CUDA a device-side assertion).
         """
         rotated: Tensor = self.rope(x, positions=input_pos)
         return rotated.contiguous()
@@ -79,11 +83,14 @@ class Llama3ScaledRoPE(_Module):
     """`RotaryPositionalEmbeddings` with Llama 3.1's scaling (torchtune.models.llama3_1).
 
     Args:
-        dim, max_seq_len, base: as there.
-        scale_factor: how much the long waves are stretched.
-        low_freq_factor, high_freq_factor: waves longer than old_context_len / low_freq_factor are
-            stretched, those shorter than old_context_len / high_freq_factor are not.
-        old_context_len: tokens that the model was trained on first.
+        dim, max_seq_len, base: as in `RotaryPositionalEmbeddings`.
+        scale_factor: factor of the wavelengths that are stretched.
+        low_freq_factor, high_freq_factor: wavelengths above old_context_len / low_freq_factor are
+            stretched, those below old_context_len / high_freq_factor are not.
+        old_context_len: the context length before the scaling.
+
+    Raises:
+        ValueError: dim is odd.
 
     Example:
         >>> x = Llama3ScaledRoPE(64, max_seq_len=128, base=500_000)(torch.randn(2, 100, 4, 64))
@@ -109,13 +116,19 @@ class Llama3ScaledRoPE(_Module):
         super().__init__(dim, max_seq_len, base, scaling=scaling, interleaved=True)
 
     def forward(self, x: Tensor, *, input_pos: Tensor | None = None) -> Tensor:
-        """x [B, S, H, D] rotated; see `RotaryPositionalEmbeddings.forward`."""
+        """Rotates x [B, S, H, D]; see `RotaryPositionalEmbeddings.forward`."""
         rotated: Tensor = self.rope(x, positions=input_pos)
         return rotated.contiguous()
 
 
 class Phi3RotaryPositionalEmbeddings(_Module):
-    """Pairs halves instead of neighbors (torchtune.models.phi3); arguments as above.
+    """`RotaryPositionalEmbeddings` with pairs of halves (torchtune.models.phi3).
+
+    Args:
+        dim, max_seq_len, base: as in `RotaryPositionalEmbeddings`.
+
+    Raises:
+        ValueError: dim is odd.
 
     Example:
         >>> x = Phi3RotaryPositionalEmbeddings(64, max_seq_len=128)(torch.randn(2, 100, 4, 64))
@@ -125,13 +138,19 @@ class Phi3RotaryPositionalEmbeddings(_Module):
         super().__init__(dim, max_seq_len, base)
 
     def forward(self, x: Tensor, input_pos: Tensor | None = None) -> Tensor:
-        """x [B, S, H, D] rotated; see `RotaryPositionalEmbeddings.forward`."""
+        """Rotates x [B, S, H, D]; see `RotaryPositionalEmbeddings.forward`."""
         rotated: Tensor = self.rope(x, positions=input_pos)
         return rotated
 
 
 class Qwen2RotaryPositionalEmbeddings(_Module):
-    """As Phi-3's, and rounds where the original does, in x's dtype (torchtune.models.qwen2).
+    """`Phi3RotaryPositionalEmbeddings` with precision "model" (torchtune.models.qwen2).
+
+    Args:
+        dim, max_seq_len, base: as in `RotaryPositionalEmbeddings`.
+
+    Raises:
+        ValueError: dim is odd.
 
     Example:
         >>> x = Qwen2RotaryPositionalEmbeddings(64, max_seq_len=128)(torch.randn(2, 100, 4, 64))
@@ -141,22 +160,25 @@ class Qwen2RotaryPositionalEmbeddings(_Module):
         super().__init__(dim, max_seq_len, base, precision="model")
 
     def forward(self, x: Tensor, input_pos: Tensor | None = None) -> Tensor:
-        """x [B, S, H, D] rotated; see `RotaryPositionalEmbeddings.forward`."""
+        """Rotates x [B, S, H, D]; see `RotaryPositionalEmbeddings.forward`."""
         rotated: Tensor = self.rope(x, positions=input_pos)
         return rotated
 
 
 class VisionRotaryPositionalEmbeddings(_Module):
-    """Rotates the patches of image tiles by their column and row, counted from 1.
+    """Rotates the patches of image tiles by their column and row, which count from 1.
 
-    The first half of the pairs follows the column, the second the row; the class token is copied.
+    The first half of the pairs reads the column, the second the row; the class token is copied.
 
     Args:
         patch_size, tile_size: a tile has (tile_size // patch_size)**2 patches.
         dim: D, a multiple of 4; with max_num_tiles D/2.
         base: base of the frequencies.
         append_cls_token: whether the class token is the last of its tile, not the first.
-        max_num_tiles: has no other effect; torchtune 0.6 has it, and means D/2 by dim.
+        max_num_tiles: as in torchtune 0.6, where dim is D/2; its value has no effect.
+
+    Raises:
+        ValueError: D is not a multiple of 4.
 
     Example:
         >>> rope = VisionRotaryPositionalEmbeddings(patch_size=10, tile_size=30, dim=32)
@@ -191,7 +213,7 @@ class VisionRotaryPositionalEmbeddings(_Module):
         self.rope_init()
 
     def rope_init(self) -> None:
-        """Makes table and positions on the default device."""
+        """Makes the table and the positions on the default device."""
         super().rope_init()
         self._make_positions(torch.get_default_device())
 
@@ -212,14 +234,18 @@ class VisionRotaryPositionalEmbeddings(_Module):
         return self
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
-        """x rotated.
+        """Rotates x out of place.
 
         Args:
-            x: [B, S, H, D], S a multiple of the tokens of a tile.
-            kwargs: have no effect, as in the original.
+            x: [B, S, H, D], S a multiple of the tokens of a tile; any float dtype.
+            kwargs: no effect, as in the original.
+
+        Returns:
+            A tensor of x's shape and dtype.
 
         Raises:
-            ValueError: shapes that do not fit.
+            ValueError: shapes do not match.
+            TypeError: an unsupported dtype.
         """
         tiles = x.shape[1] // self.seq_len
         rotated: Tensor = self.rope(x, positions=self.positions.repeat(1, 1, tiles))

@@ -2,13 +2,10 @@
 
     from fused_rope.compat.transformer_engine import apply_rotary_pos_emb
 
-The arguments are the same, and so are the numbers: those of its unfused path, bitwise where the
-angles are, or those of its kernel with `fused=True`. What differs: one launch in either case, start
-positions always reach backward, tokens past cu_seqlens[-1] are copied, int64 indices are read as
-such, and a position without angles is an error.
-
-Letters: B batch, S sequence length, T packed tokens, N packed sequences, H heads, D head_dim,
-R rotary_dim, M rows of angles.
+The arguments are the same. With `fused=True` the numbers are those of its kernel, otherwise those
+of its unfused path, bitwise identical for equal cosines and sines. Differences: both cases are one
+launch, backward always applies start_positions, tokens past cu_seqlens[-1] are copied, int64
+indices work, and a position without angles is an error.
 """
 
 from __future__ import annotations
@@ -35,29 +32,29 @@ def apply_rotary_pos_emb(
     """Rotates the first R elements of t by the angles of its tokens.
 
     Args:
-        t: [S, B, H, D], [B, S, H, D] or [T, H, D], as tensor_format says.
-        freqs: angles [M, 1, 1, R], every angle twice: half a row further on, or, where neighbors
-            are paired, next to it; for sequences of their own angles [M, B, 1, R], without
-            start_positions and not "thd".
+        t: [S, B, H, D], [B, S, H, D] or [T, H, D], as tensor_format says; any float dtype.
+        freqs: angles [M, 1, 1, R], each twice: in both halves of the row, or in succession if
+            interleaved. Also [M, B, 1, R], angles per sequence, without start_positions and not
+            with "thd".
         tensor_format: "sbhd", "bshd" or "thd".
         start_positions: int32 or int64, [B] or [N]: added to the positions of each sequence.
-        interleaved: pair neighbors instead of halves.
+        interleaved: pairs are adjacent elements instead of halves.
         fused: compute in float32 and round once; otherwise cosine, sine, products and sum are
-            rounded to t's dtype, as the original's unfused path does.
-        cu_seqlens: int32 or int64 [N + 1], "thd" only: where the packed sequences begin, before
-            they were shared out among cp_size ranks.
-        cp_size, cp_rank: this rank holds the chunks cp_rank and 2*cp_size - 1 - cp_rank of the
+            rounded to t's dtype, as in the original's unfused path.
+        cu_seqlens: int32 or int64 [N + 1], "thd" only: the start of each packed sequence before its
+            split among cp_size ranks.
+        cp_size, cp_rank: this rank holds chunks cp_rank and 2*cp_size - 1 - cp_rank of the
             2*cp_size chunks of each sequence.
 
     Returns:
         A contiguous tensor of t's shape and dtype; differentiable in t.
 
     Raises:
-        ValueError: shapes that do not fit; fewer rows than the host knows to be needed; "thd"
-            without cu_seqlens; an odd S with cp_size > 1.
-        TypeError: indices that are not int32 or int64.
-        IndexError: a position without angles, or a packed sequence whose share is odd (on CUDA a
-            device-side assertion).
+        ValueError: shapes do not match, freqs has too few rows, "thd" without cu_seqlens, or an odd
+            S with cp_size > 1.
+        TypeError: an unsupported dtype, or indices that are not int32 or int64.
+        IndexError: a position without angles, or a packed sequence with an odd number of tokens on
+            this rank (on CUDA a device-side assertion).
 
     Example:
         >>> angle = torch.arange(40.0)[:, None] / 10000 ** (torch.arange(0, 32, 2) / 32)
@@ -88,7 +85,7 @@ def apply_rotary_pos_emb(
         S = t.shape[tensor_format.index("s")]
         if cp_size > 1:
             positions = _positions(S, angle, cp_size, cp_rank)
-        if start_positions is None:  # only the rows that are read need cosine and sine
+        if start_positions is None:  # cosine and sine only of the rows that are read
             angle, positions = angle[:S] if positions is None else angle[positions], None
     angle = angle[:, 0] if shared else angle.transpose(0, 1)
     rotated = functional.rotate(
@@ -120,9 +117,10 @@ def _positions(S: int, angle: Tensor, cp_size: int, cp_rank: int) -> Tensor:
 
 
 def _packed_positions(T: int, starts: Tensor, cp_size: int, cp_rank: int) -> Tensor:
-    """The positions [T] of this rank's two chunks of each packed sequence; its own begin at starts.
+    """The positions [T] of this rank's two chunks of each packed sequence, which begin at `starts`.
 
-    Where the chunks would not be equally long (only the device knows) a position that is no row.
+    If the two chunks of a sequence cannot be equally long, which only the device knows, the
+    positions are out of range, so that the operator raises.
     """
     token = torch.arange(T, device=starts.device, dtype=starts.dtype)
     sequence = torch.searchsorted(starts, token, right=True).sub(1).clamp(0, len(starts) - 2)

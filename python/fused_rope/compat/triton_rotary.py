@@ -2,11 +2,9 @@
 
     from fused_rope.compat.triton_rotary import TritonRotary
 
-The numbers are the same: half of the pairs have frequencies, from 1 down to 1/10000, the other
-half have none, and the rotation is the inverse one. What differs: q and k stay as they were, have
-any strides and any two head counts, gradients flow, and the table grows.
-
-Letters: B batch, S sequence length, Hq, Hk query and key heads, D head_dim.
+The numbers are the same: half of the pairs have frequencies from 1 down to 1/10000, the other half
+do not rotate, and the rotation is the inverse one. Differences: q and k are not overwritten, may
+have any strides and head counts and get gradients, and the table grows.
 """
 
 from __future__ import annotations
@@ -20,14 +18,14 @@ __all__ = ["TritonRotary"]
 
 
 class TritonRotary(torch.nn.Module):
-    """Rotates q and k [B, H, S, D] backward by half-truncated frequencies.
+    """Applies the inverse rotation with half-truncated frequencies to q and k [B, H, S, D].
 
     Args:
         dim: D, a multiple of 4.
-        max_seq_len: rows of the table to begin with.
+        max_seq_len: the minimum number of rows of the table.
 
     Raises:
-        ValueError: a dim that is no multiple of 4.
+        ValueError: dim is not a multiple of 4.
 
     Example:
         >>> rope = TritonRotary(dim=64, max_seq_len=128)
@@ -42,10 +40,14 @@ class TritonRotary(torch.nn.Module):
         )
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """q [B, Hq, S, D] and k [B, Hk, S, D] rotated: x1*c + x2*s and x2*c - x1*s.
+        """Returns x1*c + x2*s and x2*c - x1*s for the halves x1, x2 of q and k.
+
+        Args:
+            q, k: [B, Hq, S, D] and [B, Hk, S, D]; any float dtype.
 
         Raises:
-            ValueError: shapes that do not fit each other, or dim.
+            ValueError: shapes do not match each other or dim.
+            TypeError: an unsupported dtype.
         """
         if q.dim() != 4 or q.shape[-1] != self.dim:
             raise ValueError(

@@ -2,11 +2,9 @@
 
     from fused_rope.compat.unsloth import fast_rope_embedding, inplace_rope_embedding
 
-The arguments and results are the same; what differs: inputs stay as they were unless `inplace=True`
-says otherwise, nothing synchronizes, any head counts work, a row outside the table is an
-error, torch.compile needs no graph break, and a result is rounded once, to the dtype of Q and K.
-
-Letters: B batch, S sequence length, Hq, Hk query and key heads, D head_dim, M table rows.
+The arguments and results are the same. Differences: inputs are overwritten only with
+`inplace=True`, nothing synchronizes, any head counts work, a row outside the table is an error,
+torch.compile needs no graph break, and a result is rounded once, to the dtype of Q and K.
 """
 
 from __future__ import annotations
@@ -32,22 +30,24 @@ def fast_rope_embedding(
     *,
     inplace: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Rotates queries and keys, half layout.
+    """Rotates queries and keys, paired as halves.
 
     Args:
-        Q, K: [B, Hq, S, D] and [B, Hk, S, D], any strides.
-        cos, sin: [M, D/2], or full width [M, D] (of which the first half is read), with any number
-            of leading dimensions of size 1.
+        Q, K: [B, Hq, S, D] and [B, Hk, S, D], any strides and float dtype.
+        cos, sin: [M, D/2], or full width [M, D], of which the first half is read; after any number
+            of dimensions of size 1.
         rope_embedding_indices: the row of each token, int32 or int64, [B, S] or flattened [B*S];
             None for rows 0 to S - 1.
-        inplace: write the results into Q and K.
+        inplace: write the results to Q and K.
 
     Returns:
-        Q and K rotated, of their shapes and dtypes.
+        Q and K rotated, of their shapes and dtype.
 
     Raises:
-        ValueError: shapes that do not fit; fewer than S rows without indices.
-        IndexError: an index that is no row (on CUDA a device-side assertion).
+        ValueError: shapes do not match, or there are fewer than S rows without indices.
+        TypeError: an unsupported dtype.
+        IndexError: the table lacks the row of an index (on CUDA a device-side assertion).
+        RuntimeError: inplace with tensors that autograd forbids.
 
     Example:
         >>> angle = torch.arange(9.0)[:, None] / 10000 ** (torch.arange(0, 64, 2) / 64)
@@ -73,45 +73,57 @@ def inplace_rope_embedding(
     *,
     inplace: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """`fast_rope_embedding` by its other name: in place, too, only if `inplace=True` says so.
+    """`fast_rope_embedding` under its other name; it too is in place only with `inplace=True`.
 
-    Args, results and errors: see `fast_rope_embedding`; position_ids are its indices.
+    Args:
+        position_ids: rope_embedding_indices of `fast_rope_embedding`, as are all other arguments.
+
+    Returns:
+        Q and K rotated.
+
+    Raises:
+        ValueError, TypeError, IndexError, RuntimeError: as `fast_rope_embedding`.
+
+    Example:
+        >>> angle = torch.arange(9.0)[:, None] / 10000 ** (torch.arange(0, 64, 2) / 64)
+        >>> Q, K = torch.randn(2, 4, 9, 64), torch.randn(2, 2, 9, 64)
+        >>> Q, K = inplace_rope_embedding(Q, K, angle.cos(), angle.sin(), inplace=True)
     """
     return fast_rope_embedding(Q, K, cos, sin, position_ids, inplace=inplace)
 
 
 class Fast_RoPE_Embedding:
-    """The class-level entry for one tensor, [B, S, H, D]; autograd is the operator's own."""
+    """The original's autograd.Function for one tensor [B, S, H, D]."""
 
     @staticmethod
     def apply(Q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Q [B, S, H, D] rotated by rows 0 to S - 1; tables as in `fast_rope_embedding`."""
+        """Rotates Q [B, S, H, D] by rows 0 to S - 1; tables as in `fast_rope_embedding`."""
         cos, sin, table_layout = _tables(cos, sin, Q.shape[-1])
         return functional.rotate(Q, cos, sin, layout="bshd", table_layout=table_layout)
 
 
 class Fast_RoPE_Embedding_QK:
-    """The class-level entry for queries and keys; autograd is the operator's own."""
+    """The original's autograd.Function for queries and keys."""
 
     @staticmethod
     def apply(
         Q: Tensor, K: Tensor, cos: Tensor, sin: Tensor, rope_indices: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """As `fast_rope_embedding`, all arguments positional."""
+        """`fast_rope_embedding` with positional arguments."""
         return fast_rope_embedding(Q, K, cos, sin, rope_indices)
 
 
 def _tables(cos: Tensor, sin: Tensor, D: int) -> tuple[Tensor, Tensor, str]:
-    """Tables [M, D/2] or [M, D], without leading dimensions of size 1, and their table_layout."""
+    """Views [M, D/2] or [M, D] of the tables, and their table_layout."""
     shape = cos.shape
-    if len(shape) == 2 and shape[1] == D and sin.dim() == 2:  # the common form, checked first
+    if len(shape) == 2 and shape[1] == D and sin.dim() == 2:  # fast path of the common form
         return cos, sin, "tiled"
     cos, sin = _rows("cos", cos, D), _rows("sin", sin, D)
     return cos, sin, "tiled" if cos.shape[1] == D else "half"
 
 
 def _rows(name: str, table: Tensor, D: int) -> Tensor:
-    """The view of a table without its leading dimensions, which must be of size 1."""
+    """A view of the table without its leading dimensions, which must be of size 1."""
     shape = table.shape
     if len(shape) < 2 or shape[-1] not in (D // 2, D) or any(n != 1 for n in shape[:-2]):
         raise ValueError(

@@ -1,12 +1,10 @@
-"""Drop-in for vLLM's rotary operator (vllm/_custom_ops.py), in place as there.
+"""Drop-in for vLLM's rotary operator (vllm/_custom_ops.py), which works in place.
 
     from fused_rope.compat.vllm import rotary_embedding
 
-The arguments and numbers are the same. What differs: any strides, rotary dimensions and head
-counts, int32 positions too, offsets beyond 2^31 elements, and a position that the cache does not
-have is an error.
-
-Letters: B batch, S sequence length, T tokens, Hq, Hk query and key heads, R rotary_dim, M rows.
+The arguments and numbers are the same. Differences: any strides, rotary dimensions and head counts
+work, and so do int32 positions and more than 2^31 elements; a position outside the cache is an
+error.
 """
 
 from __future__ import annotations
@@ -37,20 +35,22 @@ def rotary_embedding(
     Args:
         positions: int32 or int64, [T] or [B, S].
         query: [T, Hq*head_size] or [T, Hq, head_size]; with positions [B, S]
-            [B, S, Hq*head_size] or [B, S, Hq, head_size].
-        key: likewise with Hk heads, or None.
-        head_size: elements of a head.
+            [B, S, Hq*head_size] or [B, S, Hq, head_size]. Any float dtype.
+        key: the same with Hk heads, or None.
+        head_size: D.
         cos_sin_cache: [M, R], the cosines of R/2 pairs and then their sines, in any float dtype.
-        is_neox: pair element j with element j + R/2; neighbors if False.
+        is_neox: pairs are elements j and j + R/2; adjacent elements if False.
         rope_dim_offset: the first rotated element.
-        inverse: rotate backward.
+        inverse: apply the inverse rotation.
         precision: "fp32" rounds once, as vLLM's kernel does. "model" rounds the cache, each product
-            and their sum to query's dtype: bitwise vLLM's PyTorch path (`forward_native`), and its
-            kernels of before, which computed in query's dtype.
+            and their sum to query's dtype: bitwise identical to vLLM's PyTorch path
+            (`forward_native`), and to its older kernels, which computed in query's dtype.
 
     Raises:
-        ValueError: shapes that do not fit; another precision.
-        IndexError: a position that is no row (on CUDA a device-side assertion).
+        ValueError: shapes do not match, or another precision.
+        TypeError: an unsupported dtype.
+        IndexError: the cache lacks the row of a position (on CUDA a device-side assertion).
+        RuntimeError: query or key is a tensor that autograd forbids to write to.
 
     Example:
         >>> angle = torch.arange(40.0)[:, None] / 10000 ** (torch.arange(0, 64, 2) / 64)
@@ -80,7 +80,7 @@ def rotary_embedding(
 
 
 def _heads(name: str, x: Tensor, positions: Tensor, head_size: int) -> Tensor:
-    """The view of x that tells its heads apart."""
+    """A view of x with heads in a dimension of their own."""
     tokens = positions.dim()
     if x.dim() == tokens + 1 and x.shape[-1] % head_size == 0:
         return x.view(*x.shape[:-1], x.shape[-1] // head_size, head_size)

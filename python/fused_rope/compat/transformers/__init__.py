@@ -2,35 +2,35 @@
 
     from fused_rope.compat.transformers import patch, unpatch
 
-    print(patch(model))    # model runs on the fused operator; which functions were replaced
-    unpatch(model)         # and now on its own again
+    print(patch(model))  # the model uses the operator; prints which functions were replaced
+    print(unpatch(model))  # the model uses its own functions again
 
-A model calls the rotary function of the Python module that defines its attention, so that is what
-`patch` replaces, for every instance of the family. What it puts there is never guessed: a row of
-`FORMS` must have the function's signature and return its very numbers in reference checks.
-Everything else is left alone and reported.
+A model calls the rotary function of the Python module that defines its attention. `patch` replaces
+that function, for every instance of the family. It needs an entry of `FORMS` with the function's
+signature whose results are bitwise identical in reference checks; otherwise it leaves the function
+alone and reports why.
 
-    shims.py          one shim for each signature
-    forms.py          the table of forms
-    tables.py         rotary modules' cosines and sines, the same bits in fewer kernels
-    patching.py       patch and unpatch
-    kernel_layers.py  the same for transformers' `use_kernels=True`
-    coverage.py       which model classes are covered: python -m fused_rope.compat.transformers
-
-Letters: B batch, S sequence length, Hq, Hk query and key heads, D head_dim, R rotary_dim.
+    adapters.py          one adapter for each signature
+    forms.py             the table of forms, and which form a function has
+    reference_checks.py  calls that a function and its adapter must answer alike
+    tables.py            cosines and sines of rotary modules in fewer kernels
+    patching.py          patch and unpatch
+    kernel_layers.py     the same for transformers' `use_kernels=True`
+    coverage.py          which model classes are covered: python -m fused_rope.compat.transformers
+    configs.py           which configs `RotaryEmbedding.from_config` reads
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from . import shims
+from . import adapters
 from .forms import FORMS, Form
 from .patching import Report, patch, unpatch
 
 __all__ = ["FORMS", "Form", "Report", "apply_rotary_pos_emb", "patch", "unpatch"]
 
-_half = shims.pair(shims.HALF)
+_half = adapters.pair(adapters.HALF)
 
 
 def apply_rotary_pos_emb(
@@ -46,18 +46,20 @@ def apply_rotary_pos_emb(
 
     Args:
         q, k: [B, Hq, S, D] and [B, Hk, S, D]; with unsqueeze_dim=2 [B, S, Hq, D] and [B, S, Hk, D].
-        cos, sin: [B or 1, S, R], full width, the second half a copy of the first (of which only the
-            first is read); where R < D, the first R elements are rotated. [S, R] with unsqueeze_dim
-            0 or 1, as vision towers have it.
-        unsqueeze_dim: where tables get the dimension of the heads.
-        precision: "model" for eager Hugging Face's own roundings, bit for bit; "fp32" for one.
+        cos, sin: [B or 1, S, R], full width: the second half is a copy of the first and not read.
+            If R < D, the first R elements are rotated. [S, R] with unsqueeze_dim 0 or 1, as in
+            vision towers.
+        unsqueeze_dim: the dimension at which tables are unsqueezed for the heads.
+        precision: "model" for results bitwise identical to eager Hugging Face; "fp32" to compute in
+            float32 and round once.
 
     Returns:
-        q and k rotated, in q's dtype. (Where the tables' dtype is wider, as under autocast, the
-        original returns theirs; here they are rotated in it and then rounded to q's.)
+        q and k rotated, in q's dtype. If the tables' dtype is wider, as under autocast, the
+        original returns that dtype; this function computes in it and rounds to q's dtype.
 
     Raises:
-        ValueError: shapes that do not fit each other, another unsqueeze_dim.
+        ValueError: shapes do not match, or another unsqueeze_dim.
+        TypeError: an unsupported dtype.
 
     Example:
         >>> q, k = torch.randn(2, 4, 9, 64), torch.randn(2, 2, 9, 64)

@@ -1,13 +1,13 @@
-"""transformers' own way to other kernels, `use_kernels=True`, with ours from a local repository.
+"""Layers for `use_kernels=True` of transformers, in a local kernel repository.
 
-    model.set_use_kernels(True, kernel_config(model))                     # on CUDA, ROCm, XPU
+    model.set_use_kernels(True, kernel_config(model))  # on CUDA, ROCm, XPU
 
     with kernels.use_kernel_mapping(kernel_mapping(model), inherit_mapping=False):
-        kernels.kernelize(model, mode=mode)                               # on the CPU too
+        kernels.kernelize(model, mode=mode)  # also on the CPU
 
-It reaches the functions that transformers has marked "rotary_pos_emb", as `patch` does those of all
-families. Both name a layer by the form of the model's function, told as `patch` tells it: under
-that one mark transformers has functions of several forms.
+This replaces only functions that transformers marks "rotary_pos_emb"; `patch` replaces those of all
+families. Functions of several forms have that mark, so the layer is selected by the form, which is
+found as `patch` finds it.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import shims
+from . import adapters
+from .adapters import Pair, Style
 from .forms import find_form
 from .patching import modules_of, rotary_functions
-from .shims import Pair, Style
 
 __all__ = ["REPOSITORY", "kernel_config", "kernel_mapping", "layer_name"]
 
@@ -32,10 +32,10 @@ _DEVICES = ("cpu", "cuda", "rocm", "xpu")
 
 
 def _layer(style: Style) -> type[torch.nn.Module]:
-    shim = shims.pair(style)
+    adapter = adapters.pair(style)
 
     class Layer(torch.nn.Module):
-        """Stateless, as `kernels` wants its layers."""
+        """A layer without state, as the `kernels` package requires."""
 
         has_backward = True
         can_torch_compile = True
@@ -43,7 +43,7 @@ def _layer(style: Style) -> type[torch.nn.Module]:
         def forward(
             self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
         ) -> Pair:
-            q, k = shim(q, k, cos, sin, unsqueeze_dim)
+            q, k = adapter(q, k, cos, sin, unsqueeze_dim)
             return q, k
 
     return Layer
@@ -65,11 +65,20 @@ _LAYERS = {
 
 
 def layer_name(model: torch.nn.Module) -> str:
-    """Which layer of the repository rotates as the model does.
+    """The name of the repository's layer for a model.
+
+    Args:
+        model: a model of transformers, which marks functions only if `kernels` is installed.
 
     Raises:
-        ValueError: the model has no function that transformers has marked, or such of several forms
-            or of one without a layer: use `patch`.
+        ValueError: the model has no marked function, or marked functions of several forms or of a
+            form without a layer: use `patch`.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaModel
+        >>> sizes = dict(hidden_size=64, num_attention_heads=4, num_hidden_layers=1)
+        >>> layer_name(LlamaModel(LlamaConfig(vocab_size=32, **sizes)))
+        'Half'
     """
     forms = set()
     for site in rotary_functions(modules_of(model)):
@@ -78,27 +87,47 @@ def layer_name(model: torch.nn.Module) -> str:
             forms.add(found if isinstance(found, str) else found[0].name)
     if len(forms) != 1 or not forms <= _LAYERS.keys():
         raise ValueError(
-            f"layer_name: expected functions marked {_MARK!r} of one known form, got "
-            f"{sorted(forms)}"
+            f"layer_name: expected functions marked {_MARK!r} of one form that has a layer, got "
+            f"{sorted(forms)}: use patch instead"
         )
     return _LAYERS[forms.pop()]
 
 
 def kernel_config(model: torch.nn.Module) -> Any:
-    """A KernelConfig for `model.set_use_kernels(True, ...)`, on every device but the CPU.
+    """A KernelConfig for `model.set_use_kernels(True, ...)`, on all devices except the CPU.
+
+    Args:
+        model: as in `layer_name`.
 
     Raises:
         ValueError: as `layer_name`.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaModel
+        >>> sizes = dict(hidden_size=64, num_attention_heads=4, num_hidden_layers=1)
+        >>> model = LlamaModel(LlamaConfig(vocab_size=32, **sizes))
+        >>> config = kernel_config(model)  # on CUDA: model.set_use_kernels(True, config)
     """
     mapping = {_MARK: f"{REPOSITORY}:{layer_name(model)}"}
     return import_module("transformers").KernelConfig(mapping, use_local_kernel=True)
 
 
 def kernel_mapping(model: torch.nn.Module) -> dict[str, Any]:
-    """For `kernels.use_kernel_mapping` and `kernels.register_kernel_mapping`, on any device.
+    """A mapping for `kernels.use_kernel_mapping` and `kernels.register_kernel_mapping`.
+
+    Args:
+        model: as in `layer_name`.
 
     Raises:
         ValueError: as `layer_name`.
+
+    Example:
+        >>> import kernels
+        >>> from transformers import LlamaConfig, LlamaModel
+        >>> sizes = dict(hidden_size=64, num_attention_heads=4, num_hidden_layers=1)
+        >>> model = LlamaModel(LlamaConfig(vocab_size=32, **sizes))
+        >>> with kernels.use_kernel_mapping(kernel_mapping(model), inherit_mapping=False):
+        ...     model = kernels.kernelize(model, mode=kernels.Mode.INFERENCE, device="cpu")
     """
     local = import_module("kernels").LocalLayerRepository
     repository = local(REPOSITORY, layer_name=layer_name(model))

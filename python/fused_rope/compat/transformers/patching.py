@@ -1,4 +1,4 @@
-"""`patch` and `unpatch`: a family's rotary functions and tables become ours, and its own again."""
+"""`patch` and `unpatch`: replace and restore the rotary functions and tables of model families."""
 
 from __future__ import annotations
 
@@ -16,26 +16,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .adapters import Adapter, RealTableError
 from .forms import TABLES, Form, find_form, signature, split
-from .shims import RealTableError, Shim
 from .tables import Tables, is_recorded, rotary_modules
 
 __all__ = ["Report", "modules_of", "patch", "rotary_functions", "unpatch"]
 
 _FUNCTION = re.compile(r"(vision_)?apply_\w*(rotary|rope)")
 _METHOD = re.compile(r"_?apply_rotary")
-_MARK = "_fused_rope_replacement"  # of our functions: what they belong to
+_MARK = "_fused_rope_replacement"  # the attribute of our functions that holds their _Replacement
 
 
 @dataclass
 class Report:
-    """What `patch` or `unpatch` did: by function, "module.function" or "module.class.method".
+    """What `patch` or `unpatch` did, by function: "module.function" or "module.class.method".
 
     Attributes:
-        patched: functions that are ours now, and the form of each.
-        tables: rotary modules, and who makes their cosines and sines now.
+        patched: replaced functions, and the form of each.
+        tables: rotary modules, and what computes their cosines and sines now: "ours", "its own" or
+            "somebody else's".
         restored: functions that are the models' own again.
-        left_alone: functions that were not touched, and why.
+        left_alone: functions that were skipped, and the reason.
     """
 
     patched: dict[str, str] = field(default_factory=dict)
@@ -53,7 +54,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Site:
-    """Where a rotary function lives: in a module, or in a class as a method."""
+    """An attribute of a module or class that holds a rotary function."""
 
     owner: ModuleType | type
     name: str
@@ -74,37 +75,37 @@ class Site:
 
     @property
     def value(self) -> Any:
-        """The function, or the method, as it stands in its owner; None where it was deleted."""
+        """What the owner holds now; None if it was deleted."""
         return vars(self.owner).get(self.name)
 
     @property
     def original(self) -> Any:
-        """The value; where that is a replacement of another site's, imported while it stood
-        there, the value that it replaces."""
+        """The value, or what it replaces: a module may import another site's replacement."""
         replacement = _replacement_of(self.value)
         return self.value if replacement is None else replacement.original
 
     @property
     def function(self) -> Any:
-        """What is called there by a model that is not patched."""
+        """The function that a model calls there if it is not patched."""
         return _function_of(self.original)
 
 
 def _replacement_of(value: Any) -> _Replacement | None:
-    """The replacement that a value is, if it is one; wrappers copy a function's attributes."""
+    """The replacement to which a value belongs, or None."""
     function = _function_of(value)
+    # A wrapper copies the attributes of what it wraps, so the mark alone is not enough.
     found = vars(function).get(_MARK) if isinstance(function, FunctionType) else None
     return found if found is not None and _function_of(found.ours) is function else None
 
 
 def _function_of(value: Any) -> Any:
-    """What is called at a site that has this value."""
+    """The function of a value, which may be a staticmethod."""
     return value.__func__ if isinstance(value, staticmethod) else value
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a family is patched with, as `patch` takes it."""
+    """The options of `patch`."""
 
     precision: str
     compiled: str
@@ -113,26 +114,28 @@ class Options:
 
 
 class _Models:
-    """The models that a replacement serves, counted; it keeps none of them alive."""
+    """How many calls of `patch` each model of a replacement has had; references are weak."""
 
     def __init__(self) -> None:
         self._counts: dict[int, tuple[Callable[[], torch.nn.Module | None], int]] = {}
 
     def __len__(self) -> int:
-        self._forget_the_dead()
+        self._drop_dead()
         return sum(count for _, count in self._counts.values())
 
     def add(self, model: torch.nn.Module | None) -> None:
-        self._forget_the_dead()
+        self._drop_dead()
         ref, count = self._counts.get(id(model), (None, 0))
         if ref is None:
             ref = (lambda: None) if model is None else weakref.ref(model)
         self._counts[id(model)] = ref, count + 1
 
     def take(self, model: torch.nn.Module | None) -> bool:
-        """Takes back one `add` of the model, of one that it wraps or that wraps it, or of None;
-        of None, any."""
-        self._forget_the_dead()
+        """Undoes one `add` of the model, of one that contains it or that it contains, or of None.
+
+        If the model is None it undoes any. Returns whether there was one.
+        """
+        self._drop_dead()
         for key in self._keys(model):
             ref, count = self._counts.pop(key)
             if count > 1:
@@ -141,7 +144,7 @@ class _Models:
         return False
 
     def _keys(self, model: torch.nn.Module | None) -> list[int]:
-        """The keys of `take`, the best first."""
+        """The keys that `take` may use, in order of preference."""
         exact = [key for key in (id(model), id(None)) if key in self._counts]
         if exact or model is None:
             return exact or list(self._counts)
@@ -152,7 +155,7 @@ class _Models:
             if key in parts or any(part is model for part in _alive(ref).modules())
         ]
 
-    def _forget_the_dead(self) -> None:
+    def _drop_dead(self) -> None:
         for key, (ref, _) in list(self._counts.items()):
             if key != id(None) and ref() is None:
                 del self._counts[key]
@@ -164,14 +167,14 @@ def _alive(ref: Callable[[], torch.nn.Module | None]) -> torch.nn.Module:
 
 
 class _Replacement:
-    """What stands at a site in place of the original value, for so many models.
+    """The value at a site while models are patched.
 
-    Whoever holds on to `ours` (a hook, a bound method, another module that imported it) reaches the
-    original through it once it is removed.
+    References to `ours` (in a hook, a bound method, a module that imported it) may outlive the
+    patch; once it is removed, `ours` calls the original.
     """
 
-    # The options that `ours` depends on, and how many removed ones are kept, so that code that was
-    # compiled with them is valid when they come back.
+    # The options that `ours` depends on, and how many removed replacements are kept per site:
+    # compiled code stays valid if the same function is installed again.
     depends_on: tuple[str, ...]
     kept = 1
 
@@ -184,11 +187,11 @@ class _Replacement:
         self.ours: Any = None
 
     @property
-    def stands(self) -> bool:
+    def installed(self) -> bool:
         return self.active and self.site.value is self.ours
 
     def fits(self, site: Site, options: Options) -> bool:
-        """Whether it can stand at the site again, with these options."""
+        """Whether it can be installed at the site again, with these options."""
         return (
             self.site == site
             and self.original is site.original
@@ -200,20 +203,20 @@ class _Replacement:
         self.active = True
 
     def remove(self) -> bool:
-        """Restores the original value, unless somebody else has replaced ours since."""
+        """Restores the original value, unless other code has replaced ours since."""
         with _lock:
-            stood, self.active, self.models = self.stands, False, _Models()
+            was_installed, self.active, self.models = self.installed, False, _Models()
             if _replacements.get(self.site.key) is self:
                 del _replacements[self.site.key]
-            if stood:
+            if was_installed:
                 setattr(self.site.owner, self.site.name, self.original)
             others = [r for r in _retired.get(self.site.key, []) if r is not self]
             _retired[self.site.key] = [self, *others][: self.kept]
-            return stood
+            return was_installed
 
 
 class _Forward(_Replacement):
-    """The forward of a rotary module. Compiled code depends on none of its options."""
+    """Replaces the forward of a rotary module. Compiled code depends on none of its options."""
 
     depends_on = ()
 
@@ -232,11 +235,11 @@ class _Forward(_Replacement):
                 return original(self_, x, position_ids, *arguments)
             made = tables(self_, x, position_ids, layer_type)
             if made is not None:
-                self._vouch(made, layer_type)
+                self._mark_verified(made, layer_type)
                 return made
             pair = original(self_, x, position_ids, *arguments)
             if self._from_library:
-                self._vouch(pair, layer_type)
+                self._mark_verified(pair, layer_type)
             return pair
 
         setattr(forward, _MARK, self)
@@ -244,33 +247,33 @@ class _Forward(_Replacement):
         self._from_library = _from_library(original)
         self._widths: dict[str | None, str] = {}
 
-    def _vouch(self, pair: Any, layer_type: str | None) -> None:
-        """Spares functions the look at tables whose two halves are one by the code that made them.
+    def _mark_verified(self, pair: Any, layer_type: str | None) -> None:
+        """Marks tables as verified, so that functions need not compare their halves.
 
-        That is so of our own code and of transformers', once tables were seen that no other width
-        fits: the one look of a class that synchronizes with the device.
+        Our code and transformers' compute both halves from the same angles. One comparison per
+        class finds the width, which synchronizes with the device; later tables have the same.
         """
         width = self._widths.get(layer_type) or _width(pair)
         if width is not None:
             self._widths[layer_type] = width
-            _alike[width].add(pair, fresh=True)
+            _verified[width].add(pair, fresh=True)
 
     def install(self) -> None:
         self.tables = Tables(self.original, self.options.rows, self.options.table == "float64")
         super().install()
 
     def remove(self) -> bool:
-        self.tables = None  # with the rows that it keeps; a forward that runs holds its own
+        self.tables = None  # frees the rows; a forward that runs has a reference of its own
         return super().remove()
 
 
 class _Function(_Replacement):
-    """A rotary function; it has the original's signature."""
+    """Replaces a rotary function; it has the original's signature."""
 
     depends_on = ("precision", "compiled")
     kept = 4
 
-    def __init__(self, site: Site, form: Form, shim: Shim, options: Options) -> None:
+    def __init__(self, site: Site, form: Form, adapter: Adapter, options: Options) -> None:
         super().__init__(site, options)
         self.form = form
         self.function = site.function
@@ -279,14 +282,14 @@ class _Function(_Replacement):
         tables = [name in TABLES for name in self.names]
         self.first = tables.index(True) if True in tables else 0
         self.last = self.first + sum(tables)
-        self.differ = f"{site.key}: its tables are not those of the form {form.name!r}"
+        self.mismatch = f"{site.key}: the halves of its tables differ, unlike form {form.name!r}"
         self.warned = False
-        self.ours = self._make(shim)
+        self.ours = self._make(adapter)
 
-    def _make(self, shim: Shim) -> Any:
+    def _make(self, adapter: Adapter) -> Any:
         original, precision = self.function, self.options.precision
-        inlined = self.options.compiled == "stock" and self.form.inlines
-        unread, known = self.form.unread, _alike[self.form.width].knows
+        inlined = self.options.compiled == "original" and self.form.inlines
+        unread, known = self.form.unread, _verified[self.form.width].contains
         first, last = self.first, self.last
 
         def ours(*args: Any, **kwargs: Any) -> Any:
@@ -294,21 +297,21 @@ class _Function(_Replacement):
                 if inlined or not self.active:
                     return original(*args, **kwargs)
                 if unread:
-                    self._assert_alike(args, kwargs)
-                return shim(*args, precision=precision, **kwargs)
+                    self._assert_halves_equal(args, kwargs)
+                return adapter(*args, precision=precision, **kwargs)
             if not self.active:
                 return original(*args, **kwargs)
-            looked = not unread or (len(args) >= last and known(args[first:last]))
-            if not (looked or self._look(args, kwargs)):
+            verified = not unread or (len(args) >= last and known(args[first:last]))
+            if not (verified or self._verify(args, kwargs)):
                 return self._fall_back(args, kwargs)
             try:
-                return shim(*args, precision=precision, **kwargs)
+                return adapter(*args, precision=precision, **kwargs)
             except (TypeError, ValueError) as error:  # raised before any memory is touched
                 if isinstance(error, RealTableError):
                     raise
             return self._fall_back(args, kwargs)
 
-        if isinstance(original, torch.nn.Module):  # a function as the `kernels` package wraps it
+        if isinstance(original, torch.nn.Module):  # the `kernels` package wraps functions in layers
             ours.__signature__ = self.signature  # type: ignore[attr-defined]
             ours.__name__ = self.site.name
         else:
@@ -319,58 +322,59 @@ class _Function(_Replacement):
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         return {**dict(zip(self.names, args, strict=False)), **kwargs}
 
-    def _assert_alike(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """In a graph, which cannot look: the assertion is made where the graph runs."""
+    def _assert_halves_equal(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Adds the comparison to a graph, which cannot branch on it."""
         for read, unread in self.form.halves(self._arguments(args, kwargs)):
-            torch._assert_async((read == unread).all(), self.differ)
+            torch._assert_async((read == unread).all(), self.mismatch)
 
     def _fall_back(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The original's results, their elements ordered as the shim's are."""
+        """The original's results in the adapter's order of elements."""
         result = self.function(*args, **kwargs)
         return result if self.form.order is None else tuple(map(self.form.order.ours, result))
 
-    def _look(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether a call's tables may be read by half: the other half is the same.
+    def _verify(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether the two halves of each full-width table of a call are equal.
 
-        Tables come from anywhere, and those that agree now may differ at other positions. So every
-        new table is compared, once for all layers that share it. On CUDA that is one
-        synchronization for a forward; none where the rotary module vouches for its tables.
+        The caller may pass any tables, and tables that agree now may differ at other positions. So
+        each new table is compared, once for all layers that share it. On CUDA that is one
+        synchronization per forward, and none if the rotary module marks its tables as verified.
         """
         try:
             arguments = self._arguments(args, kwargs)
             tables = [table for name, table in arguments.items() if name in TABLES]
-            if _alike[self.form.width].knows(tables):
+            if _verified[self.form.width].contains(tables):
                 return True
             if any(is_recorded(table.device) for table in tables):
                 return False
-            same = _same(self.form.halves(arguments))
+            equal = _all_equal(self.form.halves(arguments))
         except Exception:  # no such arguments, or no values: meta, fake and mapped tensors
             return False
-        if same:
-            _alike[self.form.width].add(tables)
+        if equal:
+            _verified[self.form.width].add(tables)
         else:
             self._give_up()
-        return same
+        return equal
 
     def _give_up(self) -> None:
-        """Ends the patch of the family, unless caches may hold keys in an order of our own."""
+        """Ends the patch of the family, unless caches may hold keys in the adapter's order."""
         if self.form.order is None:
             self.remove()
         if not self.warned:
             self.warned = self.form.order is not None
             warnings.warn(
-                f"fused_rope: the model's own function rotates again: {self.differ}", stacklevel=4
+                f"fused_rope: the model uses its own rotary function again: {self.mismatch}",
+                stacklevel=4,
             )
 
 
-class _Alike:
-    """Full-width tables that are known to have two equal halves, as long as they live unchanged."""
+class _VerifiedTables:
+    """Full-width tables whose halves were found equal, while they live and do not change."""
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[weakref.ref[Tensor], int | None]] = {}
 
-    def knows(self, tables: Sequence[Tensor]) -> bool:
-        """Whether all of these are known."""
+    def contains(self, tables: Sequence[Tensor]) -> bool:
+        """Whether it contains all of these."""
         for table in tables:
             known = self._known.get(id(table))
             if known is None or known[0]() is not table:
@@ -380,8 +384,11 @@ class _Alike:
         return True
 
     def add(self, tables: Iterable[Tensor], fresh: bool = False) -> None:
-        """Remembers these. An inference tensor has no version that tells that it was written to:
-        only a fresh one, which nobody else holds, is remembered; another is compared each time."""
+        """Adds these.
+
+        An inference tensor has no version counter, so that writes to it go unseen. It is added only
+        if it is fresh, that is if no other code has a reference to it.
+        """
         for table in tables:
             inference = table.is_inference()
             if fresh or not inference:
@@ -395,8 +402,8 @@ class _Alike:
             del self._known[key]
 
 
-def _same(pairs: list[tuple[Tensor, Tensor]]) -> bool:
-    """Whether the tensors of each pair have equal values; with one synchronization."""
+def _all_equal(pairs: list[tuple[Tensor, Tensor]]) -> bool:
+    """Whether the tensors of each pair have equal values. Synchronizes once."""
     if any(a.shape != b.shape for a, b in pairs):
         return False
     if all(a.device.type == "cpu" for a, _ in pairs):
@@ -405,18 +412,18 @@ def _same(pairs: list[tuple[Tensor, Tensor]]) -> bool:
 
 
 def _width(pair: Any) -> str | None:
-    """Which width these full-width tables have; None where both fit, as at position 0, or none."""
+    """The width of these full-width tables; None if both fit, as at position 0, or neither does."""
     try:
         if is_recorded(pair[0].device):
             return None
-        tiled, repeated = (_same([split(t, w) for t in pair]) for w in ("tiled", "repeated"))
-    except Exception:  # no tables, or none with values
+        tiled, repeated = (_all_equal([split(t, w) for t in pair]) for w in ("tiled", "repeated"))
+    except Exception:  # not a pair of tables, or tables without values
         return None
     return None if tiled == repeated else "tiled" if tiled else "repeated"
 
 
 def _from_library(forward: Callable[..., Any]) -> bool:
-    """Whether a function and all that it wraps are of transformers, or decorators of PyTorch."""
+    """Whether a function and all that it wraps are defined in transformers or PyTorch."""
     function: Any = forward
     while function is not None:
         package = getattr(function, "__globals__", {}).get("__name__", "").partition(".")[0]
@@ -429,7 +436,7 @@ def _from_library(forward: Callable[..., Any]) -> bool:
 _lock = threading.RLock()
 _replacements: dict[str, _Replacement] = {}
 _retired: dict[str, list[_Replacement]] = {}
-_alike = {width: _Alike() for width in ("tiled", "repeated", "blocks", "half", "first")}
+_verified = {w: _VerifiedTables() for w in ("tiled", "repeated", "blocks", "half", "first")}
 
 
 def patch(
@@ -438,58 +445,59 @@ def patch(
     precision: str = "model",
     compiled: str | None = None,
     rows: int | None = None,
-    table: str = "stock",
+    table: str = "original",
 ) -> Report:
-    """Lets Hugging Face models rotate by the fused operator.
+    """Makes Hugging Face models rotate with the fused operator.
 
-    The function is replaced for every instance of the model's family, and models are counted while
-    they live: the last `unpatch` restores it, and copies of ours that were captured meanwhile call
-    the original from then on. Gradients, torch.compile and generate() work as before. A call that
-    the operator does not cover (unusual shapes, dtypes or arguments) runs the original.
+    The function is replaced for every instance of the model's family, until `unpatch` was called
+    for all patched models or they are garbage. References to the replacement call the original from
+    then on. Gradients, torch.compile and generate() work as before. A call that the operator does
+    not cover (unusual shapes, dtypes or arguments) runs the original.
 
-    The operator reads one half of a full-width table. Each new table is compared with its other
-    half, once for all layers; where they differ, the family's own function takes its place again,
-    with a warning. On CUDA that synchronizes once for a rotary module of transformers, and once a
-    forward for tables of other origin. While a CUDA graph is captured or a call is traced, tables
-    that are not known run the original; a graph of torch.compile that was given the operator
-    asserts that the halves agree.
+    The operator reads one half of a full-width table. The halves of each new table are compared,
+    once for all layers; if they differ, the family's own function is restored, with a warning. On
+    CUDA that synchronizes once per rotary module of transformers, and once per forward for other
+    tables. While a CUDA graph is captured or a call is traced, tables that were not compared before
+    run the original; a graph of torch.compile with the operator asserts that the halves are equal.
 
-    The family's rotary modules, which recompute cosines and sines at every forward, do so in fewer
-    kernels where a reference check of each module finds the results bitwise identical: see `rows`.
-    Dynamic and longrope scaling, M-RoPE, tracers and a matmul precision below float32 keep the
-    module's own forward.
+    The family's rotary modules recompute cosines and sines at every forward. Those whose results
+    are bitwise identical in a reference check do so in fewer kernels: see `rows`. Modules with
+    dynamic or longrope scaling or M-RoPE, traced modules, and all modules while float32 matmuls may
+    be rounded further, use their own forward.
 
-    DeepSeek's interleaved form permutes the elements of q and k before it rotates them; ours keeps
-    their order, so attention scores are equal up to the order of their sums, and only patched
-    models can read the keys in a cache.
+    DeepSeek's interleaved form permutes the elements of q and k before it rotates them; the
+    operator keeps their order. Attention scores are then equal up to the order of their sums, and
+    only patched models can read the keys in a cache.
 
     Args:
         model: a model of transformers 4.57 or 5; None for every family that is imported.
-        precision: "model" keeps eager Hugging Face's roundings, bit for bit; "fp32" rounds once.
-        compiled: what torch.compile is given. "stock" is the model's own function, which the
-            compiler fuses with what stands around it; "fused" is the operator, which is opaque to
-            it. None: "stock" where precision is "model". DeepSeek's interleaved form, whose keys
-            lie otherwise in a cache, and functions written in Triton are the operator always.
-        rows: all positions are below this. Then the CPU keeps the rows of the table across forwards
-            until the module's frequencies change in any way or `unpatch` frees them; a position at
-            or beyond the bound is an IndexError in the model's forward, a negative one means what
-            it does in the original. CUDA keeps nothing and takes any position. None: any position,
-            rows are recomputed.
-        table: "stock": the model's own recipe, bit for bit, whose angles are float32. "float64":
-            angles of the config's frequencies in float64, or of the module's own where these are
-            others, times the module's attention_scaling, rounded once to the dtype that the module
-            returns. It needs `rows`, takes effect in the first forward that is not captured in a
-            CUDA graph (which synchronizes), and does not apply to torch.compile, nor wherever else
-            the module keeps its own forward.
+        precision: "model" for results bitwise identical to eager Hugging Face; "fp32" to compute in
+            float32 and round once.
+        compiled: what torch.compile gets. "original" is the model's own function, which the
+            compiler fuses with the operators around it; "fused" is the operator, which the compiler
+            cannot fuse. None is "original" with precision "model", else "fused". DeepSeek's
+            interleaved form, which orders cached keys differently, and functions written in Triton
+            always use the operator.
+        rows: an exclusive upper bound of all positions. The CPU then keeps the rows of the table
+            across forwards, until the module's frequencies change or `unpatch` frees them; a
+            position at or beyond the bound is an IndexError in the model's forward, and a negative
+            one is computed as in the original. CUDA keeps nothing and accepts any position. None:
+            any position; rows are recomputed.
+        table: "original": bitwise identical to the model's own table, whose angles are float32.
+            "float64": float64 angles of the config's frequencies (or of the module's, if they are
+            not a rounding of those), times the module's attention_scaling, rounded once to the
+            dtype that the module returns. Needs `rows`. It takes effect in the first forward that
+            is not captured in a CUDA graph, which synchronizes. It does not apply to torch.compile,
+            nor to modules that use their own forward.
 
     Returns:
-        A Report: which functions are replaced now, and which were left alone, and why. A function
-        that cannot be read (scripted, builtin, compiled), whose form is unknown, or that somebody
-        else replaced since another model was patched, is left alone.
+        A Report of the functions that are replaced now, and of those that were left alone and why:
+        functions that cannot be read (scripted, builtin, compiled), whose form is unknown, or that
+        other code replaced since another model was patched.
 
     Raises:
-        ValueError: an unknown option, `table="float64"` without `rows`, or another option than a
-            live model of the family is patched with. Nothing is replaced then.
+        ValueError: an unknown option, `table="float64"` without `rows`, or options that differ from
+            those of a patched model of the family. Nothing is replaced then.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -507,25 +515,35 @@ def patch(
     sites, forwards = list(rotary_functions(modules)), _forwards(modules)
     with _lock:
         for site in (*sites, *forwards):
-            _agree(site, options)
-        # All that may fail comes before anything is replaced.
-        found = {site: _prepare(site, options, _function) for site in sites}
+            _check_options(site, options)
+        # Everything that may fail precedes the first replacement.
+        found = {site: _find_replacement(site, options, _function) for site in sites}
         known = {site.module for site, entry in found.items() if isinstance(entry, _Function)}
         for site in forwards:
             if site.module in known:
-                found[site] = _prepare(site, options, _Forward)
+                found[site] = _find_replacement(site, options, _Forward)
         _install(found, model)
         return _report(found)
 
 
 def unpatch(model: torch.nn.Module | None = None) -> Report:
-    """Takes back one `patch` of the model's family; the last one restores the model's own function.
+    """Undoes one `patch` of the model's family; the last one restores the model's own function.
 
     Args:
-        model: as it was given to `patch`, wrapped or not; None for every family that is imported.
+        model: the model that was given to `patch`, wrapped or not; None for every family that is
+            imported.
 
     Returns:
-        A Report: which functions are the model's own now, and which were left alone, and why.
+        A Report of the functions that are the model's own again, and of those that were left alone
+        and why.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaModel
+        >>> sizes = dict(hidden_size=64, num_attention_heads=4, num_hidden_layers=1)
+        >>> model = LlamaModel(LlamaConfig(vocab_size=32, **sizes))
+        >>> _ = patch(model)
+        >>> unpatch(model).restored
+        ['transformers.models.llama.modeling_llama.apply_rotary_pos_emb']
     """
     report = Report()
     modules = {module.__name__ for module in modules_of(model)}
@@ -536,40 +554,40 @@ def unpatch(model: torch.nn.Module | None = None) -> Report:
                 entry.remove()
             if isinstance(entry, _Forward):
                 report.tables[entry.site.owner_key] = _maker(entry)
-            elif not entry.stands and entry.site.value is entry.original:
+            elif not entry.installed and entry.site.value is entry.original:
                 report.restored.append(entry.site.key)
             else:
                 report.left_alone[entry.site.key] = (
                     f"{len(entry.models)} more models are patched"
-                    if entry.stands
+                    if entry.installed
                     else "it was replaced by somebody else since"
                 )
     return report
 
 
 def _maker(entry: _Replacement) -> str:
-    """Who makes the tables of a rotary module now."""
+    """What computes the tables of a rotary module now."""
     own = entry.site.value is entry.original
-    return "ours" if entry.stands else "its own" if own else "somebody else's"
+    return "ours" if entry.installed else "its own" if own else "somebody else's"
 
 
 def _options(precision: str, compiled: str | None, rows: int | None, table: str) -> Options:
     if precision not in ("fp32", "model"):
         raise ValueError(f"patch: expected precision 'fp32' or 'model', got {precision!r}")
-    if compiled not in (None, "stock", "fused"):
-        raise ValueError(f"patch: expected compiled 'stock', 'fused' or None, got {compiled!r}")
+    if compiled not in (None, "original", "fused"):
+        raise ValueError(f"patch: expected compiled 'original', 'fused' or None, got {compiled!r}")
     if rows is not None and rows < 1:
         raise ValueError(f"patch: expected rows >= 1 or None, got {rows}")
-    if table not in ("stock", "float64"):
-        raise ValueError(f"patch: expected table 'stock' or 'float64', got {table!r}")
+    if table not in ("original", "float64"):
+        raise ValueError(f"patch: expected table 'original' or 'float64', got {table!r}")
     if table == "float64" and rows is None:
         raise ValueError("patch: expected rows >= 1 with table 'float64', got None")
-    compiled = compiled or ("stock" if precision == "model" else "fused")
+    compiled = compiled or ("original" if precision == "model" else "fused")
     return Options(precision, compiled, rows, table)
 
 
 def _entry(site: Site) -> _Replacement | None:
-    """The replacement of a site, for as long as a patched model lives and the owner is the same."""
+    """The replacement of a site, if a patched model lives and the owner is the same object."""
     entry = _replacements.get(site.key)
     if entry is not None and (entry.site != site or not entry.models):
         entry.remove()
@@ -577,8 +595,8 @@ def _entry(site: Site) -> _Replacement | None:
     return entry
 
 
-def _agree(site: Site, options: Options) -> None:
-    """Raises unless a family that is patched already was patched with these options."""
+def _check_options(site: Site, options: Options) -> None:
+    """Raises if a family is already patched with other options."""
     entry = _entry(site)
     if entry is None:
         return
@@ -586,20 +604,21 @@ def _agree(site: Site, options: Options) -> None:
         ours = getattr(options, name)
         if ours != theirs:
             raise ValueError(
-                f"patch: expected {name} {theirs!r}, which {site.key} is patched with, got {ours!r}"
+                f"patch: expected {name} {theirs!r}, with which {site.key} is already patched, got "
+                f"{ours!r}: unpatch it first"
             )
 
 
-def _prepare(
+def _find_replacement(
     site: Site, options: Options, make: Callable[[Site, Options], _Replacement | str]
 ) -> _Replacement | str:
-    """What is to stand at the site, or why nothing is."""
+    """The replacement to install at the site, or the reason for none."""
     entry = _entry(site)
     if entry is not None:
-        if entry.stands or site.original is entry.original:
+        if entry.installed or site.original is entry.original:
             return entry
         return "it was replaced by somebody else since another model was patched"
-    for entry in _retired.get(site.key, []):  # compiled code that knows it is valid again
+    for entry in _retired.get(site.key, []):  # makes code that was compiled with it valid again
         if entry.fits(site, options):
             entry.options = options
             return entry
@@ -607,11 +626,11 @@ def _prepare(
 
 
 def _install(found: dict[Site, _Replacement | str], model: torch.nn.Module | None) -> None:
-    """Installs all that was found, or nothing; what cannot be replaced gets a reason."""
+    """Installs all of these or none; a site that cannot be assigned gets a reason instead."""
     before: list[tuple[_Replacement, Any, bool]] = []
     try:
         for site, entry in found.items():
-            if isinstance(entry, str) or entry.stands:
+            if isinstance(entry, str) or entry.installed:
                 continue
             before.append((entry, site.value, entry.active))
             try:
@@ -654,7 +673,7 @@ def _forwards(modules: Iterable[ModuleType]) -> list[Site]:
 
 
 def modules_of(model: torch.nn.Module | None) -> list[ModuleType]:
-    """The Python modules that define the model's layers; of no model, those of every family."""
+    """The Python modules that define the model's layers; for None, those of every family."""
     if model is None:
         names = {
             name for name in sys.modules if re.match(r"transformers\.models\..*modeling", name)
@@ -666,9 +685,9 @@ def modules_of(model: torch.nn.Module | None) -> list[ModuleType]:
 
 
 def rotary_functions(modules: Iterable[ModuleType]) -> Iterator[Site]:
-    """The rotary functions of modules, and the rotary methods of the classes that these define.
+    """The rotary functions of modules, and the rotary methods of the classes that they define.
 
-    Whatever has such a name: whether it is a function at all, `find_form` says.
+    They are found by name; `find_form` tells whether they are functions and what they compute.
     """
     sites: dict[Site, None] = {}
     for module in modules:

@@ -1,19 +1,19 @@
 """The cosines and sines that a model's rotary module recomputes at every forward, in fewer kernels.
 
-The original recipe is nine kernels, most of whose time is the host's. Here
+The original recipe launches nine kernels, whose time is mostly the host's. This module has three
+replacements:
 
-* the recipe is three kernels: a position times the frequencies, the cosine, the sine, each written
-  in the model's dtype. Nothing is kept; any position is valid;
-* with a bound on the positions, the rows below it are kept on the CPU, and a forward gathers its
-  rows. They are valid for the frequencies they were computed from, bitwise, which every forward
-  compares with the module's. On CUDA that comparison synchronizes or takes as many kernels as the
-  recipe, so nothing is kept there;
-* float64 angles take the config's frequencies for those that the module holds rounded. On the CPU
-  they make the kept rows; on CUDA each forward selects its frequencies on the device.
+* A recipe of three kernels: positions times frequencies, the cosine, the sine, each written in the
+  model's dtype. Nothing is kept, and any position is valid.
+* With a bound on the positions, the rows below it are kept on the CPU, and a forward gathers its
+  rows. Every forward compares the module's frequencies bitwise with those of the rows. On CUDA that
+  comparison would synchronize or launch as many kernels as the recipe, so nothing is kept there.
+* Float64 angles of the config's frequencies, of which the module holds rounded ones. On the CPU
+  they fill the kept rows; on CUDA each forward selects the frequencies on the device.
 
-All are used only where a reference check of this very module found the recipe's results bitwise
-identical to the module's. Nothing that is kept here is ever written to again: threads may share it.
-Letters: B batch, S sequence length, P pairs, R = 2P or P columns, M table rows.
+All need a reference check of the module instance that finds the results bitwise identical. Whatever
+is kept here is immutable, so that threads may share it. A table has R columns, or P if its width is
+"half".
 """
 
 from __future__ import annotations
@@ -58,27 +58,27 @@ def rotary_modules(modules: Iterable[ModuleType]) -> Iterator[type[torch.nn.Modu
 
 
 def _parameters(forward: Any) -> list[str]:
-    """The names of a function's parameters; none of what is no function or does not tell."""
+    """The names of a function's parameters; empty if it has no readable signature."""
     try:
         return list(inspect.signature(forward).parameters) if inspect.isfunction(forward) else []
-    except Exception:  # whatever a signature of somebody's own making raises
+    except Exception:  # a custom __signature__ may raise anything
         return []
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How cosines and sines follow from frequencies and positions.
+    """How a module computes cosines and sines from frequencies and positions.
 
     Attributes:
         width: of the tables: "tiled" (two equal halves), "repeated" (every value twice) or "half".
-        float32: they stay so; else they are rounded to the dtype of the hidden states.
+        float32: whether the tables are float32; otherwise they have the hidden states' dtype.
     """
 
     width: str
     float32: bool = False
 
     def make(self, frequencies: Tensor, scale: float, ids: Tensor, dtype: torch.dtype) -> Pair:
-        """Cosine and sine [..., R] of the integers `ids` [...], of angles in frequencies' dtype."""
+        """Cosine and sine [..., R] of positions [...]; angles have the frequencies' dtype."""
         angles = (ids[..., None, None] * self._columns(frequencies)).flatten(-2)
         dtype = torch.float32 if self.float32 else dtype
         return _scaled(torch.cos, angles, scale, dtype), _scaled(torch.sin, angles, scale, dtype)
@@ -86,7 +86,7 @@ class Recipe:
     def make_rows(
         self, frequencies: Tensor, scale: float, bound: int, dtype: torch.dtype
     ) -> Tensor:
-        """Rows [M, 2R] of the positions below the bound on the CPU, cosine then sine."""
+        """Rows [M, 2R] on the CPU, cosine then sine, of the positions below the bound."""
         if frequencies.dtype != torch.float64:
             return torch.cat(self.make(frequencies, scale, torch.arange(bound), dtype), dim=-1)
         dtype = torch.float32 if self.float32 else dtype
@@ -103,7 +103,7 @@ class Recipe:
 def _scaled(
     function: Callable[..., Tensor], angles: Tensor, scale: float, dtype: torch.dtype
 ) -> Tensor:
-    if torch._C._len_torch_dispatch_stack():  # a mode may save results, which out= would write to
+    if torch._C._len_torch_dispatch_stack():  # a mode may save results, which out= overwrites
         values = function(angles)
         return (values if scale == 1 else values * scale).to(dtype)
     out = torch.empty_like(angles, dtype=dtype)
@@ -117,13 +117,13 @@ RECIPES = tuple(
 
 @dataclass(frozen=True)
 class _KeptRows:
-    """Rows [M, 2R] on the CPU, cosine then sine, and everything they were computed from.
+    """Rows [M, 2R] on the CPU, cosine then sine, and all that they were computed from.
 
     Attributes:
         rows: of the positions 0 to M - 1.
         dtype: of the hidden states.
-        inv_freq: [P], the module's at that time, as integers of its bits.
-        frequencies: [P], those of the angles: inv_freq in float32, or float64.
+        inv_freq: [P], the module's frequencies, reinterpreted as integers.
+        frequencies: [P], those of the angles: inv_freq in float32, or float64 ones.
     """
 
     rows: Tensor
@@ -135,14 +135,17 @@ class _KeptRows:
     frequencies: Tensor
 
     def are_of(self, recipe: Recipe, inv_freq: Tensor, scale: float) -> bool:
-        """Whether the module's numbers are still those of the rows; NumPy views change them too."""
+        """Whether the module still has the rows' frequencies and scale.
+
+        It compares values, since writes through NumPy views do not change a tensor's version.
+        """
         if (
             self.scale != scale
             or self.recipe is not recipe
             or self.inv_freq_dtype != inv_freq.dtype
         ):
             return False
-        if torch._C._len_torch_dispatch_stack() > 0:  # it must see the same operators in all calls
+        if torch._C._len_torch_dispatch_stack() > 0:  # modes must see the same operators each time
             with outside_modes():
                 return torch.equal(self.inv_freq, _bits(inv_freq))
         return torch.equal(self.inv_freq, _bits(inv_freq))
@@ -167,7 +170,7 @@ class _KeptRows:
 
 @dataclass(frozen=True)
 class _ConfigFrequencies:
-    """The float64 frequencies of a module's config, and the bounds of what rounds them.
+    """The float64 frequencies of a module's config, and bounds on their roundings.
 
     Attributes:
         values, low, high: float64 [P].
@@ -181,22 +184,24 @@ class _ConfigFrequencies:
     def read(
         cls, module: torch.nn.Module, inv_freq: Tensor, layer_type: str | None
     ) -> _ConfigFrequencies | None:
-        """On the CPU; None where the config does not tell."""
+        """Those of a module, on the CPU; None if its config does not determine them."""
         try:
-            said = config_arguments(module.config, layer_type, interleaved=False)
-            values, _ = frequencies(said["rotary_dim"], said["base"], said["scaling"])
-        except Exception:  # of any kind: the module's own are right
+            arguments = config_arguments(module.config, layer_type, interleaved=False)
+            values, _ = frequencies(
+                arguments["rotary_dim"], arguments["base"], arguments["scaling"]
+            )
+        except Exception:  # of any kind: the module's own frequencies are used
             return None
         if values.shape != inv_freq.shape:
             return None
-        # Computed in float32 they are off by some ulps; in a narrower dtype by one of that dtype's.
+        # Computed in float32 they are off by a few ulp; in a narrower dtype by one of its ulp.
         margin = values.abs() * max(2e-6, torch.finfo(inv_freq.dtype).eps)
         return cls(values, values - margin, values + margin)
 
     def exact(self, inv_freq: Tensor) -> Tensor:
-        """Float64 [P]: a frequency of the config if the module holds it rounded, else its own.
+        """Float64 [P]: the config's frequency if the module's is a rounding of it, or the module's.
 
-        Float32 frequencies alone are as wrong at far positions as float32 angles are.
+        With float32 frequencies, angles of far positions are as inexact as float32 angles.
         """
         held = inv_freq.double()
         return torch.where(held.clamp(self.low, self.high) == held, self.values, held)
@@ -206,10 +211,10 @@ class _ConfigFrequencies:
 
 
 @dataclass(frozen=True)
-class _OnDevice:
-    """A config's frequencies on a CUDA device, and when to read the config again.
+class _DeviceFrequencies:
+    """A config's frequencies on a CUDA device, and what tells when to read the config again.
 
-    What the module holds is compared on the device, so that nothing here has to follow it.
+    The device compares them with the module's frequencies, so changes of those need no action here.
     """
 
     found: _ConfigFrequencies | None
@@ -227,22 +232,20 @@ class _OnDevice:
 
 
 @dataclass
-class _OfModule:
-    """What is known of one module; each entry is immutable and set in one assignment."""
+class _ModuleState:
+    """What is known of one module. Entries are immutable and set in one assignment."""
 
     recipes: dict[Key, Recipe | None] = field(default_factory=dict)
     kept: dict[Key, _KeptRows] = field(default_factory=dict)
-    on_device: dict[Key, _OnDevice] = field(default_factory=dict)
+    on_device: dict[Key, _DeviceFrequencies] = field(default_factory=dict)
 
 
 class Tables:
-    """Computes the tables in place of the forward of one class.
-
-    It lives as long as the patch: what it keeps goes with it, or with the module it belongs to.
+    """Computes the tables of the modules of one class while it is patched.
 
     Args:
-        original: that forward.
-        rows: an upper bound of the positions, exclusive; None for no bound.
+        original: the forward of the class.
+        rows: an exclusive upper bound of the positions; None for no bound.
         exact: whether angles are float64 rather than those of the original recipe.
     """
 
@@ -250,7 +253,7 @@ class Tables:
         self._original = original
         self._rows = rows
         self._exact = exact
-        self._found: weakref.WeakKeyDictionary[torch.nn.Module, _OfModule]
+        self._found: weakref.WeakKeyDictionary[torch.nn.Module, _ModuleState]
         self._found = weakref.WeakKeyDictionary()
         self._shared: weakref.WeakValueDictionary[Key, _KeptRows] = weakref.WeakValueDictionary()
 
@@ -258,14 +261,14 @@ class Tables:
     def __call__(
         self, module: torch.nn.Module, x: Tensor, ids: Any, layer_type: str | None
     ) -> Pair | None:
-        """Cosine and sine as the module computes them; None where it has to do so itself."""
+        """Cosine and sine as the module computes them; None if the module must compute them."""
         numbers = _frequencies(module, x, ids, layer_type)
         if numbers is None:
             return None
         inv_freq, scale = numbers
         found = self._found.get(module)
         if found is None:
-            found = self._found.setdefault(module, _OfModule())
+            found = self._found.setdefault(module, _ModuleState())
         recipe = self._recipe(found.recipes, module, x, inv_freq, scale, layer_type)
         if recipe is None:
             return None
@@ -290,7 +293,7 @@ class Tables:
         scale: float,
         layer_type: str | None,
     ) -> Recipe | None:
-        """What the reference check of this module with its present settings found."""
+        """The result of the reference check of this module with its present settings."""
         key = x.device, x.dtype, layer_type, _settings(module)
         try:
             return recipes[key]
@@ -299,7 +302,7 @@ class Tables:
                 return None
         with outside_modes():
             if inv_freq.numel() > 1 and bool((inv_freq == inv_freq[0]).all()):
-                return None  # all recipes agree: weights that are not loaded yet decide nothing
+                return None  # all recipes agree, as before weights are loaded: check again later
             recipe = self._find_recipe(module, x, inv_freq, scale, layer_type)
         if len(recipes) >= _SETTINGS_PER_MODULE:
             recipes.clear()
@@ -314,19 +317,19 @@ class Tables:
         scale: float,
         layer_type: str | None,
     ) -> Recipe | None:
-        """Reference check: the recipe that is bitwise identical, at negative and far positions too.
+        """Reference check: the recipe with bitwise identical results, also at negative and far ids.
 
-        Synchronizes with the device, once for a module, its settings, device, dtype and layer type.
+        Synchronizes with the device, once per module, settings, device, dtype and layer type.
         """
         steps = torch.arange(257, device=x.device)
         ids = torch.stack([steps - 16, steps**2 * 13 % 1_000_003])
         options = [] if layer_type is None else [layer_type]
-        try:  # on a copy, so that a module whose state follows the positions keeps it
+        try:  # on a copy, since the forward of some modules changes their state
             copied = copy.copy(module)
             for name in _REGISTRIES:
                 vars(copied)[name] = copy.copy(vars(module)[name])
             theirs = self._original(copied, x, ids, *options)
-        except Exception:  # of any kind: the module takes other positions
+        except Exception:  # of any kind: the module does not accept such positions
             return None
         if not (isinstance(theirs, tuple) and len(theirs) == 2) or not _same_state(copied, module):
             return None
@@ -347,7 +350,7 @@ class Tables:
         dtype: torch.dtype,
         layer_type: str | None,
     ) -> _KeptRows:
-        """The rows below the bound; those of another module where the numbers are the same."""
+        """The rows below the bound; modules with equal frequencies and scale share them."""
         with outside_modes():
             held = inv_freq.clone()
             used = held.float()
@@ -365,36 +368,36 @@ class Tables:
         return kept
 
 
-# What graphs read that were captured of a module: it lives as long as the module's own buffers.
+# Captured graphs read these, so they live as long as the module, as its buffers do.
 _captured: weakref.WeakKeyDictionary[torch.nn.Module, dict[int, _ConfigFrequencies]]
 _captured = weakref.WeakKeyDictionary()
 
 _REGISTRIES = "_buffers", "_non_persistent_buffers_set", "_parameters", "_modules"
 
-# A setting that changes at every step must not fill the memory.
+# Bounds the memory if a setting changes at every step.
 _SETTINGS_PER_MODULE = 16
 _SETTING_TYPES = frozenset((bool, int, float, str, type(None)))
 
 
 def _settings(module: torch.nn.Module) -> Key:
-    """Attributes of the module that its forward may read; the check is valid for these alone."""
+    """Attributes that the module's forward may read; a check is valid only for these values."""
     return tuple([item for item in vars(module).copy().items() if type(item[1]) in _SETTING_TYPES])
 
 
 def _same_state(copied: torch.nn.Module, module: torch.nn.Module) -> bool:
-    """Whether a forward of the copy left the settings and buffers that the module has."""
+    """Whether the copy still has the module's settings and buffers after its forward."""
     ours, theirs = copied._buffers, module._buffers
     same = ours.keys() == theirs.keys() and all(ours[name] is theirs[name] for name in theirs)
     return same and _settings(copied) == _settings(module)
 
 
 def _exact_on_device(
-    on_device: dict[Key, _OnDevice],
+    on_device: dict[Key, _DeviceFrequencies],
     module: torch.nn.Module,
     inv_freq: Tensor,
     layer_type: str | None,
 ) -> Tensor | None:
-    """Float64 [P], selected on the device; None where the config could not be read before."""
+    """Float64 [P], selected on the device; None in a capture if the config was not read before."""
     key = inv_freq.device, inv_freq.dtype, layer_type
     last = on_device.get(key)
     if is_capturing(inv_freq.device):
@@ -408,9 +411,12 @@ def _exact_on_device(
 
 
 def _read_config(
-    module: torch.nn.Module, inv_freq: Tensor, layer_type: str | None, last: _OnDevice | None
-) -> _OnDevice:
-    """The config's frequencies on inv_freq's device; those of `last` where they are equal."""
+    module: torch.nn.Module,
+    inv_freq: Tensor,
+    layer_type: str | None,
+    last: _DeviceFrequencies | None,
+) -> _DeviceFrequencies:
+    """The config's frequencies on inv_freq's device; those of `last` if they are equal."""
     with outside_modes():
         host = _ConfigFrequencies.read(module, inv_freq, layer_type)
         if host is None:
@@ -419,16 +425,16 @@ def _read_config(
             found = last.found
         else:
             found = host.to(inv_freq.device)
-            if inv_freq.is_cuda:  # other streams may read them from now on
+            if inv_freq.is_cuda:  # other streams may read them next
                 torch.cuda.current_stream(inv_freq.device).synchronize()
     config = getattr(module, "config", None)
-    return _OnDevice(found, host, config, weakref.ref(inv_freq), _version(inv_freq))
+    return _DeviceFrequencies(found, host, config, weakref.ref(inv_freq), _version(inv_freq))
 
 
 def _frequencies(
     module: torch.nn.Module, x: Tensor, ids: Any, layer_type: str | None
 ) -> tuple[Tensor, float] | None:
-    """Frequencies and scale, if the tables depend on nothing else but positions; else None."""
+    """Frequencies and scale, if the tables depend on them and positions alone; else None."""
     prefix = "" if layer_type is None else f"{layer_type}_"
     inv_freq: Any = getattr(module, f"{prefix}inv_freq", None)
     scale: Any = getattr(module, f"{prefix}attention_scaling", None)
@@ -447,7 +453,7 @@ def _frequencies(
         and isinstance(rope_type, str)
         and rope_type != "longrope"
         and "dynamic" not in rope_type
-        and "_is_replica" not in vars(module)  # one of DataParallel lives for one forward
+        and "_is_replica" not in vars(module)  # DataParallel's replicas live for one forward
         and _multiplies_exactly(x.device)
         and torch._C._functorch.peek_interpreter_stack() is None
         and not _traced()
@@ -456,18 +462,18 @@ def _frequencies(
 
 
 def _multiplies_exactly(device: torch.device) -> bool:
-    """Whether a float32 matmul, which the original recipe contains, rounds as a product does."""
+    """Whether a float32 matmul, as in the original recipe, rounds only once per product."""
     backend = {"cuda": torch.backends.cuda, "cpu": torch.backends.mkldnn}.get(device.type)
     return backend is not None and backend.matmul.fp32_precision not in ("tf32", "bf16")
 
 
 def _compares_on_host(device: torch.device) -> bool:
-    """Whether the host sees the module's frequencies without synchronizing."""
+    """Whether the host can read the module's frequencies without synchronizing."""
     return device.type == "cpu"
 
 
 def _bits(values: Tensor) -> Tensor:
-    """Integers that are equal exactly where the bits are: NaN is equal to itself, 0 not to -0."""
+    """The values reinterpreted as integers: then NaN equals itself, and 0 differs from -0."""
     return values.detach().view(_INTEGERS[values.element_size()])
 
 
@@ -479,7 +485,7 @@ def _version(tensor: Tensor) -> int | None:
 
 
 def _traced() -> bool:
-    """Whether a tracer records operators or tensors are fake; modes that observe do not matter."""
+    """Whether a tracer records operators, or tensors are fake; modes that only observe are not."""
     keys = torch._C._TorchDispatchModeKey
     return (
         torch._C._is_tracing()
@@ -495,5 +501,5 @@ def _traced() -> bool:
 
 
 def is_recorded(device: torch.device) -> bool:
-    """Whether what runs on the device is captured, traced or fake, so that no value can be read."""
+    """Whether calls on the device are captured, traced or fake, so that no value can be read."""
     return _traced() or is_capturing(device)

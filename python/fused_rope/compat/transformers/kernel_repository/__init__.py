@@ -1,4 +1,4 @@
-"""What the `kernels` package loads as a local kernel repository; its layers are those next door."""
+"""The local kernel repository that the `kernels` package loads."""
 
 from fused_rope.compat.transformers import kernel_layers as layers
 

@@ -1,10 +1,7 @@
-"""One shim for each signature with which models call their rotary function.
+"""One adapter for each signature with which models call their rotary function.
 
-A shim reads views and rows, and calls the operator; it computes nothing. `Style` holds what differs
-between functions of one signature.
-
-Letters: B batch, S sequence length, T tokens, Hq, Hk query and key heads, D head_dim, R rotary_dim,
-P = R/2 pairs, M table rows.
+An adapter takes views, selects rows and calls the operator; it computes nothing. `Style` holds what
+differs between functions of one signature.
 """
 
 from __future__ import annotations
@@ -19,21 +16,22 @@ from torch import Tensor
 
 from ... import functional
 
-Shim = Callable[..., Any]
+Adapter = Callable[..., Any]
 Pair = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class Style:
-    """How the elements of a head are paired, what its tables look like and how it rounds.
+    """How a function pairs the elements of a head, reads its tables and rounds.
 
     Attributes:
-        width: "half" [..., P]; full width [..., R] as "tiled" (two equal halves) or "repeated"
-            (every value twice); or "first": the first half counts, as the model too reads no more.
-        interleaved: a pair are neighbours.
-        inverse: the inverse rotation.
+        width: "half" for tables [..., P]; for [..., R], "tiled" (two equal halves), "repeated"
+            (every number twice in succession) or "first" (the model reads only the first half).
+        interleaved: the two elements of a pair are adjacent.
+        inverse: the rotation is the inverse one.
         trailing: the last R elements are rotated, not the first.
-        float32: the model widens to float32 and rounds once; else it rounds as its dtype does.
+        float32: the model computes in float32 and rounds once; otherwise it rounds each operation
+            to its dtype.
     """
 
     width: str = "tiled"
@@ -74,14 +72,14 @@ class Style:
 
     @cached_property
     def table_layout(self) -> str:
-        """The operator's word for `width`."""
+        """The operator's name for `width`."""
         return "tiled" if self.width == "first" else self.width
 
     def _options(
         self, x: Tensor, cos: Tensor, precision: str, layout: str, blocks: int = 1
     ) -> tuple[Any, ...]:
         """The options of `functional.call`."""
-        # A wider table widens a model's products; the operator's "fp32" is that, rounded to x.
+        # With a wider table the model computes in the table's dtype, as precision "fp32" does.
         x_dtype, dtype = x.dtype, cos.dtype
         if self.float32 or (dtype != x_dtype and torch.promote_types(x_dtype, dtype) != x_dtype):
             precision = "fp32"
@@ -107,7 +105,7 @@ INTERLEAVED_FLOAT32 = Style("half", interleaved=True, float32=True)
 REPEATED_FLOAT32 = Style("repeated", interleaved=True, float32=True)
 
 
-# By the dimensions of x and of cos, and the place of the heads counted from the last.
+# By the number of dimensions of x and of cos, and the dimension of the heads from the end.
 _LAYOUTS = {
     (4, 2, -3): "bhsd",
     (4, 3, -3): "bhsd",
@@ -118,7 +116,7 @@ _LAYOUTS = {
 
 
 def layout_of(x: Tensor, cos: Tensor, unsqueeze_dim: int) -> str:
-    """The layout of x with which cos, unsqueezed there, broadcasts."""
+    """The layout of x if cos broadcasts against it after `cos.unsqueeze(unsqueeze_dim)`."""
     dims = cos.dim()
     layout = None
     if isinstance(unsqueeze_dim, int):
@@ -135,18 +133,18 @@ def layout_of(x: Tensor, cos: Tensor, unsqueeze_dim: int) -> str:
 def per_token(cos: Tensor, sin: Tensor, x: Tensor, layout: str) -> Pair:
     """The operator's tables for [B or 1, S, R] or [S, R].
 
-    With S rows [S, R] is a shared table as it is. With any other number it becomes [1, M, R], which
-    the operator refuses, as the models do.
+    [S, R] is a shared table of the operator. Another number of rows becomes [1, M, R], so that the
+    operator refuses it, as the models do, instead of reading the first S rows.
     """
     if cos.dim() == 2 and cos.shape[0] != x.shape[-2 if layout == "bhsd" else -3]:
         return cos[None], sin[None]
     return cos, sin
 
 
-def pair(style: Style) -> Shim:
-    """q and k [B, H, S, D], or [B, S, H, D] where unsqueeze_dim is 2; cos [B or 1, S, R].
+def pair(style: Style) -> Adapter:
+    """q and k [B, H, S, D], or [B, S, H, D] with unsqueeze_dim 2; cos [B or 1, S, R].
 
-    Without batches, cos [T, R] and unsqueeze_dim 1, also [T, H, D].
+    Also q and k [T, H, D] with cos [T, R] and unsqueeze_dim 1.
     """
 
     def rotate(
@@ -165,8 +163,8 @@ def pair(style: Style) -> Shim:
     return rotate
 
 
-def single(style: Style) -> Shim:
-    """x [B, H, S, D], or [B, S, H, D] where unsqueeze_dim is 2; cos [B or 1, S, R]."""
+def single(style: Style) -> Adapter:
+    """x [B, H, S, D], or [B, S, H, D] with unsqueeze_dim 2; cos [B or 1, S, R]."""
 
     def rotate(
         x: Tensor,
@@ -183,18 +181,18 @@ def single(style: Style) -> Shim:
     return rotate
 
 
-def without_position_ids(shim: Shim, place: int) -> Shim:
-    """The same by the signature of transformers 4, whose position_ids at `place` has no effect."""
+def without_position_ids(adapter: Adapter, index: int) -> Adapter:
+    """The adapter with transformers 4's signature: argument `index`, position_ids, is unused."""
 
     def rotate(*args: Any, precision: str = "model", **kwargs: Any) -> Any:
         kwargs.pop("position_ids", None)
-        return shim(*args[:place], *args[place + 1 :], precision=precision, **kwargs)
+        return adapter(*args[:index], *args[index + 1 :], precision=precision, **kwargs)
 
     return rotate
 
 
-def optional_key(style: Style) -> Shim:
-    """As `pair`; without k, q alone."""
+def optional_key(style: Style) -> Adapter:
+    """As `pair`; k may be None."""
     both, one = pair(style), single(style)
 
     def rotate(
@@ -213,8 +211,8 @@ def optional_key(style: Style) -> Shim:
     return rotate
 
 
-def last_queries(style: Style) -> Shim:
-    """As `pair` with unsqueeze_dim 1; q holds the last of the tokens of k and the tables."""
+def last_queries(style: Style) -> Adapter:
+    """As `pair` with unsqueeze_dim 1; q has only the last of the tokens of k and the tables."""
 
     def rotate(
         q: Tensor,
@@ -236,8 +234,8 @@ def last_queries(style: Style) -> Shim:
     return rotate
 
 
-def sections(style: Style) -> Shim:
-    """M-RoPE: cos [3, B, S, R], of which each section of elements reads the next axis."""
+def sections(style: Style) -> Adapter:
+    """M-RoPE: cos [3, B, S, R]; consecutive sections of elements read consecutive axes."""
 
     def rotate(
         q: Tensor,
@@ -259,7 +257,7 @@ def sections(style: Style) -> Shim:
     return rotate
 
 
-def token_major(style: Style) -> Shim:
+def token_major(style: Style) -> Adapter:
     """Vision towers: q and k [T, H, D] or [B, S, H, D]; cos [T, R] or [B, S, R]."""
 
     def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, precision: str = "model") -> Pair:
@@ -270,8 +268,8 @@ def token_major(style: Style) -> Shim:
     return rotate
 
 
-def head_major(style: Style) -> Shim:
-    """q and k [B, H, S, D]; cos [S, R], with dimensions of size 1 before these or without."""
+def head_major(style: Style) -> Adapter:
+    """q and k [B, H, S, D]; cos [S, R], after any number of dimensions of size 1."""
 
     def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, precision: str = "model") -> Pair:
         cos, sin = per_token(rows(cos), rows(sin), q, "bhsd")
@@ -288,7 +286,7 @@ def rows(table: Tensor) -> Tensor:
 def after_prefix(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, precision: str = "model", **kwargs: Any
 ) -> Pair:
-    """q and k [B, H, S, D], of which the last M tokens are rotated: no class or register tokens."""
+    """q and k [B, H, S, D]: the last M tokens are rotated, class and register tokens are not."""
     if kwargs:
         raise ValueError(f"apply_rotary_pos_emb: expected no keywords, got {sorted(kwargs)}")
     cos, sin = rows(cos), rows(sin)
@@ -307,7 +305,7 @@ def memory_keys(
     *,
     precision: str = "model",
 ) -> Pair:
-    """q [B, H, M, D], k [B, H, S, D]: k repeats the M rows; its last tokens may not be rotated."""
+    """q [B, H, M, D], k [B, H, S, D]: k repeats the M rows; its last tokens may be excluded."""
     cos, sin = rows(cos), rows(sin)
     tokens, rotated = torch.arange(k.shape[-2], device=k.device), k.shape[-2] - num_k_exclude_rope
     row = tokens % cos.shape[0] if repeat_freqs_k else tokens
@@ -349,7 +347,7 @@ def blocks(
     *,
     precision: str = "model",
 ) -> Tensor:
-    """x's elements in A spans, one for each axis of position_ids [B, S, A]; cos tiled in each."""
+    """x has one span of elements for each axis of position_ids [B, S, A]; cos is tiled in each."""
     A = position_ids.shape[-1]
 
     def halves(table: Tensor) -> Tensor:
@@ -367,13 +365,13 @@ def swapped(tensor: Tensor, sin: Tensor, cos: Tensor, *, precision: str = "model
 
 
 def cached_rows(x: Tensor, cos: Tensor, sin: Tensor, *, precision: str = "model") -> Tensor:
-    """x [B, H, S, D]; the first S rows of cos [1, 1, M, D]."""
+    """x [B, H, S, D] reads the first S rows of cos [1, 1, M, D]."""
     cos, sin = (table[0, :, : x.shape[-2]] for table in (cos, sin))
     return HALF.rotate(x, cos, sin, precision, layout="bhsd")
 
 
 def angles(tensor: Tensor, freqs: Tensor, *, precision: str = "model") -> Tensor:
-    """tensor [1, T, H, D]; freqs [T, P], whose cosine and sine make the table."""
+    """tensor [1, T, H, D]; the table is the cosine and sine of freqs [T, P]."""
     cos, sin = freqs.cos()[None], freqs.sin()[None]
     return Style("half", float32=True).rotate(tensor, cos, sin, precision, layout="bshd")
 
@@ -403,7 +401,7 @@ def gathered_qkv(
     *,
     precision: str = "model",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `gathered`, and the values are rotated too."""
+    """As `gathered`; the values are rotated, too."""
     rows = _gather(cos, position_ids, unsqueeze_dim)
     q, k = HALF.rotate_qk(q, k, cos, sin, precision, **rows)
     return q, k, HALF.rotate(v, cos, sin, precision, **rows)
@@ -412,8 +410,8 @@ def gathered_qkv(
 def _gather(table: Tensor, ids: Tensor | None, unsqueeze_dim: int) -> dict[str, Any]:
     """The operator's options for the rows table[ids].
 
-    Negative ids count from the end, as in Python; to the operator -1 is no rotation. One that is
-    too small stays negative and is never -1, so that the operator refuses it.
+    Negative ids count from the end, as in Python, while -1 is no rotation to the operator. An id
+    below -M stays as it is, never -1, so that the operator refuses it.
     """
     layout = {1: "bhsd", 2: "bshd"}.get(unsqueeze_dim)
     if (
@@ -434,22 +432,22 @@ def _gather(table: Tensor, ids: Tensor | None, unsqueeze_dim: int) -> dict[str, 
 
 
 class RealTableError(TypeError):
-    """A table that must be complex is real."""
+    """A real table instead of a complex one."""
 
 
 def parts(freqs: Tensor, device: torch.device) -> Pair:
-    """The real and the imaginary part of a complex table: cosine and sine."""
+    """Cosine and sine: the real and the imaginary part of a complex table."""
     if not freqs.is_complex():
         raise RealTableError(
-            f"apply_rotary_emb: expected a complex table, got {freqs.dtype}: a cast of the whole "
-            "model, as .to(dtype), has made it real and left no sine"
+            f"apply_rotary_emb: expected a complex table, got {freqs.dtype}: a cast such as "
+            "model.to(dtype) dropped the imaginary part: build the table again after the cast"
         )
     freqs = freqs.to(device)
     return freqs.real, freqs.imag
 
 
-def complex_rows(layout: str) -> Shim:
-    """Complex tables [B or 1, S, P]: the cosine is their real part, the sine the imaginary one."""
+def complex_rows(layout: str) -> Adapter:
+    """q and k in this layout; complex tables [B or 1, S, P]."""
 
     def rotate(xq: Tensor, xk: Tensor, freqs_cis: Tensor, *, precision: str = "model") -> Pair:
         cos, sin = parts(freqs_cis, xq.device)
@@ -461,7 +459,7 @@ def complex_rows(layout: str) -> Shim:
 def complex_plane(
     query: Tensor, key: Tensor, freqs_ci: Tensor, *, precision: str = "model"
 ) -> Pair:
-    """query and key [B, S, H, D]; freqs_ci complex, S rows of P."""
+    """query and key [B, S, H, D]; freqs_ci complex with S * P numbers, as [S, 1, P]."""
     freqs_ci = freqs_ci.reshape(1, query.shape[1], query.shape[-1] // 2)
     cos, sin = parts(freqs_ci, query.device)
     return INTERLEAVED_FLOAT32.rotate_qk(query, key, cos, sin, precision, layout="bshd")
@@ -474,7 +472,7 @@ def before_projection(
     *,
     precision: str = "model",
 ) -> Tensor:
-    """Conformers: hidden_states [B, S, H * D] before its projections; tables [2, M, 1, 1, D]."""
+    """Conformers: hidden_states [B, S, H * D] before the projections; tables [2, M, 1, 1, D]."""
     heads = hidden_states.unflatten(-1, (self.num_heads, self.head_size))
     cos, sin = relative_position_embeddings[:, : hidden_states.shape[1], 0]
     cos, sin = cos.transpose(0, 1), sin.transpose(0, 1)
@@ -490,7 +488,7 @@ def sinusoidal(
     *,
     precision: str = "model",
 ) -> tuple[Tensor, ...]:
-    """RoFormer: q, k and perhaps v [B, H, S, D]; sine and cosine concatenated, [1, 1, S, D]."""
+    """RoFormer: q, k and optionally v [B, H, S, D]; sine then cosine in one tensor [1, 1, S, D]."""
     sin, cos = sinusoidal_pos[:, 0].chunk(2, dim=-1)
     qk = INTERLEAVED.rotate_qk(query_layer, key_layer, cos, sin, precision, layout="bhsd")
     if value_layer is None:
@@ -516,6 +514,6 @@ def packed_qkv(
     *,
     precision: str = "model",
 ) -> Tensor:
-    """ModernBERT without padding: q and k of qkv [T, 3, H, D] in place; tables [M, P]."""
+    """ModernBERT without padding: rotates q and k of qkv [T, 3, H, D] in place; tables [M, P]."""
     functional.rotate_qk_(qkv[:, 0], qkv[:, 1], cos, sin, layout="thd", cu_seqlens=cu_seqlens)
     return qkv
