@@ -36,6 +36,7 @@ at::Tensor rotate_by_schema(const at::Tensor& x, const at::Tensor& cos, const at
 struct OptionCase {
   const char* name;
   std::function<void(const Tensors&, RotateOptions&, Named&)> set;
+  std::vector<int64_t> table = {32};  // its sizes before P
 };
 
 void PrintTo(const OptionCase& c, std::ostream* out) { *out << c.name; }
@@ -49,9 +50,15 @@ class EachOption : public OnDeviceFor<OptionCase> {
 
   at::Tensor expected() const { return rotate_by_schema(x, cos, sin, named); }
 
+  std::vector<int64_t> table_sizes() const {
+    std::vector<int64_t> sizes = c().table;
+    sizes.push_back(8);
+    return sizes;
+  }
+
   // Sizes that fit every layout of four dimensions, columns that fit every table layout.
   at::Tensor x = randn({4, 4, 4, 24}, at::kBFloat16);
-  const std::pair<at::Tensor, at::Tensor> table = tables({32, 8});
+  const std::pair<at::Tensor, at::Tensor> table = tables(table_sizes());
   const at::Tensor cos = table.first, sin = table.second;
   RotateOptions options;
   Named named;
@@ -98,6 +105,8 @@ TEST_P(EachOption, IsTheSameIntoOutputs) {
 
 const OptionCase kOptions[] = {
     {"Defaults", [](const Tensors&, RotateOptions&, Named&) {}},
+    {"PerTokenTables", [](const Tensors&, RotateOptions&, Named&) {}, {4, 4}},
+    {"PerHeadTables", [](const Tensors&, RotateOptions&, Named&) {}, {1, 4, 4}},
     {"LayoutBHSD",
      [](const Tensors&, RotateOptions& o, Named& named) {
        o.layout(Layout::kBHSD);

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from fused_rope.compat import flash_attn, unsloth, vllm
-from oracle import LAYOUTS, angles, same, tensor
+from oracle import angles, same, tensor
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -151,7 +151,7 @@ def test_drop_ins(backend: str, grad: bool, device: str) -> None:
     check(f, calls, grad, backend)
 
 
-@pytest.mark.parametrize("form", ["rotate_", "rotate_qk_"])
+@pytest.mark.parametrize("form", [pytest.param("rotate_", marks=slow), "rotate_qk_"])
 def test_operators_called_directly(form: str, device: str) -> None:
     cos, sin = angles(64, 4, device)
     count = 2 if form == "rotate_qk_" else 1
@@ -188,7 +188,8 @@ def test_outputs(backend: str, device: str) -> None:
     "backend,layout",
     [
         pytest.param("inductor", "bhsd", marks=slow),
-        *(("aot_eager", layout) for layout in LAYOUTS),
+        *(("aot_eager", layout) for layout in ("bshd", "thd")),
+        *(pytest.param("aot_eager", layout, marks=slow) for layout in ("bhsd", "sbhd")),
     ],
 )
 def test_rows_of_a_cache(backend: str, layout: str, device: str) -> None:
@@ -231,6 +232,7 @@ def test_an_out_row_outside_the_cache(slot: int) -> None:
             call(x, cache, slots)
 
 
+@slow
 def test_views_as_inputs(device: str) -> None:
     """q and k of one packed tensor are arguments of the compiled function."""
     cos, sin = angles(64, 4, device)
@@ -418,9 +420,8 @@ def take(x: Tensor, steps: list[Step]) -> Tensor:
 PROGRAMS = int(os.environ.get("FUSED_ROPE_COMPILED_PROGRAMS", 6))
 
 
-@pytest.mark.parametrize(
-    "program", [n if n in (1, 2) else pytest.param(n, marks=slow) for n in range(PROGRAMS)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("program", range(PROGRAMS))
 def test_random_programs(program: int, seed: int, device: str) -> None:
     """Views of views, in place one after the other, over shapes that change from call to call."""
     rng = random.Random(f"{seed}/{program}")

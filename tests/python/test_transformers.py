@@ -215,7 +215,7 @@ def test_compiles_without_a_graph_break(device):
 # --- patch and unpatch --------------------------------------------------------------------------
 
 
-def test_replacement_has_the_stock_signature():
+def test_replacement_has_the_original_signature():
     module = modeling("llama")
     original = module.apply_rotary_pos_emb
     model = build("llama")

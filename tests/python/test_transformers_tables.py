@@ -648,6 +648,7 @@ def kept_tensors():
     return sum(type(t) is torch.Tensor and t.shape[:1] == (ROWS,) for t in gc.get_objects())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("table", ["original", "float64"])
 def test_kept_rows_go_with_the_patch(table):
     rotary = rotary_of()
@@ -962,9 +963,9 @@ class Graphs:
     "options,fused",
     [
         ({}, 0),
-        ({"precision": "fp32"}, 2),
+        pytest.param({"precision": "fp32"}, 2, marks=pytest.mark.slow),
         ({"compiled": "fused"}, 2),
-        ({"compiled": "original", "precision": "fp32"}, 0),
+        pytest.param({"compiled": "original", "precision": "fp32"}, 0, marks=pytest.mark.slow),
     ],
 )
 def test_what_the_compiler_is_given(options, fused, device, patched):
