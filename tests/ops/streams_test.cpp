@@ -33,7 +33,7 @@ RopeScaling longrope() {
 
 // Each thread's stream reads tables that other streams have copied, and drops them while others
 // still read.
-TEST_F(Streams, ReadTablesThatOtherStreamsHaveMade) {
+TEST_F(Streams, ReadTablesThatOtherStreamsMade) {
   const at::Device gpu(at::kCUDA, 0);
   const at::Tensor x = at::randn({1, 300, 4, 128}, at::TensorOptions(gpu));
   for (const RopeScaling& scaling : {RopeScaling(), longrope()}) {
@@ -82,7 +82,7 @@ TEST_F(Streams, KeepTheTableOfACapturedGraph) {
   expect_identical(got, expected);
 }
 
-TEST_F(Streams, RefuseToGrowInACapture) {
+TEST_F(Streams, RejectGrowthDuringCapture) {
   const at::Device gpu(at::kCUDA, 0);
   const at::Tensor x = at::randn({1, 7, 4, 128}, at::TensorOptions(gpu));
   RotaryEmbedding rope(Options(128).base(4323).max_seq_len(16).device(gpu));
@@ -106,7 +106,7 @@ TEST_F(Streams, RefuseToGrowInACapture) {
   expect_identical(rope->rotate(x, 100), RotaryEmbedding(Options(128).base(4323))->rotate(x, 100));
 }
 
-TEST_F(Streams, StayWhereTheDeviceIsNamedWithoutItsIndex) {
+TEST_F(Streams, KeepTheTableForADeviceWithoutIndex) {
   RotaryEmbedding rope(Options(128).device(at::kCUDA));
   const void* address = rope->cos().const_data_ptr();
   rope->to(at::kCUDA);
