@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 CASES ?= 10000
 export PYTHON TORCH
 
-.PHONY: build demo test test-all bench bench-compare fuzz format lint sanitize sanitize-gpu cuda-build clean
+.PHONY: build demo test bench bench-compare fuzz format lint sanitize sanitize-gpu cuda-build clean
 
 build:  # create .venv and build the library into python/, ready to import
 	scripts/build.sh
@@ -12,6 +12,7 @@ demo: build  # train a small Llama, original and patched, and compare
 	.venv/bin/python examples/train_llama.py
 test:  # run ctest and pytest, without the tests marked slow
 	scripts/test.sh
+.PHONY: test-all
 test-all: test  # run the slow tests too, with an older transformers and with `kernels`
 	scripts/test.sh --slow
 bench: build  # time every case on the available device; ARGS= options of benchmarks/run.py

@@ -537,7 +537,6 @@ def test_adapters_keep_the_conventions_of_their_libraries(
             Trial(Bench(work, 2, torch.device("cpu")), provider, direction).verify()
 
 
-@pytest.mark.slow
 def test_sweep_puts_plans_side_by_side(tmp_path, capsys):
     pytest.importorskip("fused_rope")
     out = tmp_path / "sweep.json"
@@ -646,7 +645,6 @@ def model_suite(tmp_path):
     return call
 
 
-@pytest.mark.slow
 def test_models_are_timed_original_and_patched(model_suite):
     status, content = model_suite("--modes", "eager")
     assert status == 0 and content["meta"]["left_out"] == []
