@@ -10,8 +10,11 @@ build:  # create .venv and build the library into python/, ready to import
 	scripts/build.sh
 demo: build  # train a small Llama, original and patched, and compare
 	.venv/bin/python examples/train_llama.py
-test:  # ctest, pytest, and the transformers tests again with an older transformers and with `kernels`
+test:  # run ctest and pytest, without the tests marked slow
 	scripts/test.sh
+.PHONY: test-all
+test-all: test  # run the slow tests too, with an older transformers and with `kernels`
+	scripts/test.sh --slow
 bench: build  # time every case on the available device; ARGS= options of benchmarks/run.py
 	.venv/bin/python benchmarks/run.py --plots $(ARGS)
 bench-cliffs: build  # draw the fraction of a clone over head_dim, rotary_dim, offsets, sequences and axes

@@ -90,7 +90,7 @@ class Call {
     constexpr int64_t kVector = kVectorBytes / sizeof(T);
     p_.B = 1 + random_.below(3);
     p_.S = 1 + random_.below(6);
-    p_.D = chance(4) ? 2 + random_.below(24) : kVector * (2 + random_.below(5));
+    p_.D = chance(4) ? 2 + random_.below(24) : kVector * (2 + random_.below(chance(8) ? 63 : 5));
     p_.count = chance(3) ? 1 : 2;
     const int64_t widest = p_.D / 2;
     int64_t P = chance(3) ? random_.below(widest + 1) : widest;
@@ -277,6 +277,19 @@ std::string name_of(const Plan& plan, size_t element, size_t entry) {
          std::to_string(plan.vector) + ", " + std::to_string(element) + "/" + std::to_string(entry);
 }
 
+// A head has no more threads than its vectors need. So if the results are right, no two threads
+// access the same element.
+void expect_fewest_threads(const RotateParams& p, const Plan& plan) {
+  const int64_t rotated = 2 * p.pairing.P / plan.vector;  // vectors
+  const int64_t copied = p.in_place ? 0 : ceil_divide(p.D, plan.vector) - rotated;
+  const int each = vectors_of_thread(plan.arrangement, plan.lookup);
+  EXPECT_EQ(plan.rotating_threads,
+            plan.arrangement == Arrangement::kPair ? rotated / 2 : ceil_divide(rotated, each));
+  EXPECT_EQ(plan.head_threads - plan.rotating_threads, ceil_divide(copied, each));
+  EXPECT_EQ(plan.block_threads % kWarp, 0);
+  EXPECT_LE(plan.block_threads, kMaxBlockThreads);
+}
+
 template <typename T, typename Table, Precision kPrecision>
 void check(std::map<std::string, int>& seen) {
   constexpr uint64_t kCalls = 6000;
@@ -291,6 +304,7 @@ void check(std::map<std::string, int>& seen) {
       const Plan plan = make_plan(p, facts, overrides);
       const std::string name = name_of(plan, sizeof(T), sizeof(Table));
       SCOPED_TRACE(name);
+      expect_fewest_threads(p, plan);
       if (plan.head_threads == 0) return;
       ++seen[name];
       if (p.B * p.S * total_heads(p) * plan.head_threads > int64_t{2} * plan.launch_threads)

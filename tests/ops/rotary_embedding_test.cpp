@@ -16,9 +16,9 @@
 namespace fused_rope {
 namespace {
 
-using testing::expect_rotated;
-using testing::expect_same_bits;
+using testing::expect_identical;
 using testing::OnDevice;
+using testing::OnDeviceFor;
 
 using Options = RotaryEmbeddingOptions;
 using Where = RotaryEmbeddingForwardOptions;
@@ -56,7 +56,7 @@ RopeScaling longrope() {
       .long_factor(long_factor);
 }
 
-// What ROPE_INIT_FUNCTIONS of transformers 5.17 gives for 32 lanes, in float32.
+// ROPE_INIT_FUNCTIONS of transformers 5.17 for 32 elements, in float32.
 struct Known {
   RopeScaling scaling;
   double base;
@@ -64,7 +64,7 @@ struct Known {
   double attention_factor;
 };
 
-TEST(Frequencies, AreHuggingFaces) {
+TEST(Frequencies, AreThoseOfTransformers) {
   const std::vector<Known> all = {
       {RopeScaling(RopeType::kLinear).factor(4),
        1e4,
@@ -98,7 +98,7 @@ TEST(Frequencies, AreHuggingFaces) {
   }
 }
 
-TEST(Frequencies, AreAGeometricSeries) {
+TEST(Frequencies, AreAGeometricSeriesWithoutScaling) {
   for (const int64_t R : {0, 2, 6, 128}) {
     const auto [inv_freq, attention_factor] = frequencies(R, 5e5);
     EXPECT_EQ(inv_freq.scalar_type(), at::kDouble);
@@ -107,7 +107,7 @@ TEST(Frequencies, AreAGeometricSeries) {
   }
 }
 
-TEST(Frequencies, FollowTheRows) {
+TEST(Frequencies, OfDynamicAndLongRopeDependOnTheLength) {
   const at::Tensor usual = series(32, 1e4);
   const auto at_rows = [](const RopeScaling& scaling, int64_t rows) {
     return std::get<0>(frequencies(32, 1e4, scaling, rows));
@@ -128,7 +128,7 @@ TEST(Frequencies, FollowTheRows) {
   EXPECT_EQ(std::get<1>(frequencies(32, 1e4, longrope().attention_factor(1.25))), 1.25);
 }
 
-TEST(Frequencies, MayNotTurn) {
+TEST(Frequencies, OfSomeScalingsAreZeroOrRepeat) {
   const auto of = [](const RopeScaling& scaling) {
     return std::get<0>(frequencies(8, 81, scaling));
   };
@@ -145,21 +145,21 @@ TEST(Frequencies, MayNotTurn) {
   }
 }
 
-// transformers' own result, but for a wave that turns just as often: there it divides 0 by 0.
-TEST(Frequencies, StepWhereLlama3HasNoBlend) {
+// As transformers, except for a frequency exactly at both factors, where it divides 0 by 0.
+TEST(Frequencies, OfLlama3StepWhereLowAndHighFactorsMeet) {
   const at::Tensor usual = series(32, 1e4);
-  const at::Tensor turns = 8192 * usual / (2 * std::numbers::pi);
+  const at::Tensor rotations = 8192 * usual / (2 * std::numbers::pi);
   for (const double fast : {4.0, 2.0}) {
     const RopeScaling scaling = llama3().low_freq_factor(4).high_freq_factor(fast);
     EXPECT_TRUE(at::allclose(std::get<0>(frequencies(32, 1e4, scaling)),
-                             at::where(turns < 4, usual / 8, usual), 1e-14, 0));
+                             at::where(rotations < 4, usual / 8, usual), 1e-14, 0));
   }
   const double once = 8192 / (2 * std::numbers::pi);
   const RopeScaling exact = llama3().low_freq_factor(once).high_freq_factor(once);
   EXPECT_EQ(std::get<0>(frequencies(2, 1e4, exact)).item<double>(), 1);
 }
 
-TEST(Frequencies, NameWhatIsMissing) {
+TEST(Frequencies, NameTheMissingParameter) {
   EXPECT_THROW(frequencies(3), c10::ValueError);
   EXPECT_THROW(frequencies(-2), c10::ValueError);
   for (const RopeScaling& scaling :
@@ -180,18 +180,39 @@ TEST(Frequencies, NameWhatIsMissing) {
   }
 }
 
-class Module : public OnDevice {
+template <typename Base>
+class WithModules : public Base {
  protected:
   RotaryEmbedding make(const Options& options) const {
     RotaryEmbedding rope(options);
-    rope->to(GetParam());
+    rope->to(this->device());
     return rope;
   }
 };
+
+class Module : public WithModules<OnDevice> {};
 FUSED_ROPE_ON_DEVICES(Module);
 
-TEST_P(Module, IsRotateQkByItsTable) {
-  const auto [cos, sin] = cos_sin_table(series(64, 1e4), 2048, 0, 1, at::kFloat, GetParam());
+struct ScalingCase {
+  const char* name;
+  RopeScaling (*make)();
+};
+
+void PrintTo(const ScalingCase& c, std::ostream* out) { *out << c.name; }
+
+const ScalingCase kScalings[] = {
+    {"Default", [] { return RopeScaling(); }}, {"Dynamic", dynamic}, {"LongRope", longrope}};
+
+const ScalingCase kLengthDependentScalings[] = {kScalings[1], kScalings[2]};
+
+class EachScaling : public WithModules<OnDeviceFor<ScalingCase>> {
+ protected:
+  const RopeScaling scaling = c().make();
+};
+FUSED_ROPE_ON_DEVICES_FOR(EachScaling, kScalings);
+
+TEST_P(Module, RotatesQAndKByItsTable) {
+  const auto [cos, sin] = cos_sin_table(series(64, 1e4), 2048, 0, 1, at::kFloat, device());
   for (const auto dtype : {at::kFloat, at::kBFloat16, at::kDouble}) {
     const at::Tensor q = randn({2, 8, 17, 64}, dtype), k = randn({2, 2, 17, 64}, dtype);
     RotaryEmbedding rope = make(Options(64).layout(Layout::kBHSD));
@@ -199,16 +220,16 @@ TEST_P(Module, IsRotateQkByItsTable) {
     for (const int64_t offset : {0, 100}) {
       const auto [q_rotated, k_rotated] = rope(q, k, offset);
       const auto o = RotateOptions().layout(Layout::kBHSD).offset(offset);
-      expect_rotated(q_rotated, q, rope->cos(), rope->sin(), o);
-      expect_rotated(k_rotated, k, rope->cos(), rope->sin(), o);
-      expect_same_bits(rope->rotate(q, offset), q_rotated);
+      expect_identical(q_rotated, fused_rope::rotate(q, rope->cos(), rope->sin(), o));
+      expect_identical(k_rotated, fused_rope::rotate(k, rope->cos(), rope->sin(), o));
+      expect_identical(rope->rotate(q, offset), q_rotated);
     }
   }
 }
 
-TEST_P(Module, TakesEveryOption) {
+TEST_P(Module, AppliesEveryOption) {
   const at::Tensor q = randn({19, 3, 40});
-  const at::Tensor positions = at::randint(0, 30, {2, 19}, at::kLong).to(GetParam());
+  const at::Tensor positions = at::randint(0, 30, {2, 19}, at::kLong).to(device());
   const std::vector<int64_t> axes = {0, 1, 1, 0, 1, 0, 0, 1, 1, 1, 0, 1};
   const auto options = Options(40)
                            .rotary_dim(24)
@@ -221,7 +242,7 @@ TEST_P(Module, TakesEveryOption) {
                            .precision(Precision::kModel);
   RotaryEmbedding rope = make(options);
   const at::Tensor twice = series(12, 100).repeat({2});
-  const auto [cos, sin] = cos_sin_table(twice, 30, 0, 1, at::kFloat, GetParam());
+  const auto [cos, sin] = cos_sin_table(twice, 30, 0, 1, at::kFloat, device());
   EXPECT_TRUE(at::allclose(rope->cos(), cos, 0, 1e-7));
   const auto o = RotateOptions()
                      .layout(Layout::kTHD)
@@ -230,150 +251,145 @@ TEST_P(Module, TakesEveryOption) {
                      .rotary_offset(16)
                      .blocks(2)
                      .precision(Precision::kModel);
-  expect_rotated(rope->rotate(q, Where().positions(positions)), q, rope->cos(), rope->sin(), o);
+  expect_identical(rope->rotate(q, Where().positions(positions)),
+                   fused_rope::rotate(q, rope->cos(), rope->sin(), o));
 
-  RotaryEmbedding neighbours = make(Options(40).layout(Layout::kTHD).interleaved(true));
+  RotaryEmbedding interleaved = make(Options(40).layout(Layout::kTHD).interleaved(true));
   const auto pairs = RotateOptions().layout(Layout::kTHD).interleaved(true);
-  expect_rotated(neighbours->rotate(q), q, neighbours->cos(), neighbours->sin(), pairs);
+  expect_identical(interleaved->rotate(q),
+                   fused_rope::rotate(q, interleaved->cos(), interleaved->sin(), pairs));
 }
 
-TEST_P(Module, SharesOnePositionAmongTheAxes) {
+TEST_P(Module, UsesOnePositionForAllAxes) {
   const at::Tensor q = randn({2, 5, 3, 8});
   const std::vector<int64_t> axes = {0, 1, 2, 0};
   RotaryEmbedding rope = make(Options(8).axes(axes));
   const at::Tensor positions = integers({4, 9, 2, 0, 7});
   const at::Tensor expected = rope->rotate(q, Where().positions(positions.expand({3, 1, 5})));
-  expect_same_bits(rope->rotate(q, Where().positions(positions)), expected);
-  expect_same_bits(rope->rotate(q, Where().positions(positions.expand({2, 5}))), expected);
-  expect_same_bits(rope->rotate(q),
+  expect_identical(rope->rotate(q, Where().positions(positions)), expected);
+  expect_identical(rope->rotate(q, Where().positions(positions.expand({2, 5}))), expected);
+  expect_identical(rope->rotate(q),
                    rope->rotate(q, Where().positions(at::arange(5, positions.options()))));
 }
 
-TEST_P(Module, KnowsWhereTokensAre) {
+TEST_P(Module, AppliesCuSeqlensAndOffsets) {
   const at::Tensor q = randn({30, 2, 8}), starts = integers({0, 10, 30});
   RotaryEmbedding packed = make(Options(8).layout(Layout::kTHD));
   const auto o = RotateOptions().layout(Layout::kTHD).cu_seqlens(starts);
-  expect_rotated(packed->rotate(q, Where().cu_seqlens(starts)), q, packed->cos(), packed->sin(), o);
+  expect_identical(packed->rotate(q, Where().cu_seqlens(starts)),
+                   fused_rope::rotate(q, packed->cos(), packed->sin(), o));
 
   const at::Tensor step = randn({2, 1, 4, 8}), lengths = integers({17, 90}, at::kInt);
   RotaryEmbedding rope = make(Options(8));
-  expect_rotated(rope->rotate(step, Where().offsets(lengths)), step, rope->cos(), rope->sin(),
-                 RotateOptions().offsets(lengths));
+  expect_identical(
+      rope->rotate(step, Where().offsets(lengths)),
+      fused_rope::rotate(step, rope->cos(), rope->sin(), RotateOptions().offsets(lengths)));
 }
 
-TEST_P(Module, ScalesItsTable) {
+TEST_P(Module, ScalesItsTableByTheAttentionFactor) {
   RotaryEmbedding rope = make(Options(32).scaling(yarn()).max_seq_len(50));
   const auto [inv_freq, factor] = frequencies(32, 1e4, yarn());
-  const auto [cos, sin] = cos_sin_table(inv_freq, 50, 0, factor, at::kFloat, GetParam());
-  expect_same_bits(rope->cos(), cos);
-  expect_same_bits(rope->sin(), sin);
+  const auto [cos, sin] = cos_sin_table(inv_freq, 50, 0, factor, at::kFloat, device());
+  expect_identical(rope->cos(), cos);
+  expect_identical(rope->sin(), sin);
 }
 
-TEST_P(Module, GrowsWhereRowsAreKnown) {
+TEST_P(Module, GrowsWhenTheRowsAreKnownOnTheHost) {
   const at::Tensor q = randn({1, 7, 2, 8});
   RotaryEmbedding rope = make(Options(8).max_seq_len(4)), roomy = make(Options(8));
-  expect_same_bits(rope->rotate(q), roomy->rotate(q));
+  expect_identical(rope->rotate(q), roomy->rotate(q));
   EXPECT_EQ(rope->cos().size(0), 8);
-  expect_same_bits(rope->rotate(q, 94), roomy->rotate(q, 94));
+  expect_identical(rope->rotate(q, 94), roomy->rotate(q, 94));
   EXPECT_EQ(rope->cos().size(0), 101);
   rope->reserve(50);
   EXPECT_EQ(rope->cos().size(0), 101);
   rope->reserve(102);
   EXPECT_EQ(rope->cos().size(0), 202);
   const at::Tensor positions = integers({201, 0, 1, 2, 3, 4, -1});
-  expect_same_bits(rope->rotate(q, Where().positions(positions)),
+  expect_identical(rope->rotate(q, Where().positions(positions)),
                    roomy->rotate(q, Where().positions(positions)));
 }
 
-// Frequencies that follow from the call's own rows.
-class Varying : public Module {
+// Scalings whose frequencies depend on the length of the call.
+class LengthDependentScaling : public EachScaling {
  protected:
-  // x rotated by the table that `rows` positions in use ask for.
+  // Expects x rotated by the table for sequences of `rows` tokens.
   void expect_rotated_for(int64_t rows, const at::Tensor& got, const at::Tensor& x,
-                          const RopeScaling& scaling, RotateOptions where) {
+                          const RotateOptions& where) {
     const auto [inv_freq, scale] = frequencies(32, 1e4, scaling, rows);
-    const auto [cos, sin] = cos_sin_table(inv_freq, 200, 0, scale, at::kFloat, GetParam());
+    const auto [cos, sin] = cos_sin_table(inv_freq, 200, 0, scale, at::kFloat, device());
     EXPECT_TRUE(at::allclose(got, fused_rope::rotate(x, cos, sin, where), 0, 2e-6));
   }
 };
-FUSED_ROPE_ON_DEVICES(Varying);
+FUSED_ROPE_ON_DEVICES_FOR(LengthDependentScaling, kLengthDependentScalings);
 
-TEST_P(Varying, DependsOnThisCallAlone) {
-  for (const RopeScaling& scaling : {dynamic(), longrope()}) {
-    RotaryEmbedding rope = make(Options(32).scaling(scaling).max_seq_len(4));
-    for (const int64_t longest : {9, 31, 32, 100, 9}) {
-      const at::Tensor x = randn({2, 7, 3, 32});
-      const int64_t offset = longest - 6;
-      expect_rotated_for(longest + 1, rope->rotate(x, offset), x, scaling,
-                         RotateOptions().offset(offset));
-      const at::Tensor positions = at::randint(-1, longest, {2, 7}, at::kLong).to(GetParam());
-      positions[1][3] = longest;
-      const at::Tensor got = rope->rotate(x, Where().positions(positions));
-      expect_rotated_for(longest + 1, got, x, scaling, RotateOptions().positions(positions));
-      const at::Tensor shifted = at::where(positions < 0, positions, positions + 3);
-      EXPECT_TRUE(at::allclose(rope->rotate(x, Where(-3).positions(shifted)), got, 0, 2e-6));
-      const at::Tensor offsets = integers({3, offset}, at::kInt);
-      expect_rotated_for(longest + 1, rope->rotate(x, Where().offsets(offsets)), x, scaling,
-                         RotateOptions().offsets(offsets));
-    }
-    const at::Tensor long_text = randn({1, 150, 2, 32});
-    expect_rotated_for(150, rope->rotate(long_text), long_text, scaling, RotateOptions());
+TEST_P(LengthDependentScaling, DependsOnlyOnTheCurrentCall) {
+  RotaryEmbedding rope = make(Options(32).scaling(scaling).max_seq_len(4));
+  for (const int64_t longest : {9, 31, 32, 100, 9}) {
+    const at::Tensor x = randn({2, 7, 3, 32});
+    const int64_t offset = longest - 6;
+    expect_rotated_for(longest + 1, rope->rotate(x, offset), x, RotateOptions().offset(offset));
+    const at::Tensor positions = at::randint(-1, longest, {2, 7}, at::kLong).to(device());
+    positions[1][3] = longest;
+    const at::Tensor got = rope->rotate(x, Where().positions(positions));
+    expect_rotated_for(longest + 1, got, x, RotateOptions().positions(positions));
+    const at::Tensor shifted = at::where(positions < 0, positions, positions + 3);
+    EXPECT_TRUE(at::allclose(rope->rotate(x, Where(-3).positions(shifted)), got, 0, 2e-6));
+    const at::Tensor offsets = integers({3, offset}, at::kInt);
+    expect_rotated_for(longest + 1, rope->rotate(x, Where().offsets(offsets)), x,
+                       RotateOptions().offsets(offsets));
   }
+  const at::Tensor long_text = randn({1, 150, 2, 32});
+  expect_rotated_for(150, rope->rotate(long_text), long_text, RotateOptions());
 }
 
-TEST_P(Varying, KnowsPackedSequences) {
+TEST_P(LengthDependentScaling, UsesTheLongestPackedSequence) {
   const at::Tensor x = randn({13, 2, 32}), starts = integers({0, 5, 5, 11}, at::kInt);
   const at::Tensor offsets = integers({50, 3, 40});
   const auto where = RotateOptions().layout(Layout::kTHD).cu_seqlens(starts);
-  for (const RopeScaling& scaling : {dynamic(), longrope()}) {
-    RotaryEmbedding rope = make(Options(32).scaling(scaling).layout(Layout::kTHD));
-    expect_rotated_for(6, rope->rotate(x, Where().cu_seqlens(starts)), x, scaling, where);
-    const at::Tensor got = rope->rotate(x, Where().cu_seqlens(starts).offsets(offsets));
-    expect_rotated_for(55, got, x, scaling, RotateOptions(where).offsets(offsets));
-    expect_same_bits(got.slice(0, 11), x.slice(0, 11));
-    RotaryEmbedding other = make(Options(32).scaling(scaling));
-    EXPECT_THROW(other->rotate(randn({2, 5, 1, 32}), Where().cu_seqlens(starts)), c10::ValueError);
-  }
+  RotaryEmbedding rope = make(Options(32).scaling(scaling).layout(Layout::kTHD));
+  expect_rotated_for(6, rope->rotate(x, Where().cu_seqlens(starts)), x, where);
+  const at::Tensor got = rope->rotate(x, Where().cu_seqlens(starts).offsets(offsets));
+  expect_rotated_for(55, got, x, RotateOptions(where).offsets(offsets));
+  expect_identical(got.slice(0, 11), x.slice(0, 11));
+  RotaryEmbedding other = make(Options(32).scaling(scaling));
+  EXPECT_THROW(other->rotate(randn({2, 5, 1, 32}), Where().cu_seqlens(starts)), c10::ValueError);
 }
 
-TEST_P(Varying, KnowsAxes) {
+TEST_P(LengthDependentScaling, UsesTheLargestPositionOfAllAxes) {
   std::vector<int64_t> axes(16);
   for (size_t j = 0; j < axes.size(); ++j) axes[j] = static_cast<int64_t>(j % 3);
   const at::Tensor x = randn({2, 7, 3, 32});
-  const at::Tensor positions = at::randint(-1, 99, {3, 2, 7}, at::kLong).to(GetParam());
+  const at::Tensor positions = at::randint(-1, 99, {3, 2, 7}, at::kLong).to(device());
   positions[2][0][0] = 99;
-  for (const RopeScaling& scaling : {dynamic(), longrope()}) {
-    RotaryEmbedding rope = make(Options(32).scaling(scaling).axes(axes));
-    expect_rotated_for(100, rope->rotate(x, Where().positions(positions)), x, scaling,
-                       RotateOptions().positions(positions).axes(axes));
-  }
+  RotaryEmbedding rope = make(Options(32).scaling(scaling).axes(axes));
+  expect_rotated_for(100, rope->rotate(x, Where().positions(positions)), x,
+                     RotateOptions().positions(positions).axes(axes));
 }
 
-TEST_P(Varying, RefusesWhatIsNoRow) {
-  RotaryEmbedding rope = make(Options(32).scaling(dynamic()));
+TEST_P(LengthDependentScaling, RejectsPositionsThatAreNoRow) {
+  RotaryEmbedding rope = make(Options(32).scaling(scaling));
   const at::Tensor x = randn({2, 3, 1, 32});
   EXPECT_THROW(rope->rotate(x, Where().positions(at::ones({3}, x.options()))), c10::TypeError);
   EXPECT_THROW(rope->rotate(x, Where().offsets(at::ones({2}, x.options()))), c10::TypeError);
-  if (GetParam().is_cuda()) return;
+  if (device().is_cuda()) return;
   EXPECT_THROW(rope->rotate(x, Where().positions(integers({0, -3, 1}))), c10::IndexError);
   EXPECT_THROW(rope->rotate(x, Where(-2).positions(integers({0, 3, 1}))), c10::IndexError);
 }
 
-TEST_P(Varying, SurvivesMovesAndClones) {
-  const at::Tensor x = randn({1, 7, 2, 32}), positions = at::arange(90, 97).to(GetParam());
-  for (const RopeScaling& scaling : {dynamic(), longrope()}) {
-    RotaryEmbedding rope(Options(32).scaling(scaling).device(at::kMeta));
-    EXPECT_TRUE(rope->cos().is_meta());
-    rope->rotate(x.to(at::kMeta), Where().positions(positions.to(at::kMeta)));
-    const auto copy = std::dynamic_pointer_cast<RotaryEmbeddingImpl>(rope->clone());
-    for (RotaryEmbeddingImpl* module : {rope.get(), copy.get()}) {
-      expect_rotated_for(97, module->rotate(x, Where().positions(positions)), x, scaling,
-                         RotateOptions().positions(positions));
-    }
+TEST_P(LengthDependentScaling, WorksAfterMovesAndClones) {
+  const at::Tensor x = randn({1, 7, 2, 32}), positions = at::arange(90, 97).to(device());
+  RotaryEmbedding rope(Options(32).scaling(scaling).device(at::kMeta));
+  EXPECT_TRUE(rope->cos().is_meta());
+  rope->rotate(x.to(at::kMeta), Where().positions(positions.to(at::kMeta)));
+  const auto copy = std::dynamic_pointer_cast<RotaryEmbeddingImpl>(rope->clone());
+  for (RotaryEmbeddingImpl* module : {rope.get(), copy.get()}) {
+    expect_rotated_for(97, module->rotate(x, Where().positions(positions)), x,
+                       RotateOptions().positions(positions));
   }
 }
 
-TEST(ModuleOnTheHost, RefusesRowsItDoesNotHave) {
+TEST(ModuleOnTheHost, RejectsRowsItDoesNotHave) {
   const at::Tensor q = at::randn({1, 1, 2, 8});
   RotaryEmbedding rope(Options(8).max_seq_len(4));
   EXPECT_THROW(rope->rotate(q, Where().positions(at::tensor({4}, at::kLong))), c10::IndexError);
@@ -381,35 +397,35 @@ TEST(ModuleOnTheHost, RefusesRowsItDoesNotHave) {
   EXPECT_THROW(rope->rotate(at::randn({1, 1, 2, 6})), c10::ValueError);
 }
 
-TEST_P(Module, KeepsItsTableThroughCasts) {
+TEST_P(Module, KeepsItsFloat32TableThroughCastsAndSaves) {
   RotaryEmbedding rope = make(Options(16));
   const at::Tensor cos = rope->cos();
   torch::nn::Sequential model(torch::nn::Linear(16, 16));
   model->register_module("rope", rope.ptr());
   model->to(at::kBFloat16);
-  model->to(GetParam(), at::kHalf);
-  expect_same_bits(rope->cos(), cos);
+  model->to(device(), at::kHalf);
+  expect_identical(rope->cos(), cos);
   EXPECT_EQ(rope->cos().scalar_type(), at::kFloat);
-  EXPECT_EQ(rope->cos().device(), GetParam());
+  EXPECT_EQ(rope->cos().device(), device());
   EXPECT_TRUE(rope->parameters().empty());
   EXPECT_TRUE(rope->buffers().empty());
   std::stringstream stream;
   torch::save(rope, stream);
   RotaryEmbedding other = make(Options(16));
   torch::load(other, stream);
-  expect_same_bits(other->cos(), cos);
+  expect_identical(other->cos(), cos);
 }
 
-TEST_P(Module, FollowsQ) {
+TEST_P(Module, MovesItsTableToTheDeviceOfQ) {
   RotaryEmbedding rope(Options(16));
   const at::Tensor q = randn({1, 5, 2, 16}), here = rope->rotate(q);
-  EXPECT_EQ(rope->cos().device(), GetParam());
+  EXPECT_EQ(rope->cos().device(), device());
   const at::Tensor on_host = rope->rotate(q.cpu());
   EXPECT_TRUE(rope->cos().is_cpu());
-  expect_same_bits(here, on_host);
+  expect_identical(here, on_host);
   EXPECT_EQ(rope->rotate(q.to(at::kMeta)).sizes(), q.sizes());
-  rope->to(GetParam());
-  expect_same_bits(rope->rotate(q), on_host);
+  rope->to(device());
+  expect_identical(rope->rotate(q), on_host);
 }
 
 TEST_P(Module, IsDifferentiable) {
@@ -420,30 +436,28 @@ TEST_P(Module, IsDifferentiable) {
   const at::Tensor gradient = randn({2, 1, 5, 16});
   (q_rotated.sum() + (k_rotated * gradient).sum()).backward();
   const auto o = RotateOptions().layout(Layout::kBHSD).offset(3).inverse(true);
-  expect_rotated(q.grad(), at::ones_like(q), rope->cos(), rope->sin(), o);
-  expect_rotated(k.grad(), gradient, rope->cos(), rope->sin(), o);
+  expect_identical(q.grad(), fused_rope::rotate(at::ones_like(q), rope->cos(), rope->sin(), o));
+  expect_identical(k.grad(), fused_rope::rotate(gradient, rope->cos(), rope->sin(), o));
 }
 
-// Two forward calls of different lengths before one backward, as checkpointing makes them.
-TEST_P(Module, KeepsTheTableOfACallThatHasEnded) {
-  for (const RopeScaling& scaling : {RopeScaling(), dynamic(), longrope()}) {
-    RotaryEmbedding rope = make(Options(32).scaling(scaling).max_seq_len(4));
-    const at::Tensor kept = rope->cos(), before = kept.clone();
-    const at::Tensor q = randn({1, 3, 2, 32}).requires_grad_();
-    const at::Tensor longer = randn({1, 90, 2, 32}).requires_grad_();
-    const at::Tensor first = rope->rotate(q), second = rope->rotate(longer);
-    rope->to(at::kMeta);
-    rope->to(GetParam());
-    (first.sum() + second.sum()).backward();
-    expect_same_bits(kept, before);
-    RotaryEmbedding fresh = make(Options(32).scaling(scaling).max_seq_len(4));
-    const at::Tensor again = q.detach().requires_grad_();
-    fresh->rotate(again).sum().backward();
-    expect_same_bits(q.grad(), again.grad());
-  }
+// Checkpointing runs two forward calls of different lengths before one backward.
+TEST_P(EachScaling, KeepsTheTableOfAnEarlierForwardForBackward) {
+  RotaryEmbedding rope = make(Options(32).scaling(scaling).max_seq_len(4));
+  const at::Tensor kept = rope->cos(), before = kept.clone();
+  const at::Tensor q = randn({1, 3, 2, 32}).requires_grad_();
+  const at::Tensor longer = randn({1, 90, 2, 32}).requires_grad_();
+  const at::Tensor first = rope->rotate(q), second = rope->rotate(longer);
+  rope->to(at::kMeta);
+  rope->to(device());
+  (first.sum() + second.sum()).backward();
+  expect_identical(kept, before);
+  RotaryEmbedding fresh = make(Options(32).scaling(scaling).max_seq_len(4));
+  const at::Tensor again = q.detach().requires_grad_();
+  fresh->rotate(again).sum().backward();
+  expect_identical(q.grad(), again.grad());
 }
 
-TEST_P(Module, KeepsItsTablesWhereDevicesOrRegimesAlternate) {
+TEST_P(Module, KeepsItsTablesWhenDevicesOrLengthsAlternate) {
   RotaryEmbedding rope(Options(32).scaling(longrope()).max_seq_len(40));
   const at::Tensor q = randn({1, 9, 2, 32}), elsewhere = q.to(at::kMeta);
   const auto address_after = [&](const at::Tensor& x, int64_t offset) {
@@ -462,7 +476,7 @@ TEST_P(Module, KeepsItsTablesWhereDevicesOrRegimesAlternate) {
   }
 }
 
-TEST_P(Module, SharesItsTableWithModulesOfTheSameNumbers) {
+TEST_P(Module, SharesItsTableWithModulesOfTheSameFrequencies) {
   const Options options = Options(48).base(1234).max_seq_len(100);
   std::optional<c10::weak_intrusive_ptr<c10::StorageImpl>> memory;
   {
@@ -481,7 +495,7 @@ TEST_P(Module, SharesItsTableWithModulesOfTheSameNumbers) {
     const at::Tensor q = randn({1, 70, 2, 48});
     for (RotaryEmbedding& layer : layers) layer->reserve(5000);
     expect_shared(7);
-    if (GetParam().is_cpu()) {
+    if (device().is_cpu()) {
       RotaryEmbedding few = make(Options(options).max_seq_len(60));
       EXPECT_THROW(few->rotate(q, Where().positions(at::arange(70))), c10::IndexError);
     }
@@ -502,56 +516,51 @@ struct Attention : torch::nn::Cloneable<Attention> {
   RotaryEmbedding rope{nullptr};
 };
 
-TEST_P(Module, MayBeClonedToAnotherDevice) {
-  for (const RopeScaling& scaling : {RopeScaling(), dynamic(), longrope()}) {
-    Attention model(Options(32).scaling(scaling).max_seq_len(40));
-    RotaryEmbedding rope = model.rope;
-    rope->reserve(50);
-    for (const at::Device device : {GetParam(), at::Device(at::kMeta)}) {
-      const auto copy = model.clone(device);
-      const auto own =
-          std::dynamic_pointer_cast<RotaryEmbeddingImpl>(copy->named_children()["rope"]);
-      ASSERT_NE(own, nullptr);
-      EXPECT_EQ(own->cos().device(), device);
-      EXPECT_TRUE(rope->cos().is_cpu());
-      const at::Tensor q = randn({1, 9, 2, 32}), positions = at::arange(9).to(GetParam()) + 30;
-      expect_same_bits(own->rotate(q, Where().positions(positions)),
-                       make(Options(32).scaling(scaling).max_seq_len(80))
-                           ->rotate(q, Where().positions(positions)));
-    }
+TEST_P(EachScaling, CanBeClonedToAnotherDevice) {
+  Attention model(Options(32).scaling(scaling).max_seq_len(40));
+  RotaryEmbedding rope = model.rope;
+  rope->reserve(50);
+  for (const at::Device target : {device(), at::Device(at::kMeta)}) {
+    const auto copy = model.clone(target);
+    const auto own = std::dynamic_pointer_cast<RotaryEmbeddingImpl>(copy->named_children()["rope"]);
+    ASSERT_NE(own, nullptr);
+    EXPECT_EQ(own->cos().device(), target);
+    EXPECT_TRUE(rope->cos().is_cpu());
+    const at::Tensor q = randn({1, 9, 2, 32}), positions = at::arange(9).to(device()) + 30;
+    expect_identical(own->rotate(q, Where().positions(positions)),
+                     make(Options(32).scaling(scaling).max_seq_len(80))
+                         ->rotate(q, Where().positions(positions)));
   }
 }
 
-TEST_P(Module, HasCopiesThatAreItsOwn) {
+TEST_P(Module, CopiesAreIndependent) {
   RotaryEmbedding rope = make(Options(16).max_seq_len(4));
   RotaryEmbeddingImpl copy(*rope), assigned(Options(8));
   assigned = *rope;
   for (RotaryEmbeddingImpl* other : {&copy, &assigned}) {
-    expect_same_bits(other->cos(), rope->cos());
+    expect_identical(other->cos(), rope->cos());
     other->reserve(100);
     other->to(at::kMeta);
     EXPECT_TRUE(other->cos().is_meta());
   }
-  EXPECT_EQ(rope->cos().device(), GetParam());
+  EXPECT_EQ(rope->cos().device(), device());
   EXPECT_EQ(rope->cos().size(0), 4);
 }
 
-TEST_P(Module, StaysAsItWasWhereGrowthThrows) {
-  for (const RopeScaling& scaling : {RopeScaling(), dynamic(), longrope()}) {
-    RotaryEmbedding rope = make(Options(32).scaling(scaling).max_seq_len(4));
-    const at::Tensor q = randn({1, 3, 2, 32});
-    EXPECT_THROW(rope->reserve(int64_t{1} << 40), c10::ValueError);
-    if (scaling.rope_type() != RopeType::kDynamic) {  // whose long calls need no table
-      EXPECT_THROW(rope->rotate(q, int64_t{1} << 40), c10::ValueError);
-    }
-    EXPECT_EQ(rope->cos().size(0), 4);
-    rope->rotate(q, Where().positions(integers({0, 1, 3})));
-    rope->rotate(q, 4);
-    EXPECT_EQ(rope->cos().size(0), 8);
+TEST_P(EachScaling, IsUnchangedWhenGrowthThrows) {
+  RotaryEmbedding rope = make(Options(32).scaling(scaling).max_seq_len(4));
+  const at::Tensor q = randn({1, 3, 2, 32});
+  EXPECT_THROW(rope->reserve(int64_t{1} << 40), c10::ValueError);
+  if (scaling.rope_type() != RopeType::kDynamic) {  // whose long calls need no table
+    EXPECT_THROW(rope->rotate(q, int64_t{1} << 40), c10::ValueError);
   }
+  EXPECT_EQ(rope->cos().size(0), 4);
+  rope->rotate(q, Where().positions(integers({0, 1, 3})));
+  rope->rotate(q, 4);
+  EXPECT_EQ(rope->cos().size(0), 8);
 }
 
-TEST_P(Module, StaysAsItWasWhereAResetThrows) {
+TEST_P(Module, IsUnchangedWhenResetThrows) {
   RotaryEmbedding rope = make(Options(16).max_seq_len(4));
   const at::Tensor cos = rope->cos();
   rope->options.scaling(RopeType::kLinear);
@@ -559,53 +568,50 @@ TEST_P(Module, StaysAsItWasWhereAResetThrows) {
   EXPECT_EQ(rope->cos().const_data_ptr(), cos.const_data_ptr());
 }
 
-TEST_P(Module, MayBeCloned) {
+TEST_P(Module, CanBeCloned) {
   RotaryEmbedding rope = make(Options(16).max_seq_len(4));
   rope->reserve(9);
   const auto copy = std::dynamic_pointer_cast<RotaryEmbeddingImpl>(rope->clone());
   ASSERT_NE(copy, nullptr);
-  expect_same_bits(copy->cos(), rope->cos());
+  expect_identical(copy->cos(), rope->cos());
   copy->options.base(100);
   copy->reset();
   EXPECT_FALSE(at::equal(copy->cos(), rope->cos()));
 }
 
-// All that a module keeps: its tables, and what positions on the device read.
-class MadeUnderModes : public Module {
+// What a module keeps must not depend on the mode in which it was made.
+class MadeUnderModes : public EachScaling {
  protected:
-  // `first` makes everything under a mode; afterwards the module trains with the usual numbers.
+  // Makes and calls a module under a mode, then trains it outside.
   template <typename Call>
-  void expect_plain_after(const Call& under_mode) {
-    int i = 0;
-    for (const RopeScaling& scaling : {RopeScaling(), dynamic(), longrope()}) {
-      // A base of its own, for rows that no other module has computed.
-      const Options options = Options(32).base(1e4 + ++i).scaling(scaling).max_seq_len(4);
-      const at::Tensor q = randn({1, 5, 2, 32}).requires_grad_();
-      const at::Tensor positions = integers({3, 1, 0, 2, 2});
-      RotaryEmbedding rope{nullptr};
-      const at::Tensor x = q.detach();
-      under_mode([&] {
-        rope = make(options);
-        rope->rotate(x);
-        rope->rotate(x, 60);
-        rope->rotate(x, Where().positions(positions));
-      });
-      EXPECT_FALSE(rope->cos().is_inference());
-      RotaryEmbedding fresh = make(options);
-      const at::Tensor again = q.detach().requires_grad_();
-      for (const Where& where : {Where(), Where(60), Where().positions(positions)}) {
-        expect_same_bits(rope->rotate(q, where), fresh->rotate(again, where));
-        rope->rotate(q, where).sum().backward();
-        fresh->rotate(again, where).sum().backward();
-        expect_same_bits(q.grad(), again.grad());
-      }
+  void expect_trainable_after(const Call& under_mode) {
+    static int tests = 0;  // no two tests have the same base, so none reuses another's table
+    const Options options = Options(32).base(1e4 + ++tests).scaling(scaling).max_seq_len(4);
+    const at::Tensor q = randn({1, 5, 2, 32}).requires_grad_();
+    const at::Tensor positions = integers({3, 1, 0, 2, 2});
+    RotaryEmbedding rope{nullptr};
+    const at::Tensor x = q.detach();
+    under_mode([&] {
+      rope = make(options);
+      rope->rotate(x);
+      rope->rotate(x, 60);
+      rope->rotate(x, Where().positions(positions));
+    });
+    EXPECT_FALSE(rope->cos().is_inference());
+    RotaryEmbedding fresh = make(options);
+    const at::Tensor again = q.detach().requires_grad_();
+    for (const Where& where : {Where(), Where(60), Where().positions(positions)}) {
+      expect_identical(rope->rotate(q, where), fresh->rotate(again, where));
+      rope->rotate(q, where).sum().backward();
+      fresh->rotate(again, where).sum().backward();
+      expect_identical(q.grad(), again.grad());
     }
   }
 };
-FUSED_ROPE_ON_DEVICES(MadeUnderModes);
+FUSED_ROPE_ON_DEVICES_FOR(MadeUnderModes, kScalings);
 
-TEST_P(MadeUnderModes, Inference) {
-  expect_plain_after([](const auto& calls) {
+TEST_P(MadeUnderModes, TrainsAfterInferenceMode) {
+  expect_trainable_after([](const auto& calls) {
     const c10::InferenceMode inference;
     calls();
   });
@@ -626,8 +632,8 @@ std::shared_ptr<torch::jit::tracer::TracingState> traced(const at::Tensor& examp
       .first;
 }
 
-TEST_P(MadeUnderModes, Tracer) {
-  expect_plain_after([&](const auto& calls) {
+TEST_P(MadeUnderModes, TrainsAfterATrace) {
+  expect_trainable_after([&](const auto& calls) {
     trace(
         as_stack(randn({1})),
         [&](const torch::jit::Stack& inputs) {
@@ -638,43 +644,39 @@ TEST_P(MadeUnderModes, Tracer) {
   });
 }
 
-// A mode without kernels: whatever reached it would throw.
-TEST_P(Module, MakesItsTablesOutsideTheCallersModes) {
-  for (const RopeScaling& scaling : {RopeScaling(), dynamic(), longrope()}) {
-    const Options options = Options(32).base(777).scaling(scaling).max_seq_len(4);
-    RotaryEmbedding rope{nullptr};
-    std::shared_ptr<torch::nn::Module> copy;
-    {
-      const c10::impl::IncludeDispatchKeyGuard mode(c10::DispatchKey::TESTING_ONLY_GenericMode);
-      EXPECT_ANY_THROW(at::ones({1}));
-      rope = make(options);
-      rope->reserve(100);
-      rope->to(at::kMeta);
-      rope->to(GetParam());
-      copy = rope->clone();
-    }
-    const at::Tensor q = randn({1, 9, 2, 32});
-    expect_same_bits(rope->rotate(q), make(options)->rotate(q));
-    expect_same_bits(std::dynamic_pointer_cast<RotaryEmbeddingImpl>(copy)->rotate(q, 50),
-                     make(options)->rotate(q, 50));
+// This mode has no kernels: an operation that reached it would throw.
+TEST_P(EachScaling, MakesItsTablesOutsideTheCallersModes) {
+  const Options options = Options(32).base(777).scaling(scaling).max_seq_len(4);
+  RotaryEmbedding rope{nullptr};
+  std::shared_ptr<torch::nn::Module> copy;
+  {
+    const c10::impl::IncludeDispatchKeyGuard mode(c10::DispatchKey::TESTING_ONLY_GenericMode);
+    EXPECT_ANY_THROW(at::ones({1}));
+    rope = make(options);
+    rope->reserve(100);
+    rope->to(at::kMeta);
+    rope->to(device());
+    copy = rope->clone();
   }
+  const at::Tensor q = randn({1, 9, 2, 32});
+  expect_identical(rope->rotate(q), make(options)->rotate(q));
+  expect_identical(std::dynamic_pointer_cast<RotaryEmbeddingImpl>(copy)->rotate(q, 50),
+                   make(options)->rotate(q, 50));
 }
 
-// The frequencies of the example's length are no constants of the trace.
-TEST_P(Module, IsTracedWithoutItsExamplesFrequencies) {
-  for (const RopeScaling& scaling : {dynamic(), longrope()}) {
-    RotaryEmbedding rope = make(Options(32).scaling(scaling).max_seq_len(128));
-    const at::Tensor example = randn({1, 9, 2, 32}), longer = randn({1, 70, 2, 32});
-    torch::jit::GraphExecutor traced_rotate(traced(example, rope)->graph, "rotate");
-    torch::jit::Stack stack = as_stack(example);
-    traced_rotate.run(stack);
-    EXPECT_TRUE(at::allclose(stack[0].toTensor(), rope->rotate(example), 0, 2e-6));
-    stack = as_stack(longer);
-    EXPECT_ANY_THROW(traced_rotate.run(stack));
-  }
+// The frequencies of the example's length must not become constants of the trace.
+TEST_P(LengthDependentScaling, IsTracedWithoutTheFrequenciesOfTheExample) {
+  RotaryEmbedding rope = make(Options(32).scaling(scaling).max_seq_len(128));
+  const at::Tensor example = randn({1, 9, 2, 32}), longer = randn({1, 70, 2, 32});
+  torch::jit::GraphExecutor traced_rotate(traced(example, rope)->graph, "rotate");
+  torch::jit::Stack stack = as_stack(example);
+  traced_rotate.run(stack);
+  EXPECT_TRUE(at::allclose(stack[0].toTensor(), rope->rotate(example), 0, 2e-6));
+  stack = as_stack(longer);
+  EXPECT_ANY_THROW(traced_rotate.run(stack));
 }
 
-TEST(ModuleOptions, AreChecked) {
+TEST(ModuleOptions, AreValidated) {
   for (const Options& options :
        {Options(16).rotary_dim(7), Options(16).rotary_dim(18), Options(16).rotary_offset(-2),
         Options(16).rotary_dim(12).rotary_offset(6), Options(15), Options(16).blocks(3),

@@ -11,7 +11,7 @@
 namespace fused_rope {
 namespace {
 
-using testing::expect_same_bits;
+using testing::expect_identical;
 using Options = RotaryEmbeddingOptions;
 using Where = RotaryEmbeddingForwardOptions;
 
@@ -33,7 +33,7 @@ RopeScaling longrope() {
 
 // Each thread's stream reads tables that other streams have copied, and drops them while others
 // still read.
-TEST_F(Streams, ReadTablesThatOtherStreamsHaveMade) {
+TEST_F(Streams, ReadTablesThatOtherStreamsMade) {
   const at::Device gpu(at::kCUDA, 0);
   const at::Tensor x = at::randn({1, 300, 4, 128}, at::TensorOptions(gpu));
   for (const RopeScaling& scaling : {RopeScaling(), longrope()}) {
@@ -57,7 +57,7 @@ TEST_F(Streams, ReadTablesThatOtherStreamsHaveMade) {
     for (std::thread& thread : threads) thread.join();
     c10::cuda::device_synchronize();
     for (const auto& results : got) {
-      for (size_t i = 0; i < results.size(); ++i) expect_same_bits(results[i], expected[i]);
+      for (size_t i = 0; i < results.size(); ++i) expect_identical(results[i], expected[i]);
     }
   }
 }
@@ -79,10 +79,10 @@ TEST_F(Streams, KeepTheTableOfACapturedGraph) {
   for (int i = 0; i < 8; ++i) at::full({16, 64}, 7.0, x.options());
   graph.replay();
   c10::cuda::device_synchronize();
-  expect_same_bits(got, expected);
+  expect_identical(got, expected);
 }
 
-TEST_F(Streams, RefuseToGrowInACapture) {
+TEST_F(Streams, RejectGrowthDuringCapture) {
   const at::Device gpu(at::kCUDA, 0);
   const at::Tensor x = at::randn({1, 7, 4, 128}, at::TensorOptions(gpu));
   RotaryEmbedding rope(Options(128).base(4323).max_seq_len(16).device(gpu));
@@ -101,12 +101,12 @@ TEST_F(Streams, RefuseToGrowInACapture) {
   const at::Tensor got = rope->rotate(x, 0);
   graph.capture_end();
   graph.replay();
-  expect_same_bits(got, rope->rotate(x, 0));
+  expect_identical(got, rope->rotate(x, 0));
   rope->reserve(107);
-  expect_same_bits(rope->rotate(x, 100), RotaryEmbedding(Options(128).base(4323))->rotate(x, 100));
+  expect_identical(rope->rotate(x, 100), RotaryEmbedding(Options(128).base(4323))->rotate(x, 100));
 }
 
-TEST_F(Streams, StayWhereTheDeviceIsNamedWithoutItsIndex) {
+TEST_F(Streams, KeepTheTableForADeviceWithoutIndex) {
   RotaryEmbedding rope(Options(128).device(at::kCUDA));
   const void* address = rope->cos().const_data_ptr();
   rope->to(at::kCUDA);

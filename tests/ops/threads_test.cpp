@@ -1,5 +1,5 @@
-// Threads that share modules, for ThreadSanitizer too: a program of its own, which only reads
-// results through the module's own functions.
+// Threads that share modules. A separate program, for ThreadSanitizer, that reads results only
+// through the module's functions.
 #include <atomic>
 #include <exception>
 #include <thread>
@@ -57,13 +57,13 @@ class Threads : public OnDevice {
 };
 FUSED_ROPE_ON_DEVICES(Threads);
 
-// One length of text, with the result of a module that no other thread knows.
+// One input, with the result of a module that no other thread uses.
 struct Case {
   at::Tensor x, expected;
   Where where;
 };
 
-TEST_P(Threads, ShareAModuleThatGrowsAndChangesItsRegime) {
+TEST_P(Threads, ShareAModuleThatGrowsAndChangesFrequencies) {
   for (const RopeScaling& scaling : {RopeScaling(), dynamic(), longrope()}) {
     const Options options = Options(16).scaling(scaling).max_seq_len(2);
     std::vector<Case> cases;
@@ -81,7 +81,7 @@ TEST_P(Threads, ShareAModuleThatGrowsAndChangesItsRegime) {
     expect_all_right([&](int thread, int i) {
       const size_t n = static_cast<size_t>(7 * i + 3 * thread) % cases.size();
       const auto& [x, expected, where] = cases[n];
-      // The positions of a table that does not vary need its rows reserved.
+      // Positions do not grow the table: these rows must be reserved.
       RotaryEmbedding& module = varies || !where.positions().has_value() ? rope : other;
       const c10::InferenceMode inference(i % 3 == 0);
       return at::equal(module->rotate(x, where), expected);
@@ -89,7 +89,7 @@ TEST_P(Threads, ShareAModuleThatGrowsAndChangesItsRegime) {
   }
 }
 
-TEST_P(Threads, DifferentiateWhatTheyShare) {
+TEST_P(Threads, DifferentiateThroughASharedModule) {
   const at::Tensor q = randn({1, 3, 2, 16});
   RotaryEmbedding rope(Options(16).max_seq_len(2)), alone(Options(16));
   const auto gradient = [&](RotaryEmbedding& module, int64_t offset) {
@@ -111,7 +111,7 @@ TEST_P(Threads, MoveReserveCloneAndReadWhileOthersCall) {
   const at::Tensor expected = alone->rotate(x, 40);
   expect_all_right([&](int thread, int i) {
     if (thread == 0) {
-      rope->to(i % 2 == 0 ? at::Device(at::kMeta) : GetParam());
+      rope->to(i % 2 == 0 ? at::Device(at::kMeta) : device());
       rope->reserve(3 * i);
     } else if (thread == 1) {
       const auto copy = std::dynamic_pointer_cast<RotaryEmbeddingImpl>(rope->clone());
@@ -122,7 +122,7 @@ TEST_P(Threads, MoveReserveCloneAndReadWhileOthersCall) {
   });
 }
 
-TEST_P(Threads, MakeAndDropModulesOfTheSameNumbers) {
+TEST_P(Threads, CreateAndDestroyModulesOfTheSameFrequencies) {
   const at::Tensor x = randn({1, 3, 2, 16});
   std::vector<at::Tensor> expected;
   for (int i = 0; i < kCalls; ++i) {

@@ -1,13 +1,12 @@
-"""Random calls against the oracle: the exact bits, the error bound, no change where none is due.
+"""Random calls against the oracle: exact results, the error bound, nothing else written.
 
     python tests/python/fuzz.py --cases 100000 --seed 0 --device cuda
 
-Each case is drawn from the seed and its own number alone. A failing one prints what it was and the
-command that repeats it.
+Each case depends only on the seed and its own number. A failing case is printed with the command
+that repeats it.
 
-All memory of a case, its guards and what must come of it are drawn on the CPU and laid end to end
-with those of other cases, so that a GPU gets and returns many cases in one copy. The processes
-beside the one that owns the GPU do nothing but draw.
+The memory of a case, its guards and its expected results are drawn on the CPU, many cases in one
+block, so that one copy takes them to a GPU and back. One process owns the GPU; the others draw.
 """
 
 from __future__ import annotations
@@ -29,11 +28,11 @@ from oracle import DTYPES, LAYOUTS, as_bshd, bits, error_over_bound, shape
 from torch import Tensor
 
 FORMS = ("rotate", "rotate_", "rotate_qk", "rotate_qk_", "out", "out_qk", "out_rows", "backward")
-GUARD = 16  # elements before and behind every tensor; whole vectors, so that alignment is drawn
+GUARD = 16  # elements before and after every tensor; whole vectors, so that alignment is random
 ALIGNMENT = 64  # elements, of every tensor's block of memory: more than any vector
 FAR = 8  # largest offset; tables have as many rows to spare
 INTEGERS = (torch.int32, torch.int64)
-LARGE_TOKENS = 8192  # of 32 heads of 128 lanes: more than the caches hold
+LARGE_TOKENS = 8192  # of 32 heads with D=128: more than the caches hold
 
 
 def is_large(index: int, device: str) -> bool:
@@ -139,7 +138,7 @@ def views(memory: Tensor) -> Callable[[View, int], Tensor]:
     )
 
 
-def same_bits(x: Tensor, y: Tensor) -> bool:
+def identical(x: Tensor, y: Tensor) -> bool:
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
     return torch.equal(x.contiguous().view(integer), y.contiguous().view(integer))
 
@@ -188,10 +187,10 @@ class Case:
         self.P = P = rng.choice((D // 2, D // 2, D // 4, rng.randint(0, D // 2)))
         self.kw: dict[str, Any] = {"layout": self.layout}
         self.kw["rotary_offset"] = rng.choice((0, D - 2 * P, rng.randint(0, D - 2 * P)))
-        lane_map = rng.choice(("half", "interleaved", "blocks"))
-        if lane_map == "interleaved":
+        pairing = rng.choice(("half", "interleaved", "blocks"))
+        if pairing == "interleaved":
             self.kw["interleaved"] = True
-        elif lane_map == "blocks":
+        elif pairing == "blocks":
             self.kw["blocks"] = rng.choice([n for n in range(1, max(P, 1) + 1) if P % n == 0])
 
     def tables(self) -> None:
@@ -398,7 +397,7 @@ def compare(case: Drawn, got: Tensor, want: Tensor) -> list[str]:
     faults = []
     for i, view in enumerate(case.call.results):
         g, w = find_got(view, case.start), find_want(view, case.start)
-        if not same_bits(g, w):
+        if not identical(g, w):
             faults.append(f"tensor {i} differs from the prescribed bits")
             g.copy_(w)
     if not torch.equal(got[mine], want[mine]):

@@ -1,8 +1,8 @@
-"""What a rotation must return: float64 complex multiplication, and the prescribed bits.
+"""What a rotation must return: float64 complex multiplication, and the exact result in x's dtype.
 
 Letters: B batch, S sequence length (T packed tokens), H heads, D head_dim, P pairs, M table rows,
-A position axes. Nothing here is fast, and nothing here imports fused_rope. The keywords are those
-of `fused_rope.rotate`.
+A position axes. This file does not import fused_rope. The keywords are those of
+`fused_rope.rotate`.
 """
 
 from __future__ import annotations
@@ -48,10 +48,17 @@ def tensor(
     return torch.randn(shape(layout, B, S, H, D), dtype=torch.float64).to(dtype).to(device)
 
 
+def any_bits(sizes: Sequence[int], dtype: torch.dtype, device: str = "cpu") -> Tensor:
+    """Uniformly distributed bits: NaNs with payloads, infinities and subnormals among them."""
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    info = torch.iinfo(integer)
+    return torch.randint(info.min, info.max, sizes, dtype=integer).view(dtype).to(device)
+
+
 def angles(
     rows: int, P: int, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin [rows, P] of random angles, so that no two rows or pairs can be mistaken."""
+    """cos and sin [rows, P] of random angles: no two rows or pairs are alike."""
     angle = torch.rand(rows, P, dtype=torch.float64) * 6.28
     return angle.cos().to(dtype).to(device), angle.sin().to(dtype).to(device)
 
@@ -70,7 +77,7 @@ def token_rows(
     axes: Sequence[int] | None = None,
     device: torch.device | str = "cpu",
 ) -> tuple[Tensor, Tensor]:
-    """The table row that each pair of each token reads, and whether it is copied through instead.
+    """The table row that each pair of each token reads, and whether the pair is copied instead.
 
     int64 and bool, both [B, S, P].
     """
@@ -81,7 +88,7 @@ def token_rows(
     if cu_seqlens is not None:
         cu = cu_seqlens.long()
         copied = (token >= cu[-1]).expand(1, 1, S)
-        # The last sequence that starts at or before the token: empty ones are passed over.
+        # The last sequence that starts at or before the token, so not an empty one.
         sequence = (cu[:-1, None] <= token).sum(0).sub(1).clamp(min=0)
         position = (token - cu[sequence]).expand(1, 1, S)
     if positions is not None:
@@ -106,15 +113,15 @@ def _same_axes(position: Tensor, copied: Tensor) -> tuple[Tensor, Tensor]:
     return position.expand(leading, -1, -1), copied.expand(leading, -1, -1)
 
 
-def lanes(
+def pair_elements(
     P: int, *, rotary_offset: int = 0, interleaved: bool = False, blocks: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """Lane of the first and of the second member of every pair, int64 [P]."""
-    lane = torch.arange(2 * P)
+    """The first and the second element of every pair, int64 [P] each."""
+    element = torch.arange(2 * P)
     if interleaved:
-        first, second = lane.view(P, 2).unbind(1)
+        first, second = element.view(P, 2).unbind(1)
     else:
-        first, second = lane.view(blocks, 2, P // blocks).unbind(1)
+        first, second = element.view(blocks, 2, P // blocks).unbind(1)
     return first.flatten() + rotary_offset, second.flatten() + rotary_offset
 
 
@@ -147,13 +154,17 @@ def _rotated(
         cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
     a, b = (
         t.to(x.device)
-        for t in lanes(P, rotary_offset=rotary_offset, interleaved=interleaved, blocks=blocks)
+        for t in pair_elements(
+            P, rotary_offset=rotary_offset, interleaved=interleaved, blocks=blocks
+        )
     )
     out = v.to(dtype, copy=True)
     results = arithmetic(v[..., a], v[..., b], cos, -sin if inverse else sin)
-    for lane, result in zip((a, b), results, strict=True):
+    for element, result in zip((a, b), results, strict=True):
         result = result.to(dtype)
-        out[..., lane] = result if copied is None else torch.where(copied, out[..., lane], result)
+        out[..., element] = (
+            result if copied is None else torch.where(copied, out[..., element], result)
+        )
     return from_bshd(out, layout)
 
 
@@ -174,13 +185,13 @@ def _model(xa: Tensor, xb: Tensor, c: Tensor, s: Tensor) -> tuple[Tensor, Tensor
 
 
 def oracle(x: Tensor, cos: Tensor, sin: Tensor, **kw: Any) -> Tensor:
-    """The rotation in float64. Beside a narrower x a float64 table counts as float32."""
+    """The rotation in float64. With a narrower x, a float64 table is rounded to float32."""
     table = torch.float64 if x.dtype == torch.float64 else torch.float32
     return _rotated(x, cos.to(table), sin.to(table), _complex, torch.float64, **kw)
 
 
 def bits(x: Tensor, cos: Tensor, sin: Tensor, precision: str = "fp32", **kw: Any) -> Tensor:
-    """The exact result in x's dtype: every product and sum rounded as `precision` prescribes."""
+    """The exact result in x's dtype: every product and sum rounded as `precision` says."""
     return _rotated(x, cos, sin, _fp32 if precision == "fp32" else _model, x.dtype, **kw)
 
 
@@ -198,7 +209,7 @@ def error_over_bound(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor, **kw: Any
     unit = 4 * torch.finfo(torch.float64).eps if double else 2 * torch.finfo(torch.float32).eps
     layout, P = kw.get("layout", "bshd"), cos.shape[-1]
     span = {n: kw[n] for n in ("rotary_offset", "interleaved", "blocks") if n in kw}
-    a, b = (t.to(x.device) for t in lanes(P, **span))
+    a, b = (t.to(x.device) for t in pair_elements(P, **span))
     v = as_bshd(x.detach(), layout).double()
     norm = torch.zeros_like(v)
     norm[..., a] = norm[..., b] = torch.hypot(v[..., a], v[..., b])
@@ -214,32 +225,32 @@ def error_over_bound(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor, **kw: Any
 
 
 def same(got: Tensor, want: Tensor) -> None:
-    """Fails unless both have one shape, one dtype and equal values (a NaN equals a NaN)."""
+    """Fails unless shape, dtype and values are equal (a NaN equals a NaN)."""
     assert got.shape == want.shape and got.dtype == want.dtype, (got.shape, want.shape, got.dtype)
     torch.testing.assert_close(got.detach(), want.detach(), rtol=0, atol=0, equal_nan=True)
 
 
-def same_bits(got: Tensor, want: Tensor) -> None:
-    """`same`, and NaN payloads and signs of zeros too."""
+def identical(got: Tensor, want: Tensor) -> None:
+    """Fails unless both are bitwise identical, NaN payloads and signs of zeros included."""
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[got.element_size()]
     same(got.detach().contiguous().view(integer), want.detach().contiguous().view(integer))
 
 
 Draw = Callable[..., Tensor]
 
-# How [2, 5, 4, 16] may lie in memory, from a function that draws dense tensors.
+# Views of shape [2, 5, 4, 16], from a function that draws dense tensors.
 VIEWS: dict[str, Callable[[Draw], Tensor]] = {
     "contiguous": lambda r: r(2, 5, 4, 16),
     "heads before tokens": lambda r: r(2, 4, 5, 16).transpose(1, 2),
     "tokens before batch": lambda r: r(5, 2, 4, 16).transpose(0, 1),
-    "lanes outermost": lambda r: r(16, 2, 5, 4).permute(1, 2, 3, 0),
-    "lanes before heads": lambda r: r(2, 5, 16, 4).transpose(2, 3),
+    "elements outermost": lambda r: r(16, 2, 5, 4).permute(1, 2, 3, 0),
+    "elements before heads": lambda r: r(2, 5, 16, 4).transpose(2, 3),
     "slice of packed qkv": lambda r: r(2, 5, 3, 4, 16)[:, :, 1],
     "heads of a projection": lambda r: r(2, 5, 160)[..., 48:112].unflatten(-1, (4, 16)),
     "grouped qkv": lambda r: r(2, 5, 4, 3, 16)[..., 2, :],
     "end of each head": lambda r: r(2, 5, 4, 48)[..., 32:],
     "every third token": lambda r: r(2, 15, 4, 16)[:, ::3],
-    "every second lane": lambda r: r(2, 5, 4, 32)[..., ::2],
+    "every second element": lambda r: r(2, 5, 4, 32)[..., ::2],
     "one element off": lambda r: r(641)[1:].view(2, 5, 4, 16),
     "seven elements off": lambda r: r(647)[7:].view(2, 5, 4, 16),
     "odd pitch of heads": lambda r: r(2, 5, 4, 17)[..., :16],
@@ -248,7 +259,7 @@ VIEWS: dict[str, Callable[[Draw], Tensor]] = {
     "expanded batch": lambda r: r(1, 5, 4, 16).expand(2, 5, 4, 16),
     "expanded tokens": lambda r: r(2, 1, 4, 16).expand(2, 5, 4, 16),
     "expanded heads": lambda r: r(2, 5, 1, 16).expand(2, 5, 4, 16),
-    "expanded lanes": lambda r: r(2, 5, 4, 1).expand(2, 5, 4, 16),
+    "expanded elements": lambda r: r(2, 5, 4, 1).expand(2, 5, 4, 16),
     "one value": lambda r: r(1).expand(2, 5, 4, 16),
     "sliding windows": lambda r: r(80).as_strided((2, 5, 4, 16), (16, 4, 8, 1)),
 }
@@ -257,7 +268,7 @@ DENSE = (*tuple(VIEWS)[:5], "one element off", "seven elements off")
 
 
 def view(name: str, dtype: torch.dtype, device: str = "cpu") -> Tensor:
-    """Random values in the memory of VIEWS[name]."""
+    """Random values in a view of VIEWS."""
     return VIEWS[name](lambda *sizes: torch.randn(sizes, dtype=torch.float64).to(dtype).to(device))
 
 

@@ -2,8 +2,8 @@
 
     scripts/sanitize_gpu.sh
 
-Each call is made on the CPU too, and must have the same bits there. Inputs are made on the CPU, so
-that a sanitizer sees hardly any kernels but ours, and each tensor ends with its memory.
+Each result must be bitwise identical to the CPU's. Inputs are made on the CPU, so that the
+sanitizer sees few other kernels, and the memory of each tensor ends with its last element.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from oracle import DTYPES, HALF, LAYOUTS, OVERLAPPING, VIEWS, angles, same, shape, view
 from torch import Tensor
 
-LANES: tuple[dict[str, Any], ...] = (dict(), dict(interleaved=True), dict(blocks=2))
+PAIRINGS: tuple[dict[str, Any], ...] = (dict(), dict(interleaved=True), dict(blocks=2))
 INTEGERS = (torch.int32, torch.int64)
 
 
@@ -33,7 +33,7 @@ class Case:
         return ", ".join([repr(self.form), *map(describe, (*self.xs, *self.tables)), *words])
 
     def run(self, device: str) -> list[Tensor]:
-        """All that the call returns or writes, on the CPU."""
+        """What the call returns or writes, copied to the CPU."""
         xs, tables = ([there(t, device) for t in group] for group in (self.xs, self.tables))
         kw = {
             name: there(value, device) if isinstance(value, Tensor) else value
@@ -64,7 +64,7 @@ def outputs(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def whole(x: Tensor) -> Tensor:
-    """All of the memory that x is a view of."""
+    """The whole storage of x."""
     return x.as_strided((x.untyped_storage().nbytes() // x.element_size(),), (1,), 0)
 
 
@@ -86,16 +86,16 @@ def qk(dtype: torch.dtype, D: int) -> list[Tensor]:
 
 
 def instances() -> Iterator[Case]:
-    """Element type, table type and form, precision, where partners are, vectors or single lanes.
+    """Element type, table type and form, precision, pairing, vectors or single elements.
 
-    Rows are found by place, by position, by one axis in each eight pairs, by mixed axes.
+    Rows are selected by token index, by position, by one axis for each eight pairs, by mixed axes.
     """
     widths = ((32, 16, 0), (48, 16, 16), (19, 6, 3))
-    for dtype, (D, P, o), lanes in itertools.product(DTYPES, widths, LANES):
+    for dtype, (D, P, o), pairing in itertools.product(DTYPES, widths, PAIRINGS):
         tables = [torch.float32, torch.float64, *({*HALF} & {dtype})]
         precisions = ("fp32", "model") if dtype in HALF else ("fp32",)
         for table, precision in itertools.product(tables, precisions):
-            kw = dict(rotary_offset=o, precision=precision, **lanes)
+            kw = dict(rotary_offset=o, precision=precision, **pairing)
             cos_sin = angles(9, P, dtype=table)
             index, indices = (positions(*n, rows=9) for n in ((2, 5), (2, 2, 5)))
             mixed = [0, 1, 1] * (P // 3) + [0] * (P % 3)
@@ -109,12 +109,14 @@ def instances() -> Iterator[Case]:
 def forms() -> Iterator[Case]:
     """Every form in every layout, and gradients that are expanded."""
     spans = ((16, 0), (24, 3))
-    for layout, dtype, lanes in itertools.product(LAYOUTS, (torch.bfloat16, torch.float32), LANES):
+    for layout, dtype, pairing in itertools.product(
+        LAYOUTS, (torch.bfloat16, torch.float32), PAIRINGS
+    ):
         tables = angles(10 if layout == "thd" else 5, 8)
         for (D, o), inverse, count in itertools.product(spans, (False, True), (1, 2)):
             sizes = [shape(layout, 2, 5, H, D) for H in (3, 2)[:count]]
             xs, outs = ([draw(*n, dtype=dtype) for n in sizes] for _ in range(2))
-            kw = dict(layout=layout, rotary_offset=o, inverse=inverse, **lanes)
+            kw = dict(layout=layout, rotary_offset=o, inverse=inverse, **pairing)
             for form in ("", "_", "backward"):
                 yield Case(form, xs, tables, **kw)
             yield Case("out", xs, tables, outs=outs, **kw)
@@ -136,7 +138,9 @@ def memory() -> Iterator[Case]:
 def tables() -> Iterator[Case]:
     """Tables for each token and head, and views of wider and complex ones."""
     spans = ((40, 8), (32, 0))
-    for dtype, (D, o), lanes in itertools.product((torch.bfloat16, torch.float64), spans, LANES):
+    for dtype, (D, o), pairing in itertools.product(
+        (torch.bfloat16, torch.float64), spans, PAIRINGS
+    ):
         x = draw(2, 5, 3, D, dtype=dtype)
         views: list[Any] = [
             *([t.view(B, 5, 16) for t in angles(B * 5, 16)] for B in (1, 2)),
@@ -150,8 +154,8 @@ def tables() -> Iterator[Case]:
             [t.expand(5, 16) for t in angles(1, 16)],
         ]
         for pair in views:
-            yield Case("", [x, x * 2], pair, rotary_offset=o, **lanes)
-            yield Case("_", [x], pair, inverse=True, **lanes)
+            yield Case("", [x, x * 2], pair, rotary_offset=o, **pairing)
+            yield Case("_", [x], pair, inverse=True, **pairing)
 
 
 def rows() -> Iterator[Case]:
@@ -169,20 +173,20 @@ def rows() -> Iterator[Case]:
 
         packed = [x.flatten(0, 1) for x in xs]
         cu = torch.tensor([0, 0, 4, 4, 7], dtype=integer)
-        beside = dict(layout="thd", cu_seqlens=cu)
+        sequences = dict(layout="thd", cu_seqlens=cu)
         four = torch.tensor([12, 0, 3, 16], dtype=integer)
         for form in ("", "_", "backward"):
-            yield Case(form, packed, table, **beside)
-            yield Case(form, packed, table, offset=four, **beside)
+            yield Case(form, packed, table, **sequences)
+            yield Case(form, packed, table, offset=four, **sequences)
             index = positions(10, rows=4, dtype=integer)
-            yield Case(form, packed, table, positions=index, offset=four, **beside)
+            yield Case(form, packed, table, positions=index, offset=four, **sequences)
 
         slots = torch.tensor([[7, -1, 0, 3, 11], [-1, 10, 5, 4, 9]], dtype=integer)
         cache = draw(12, 2, 16, dtype=dtype)
         outs = [torch.zeros_like(xs[0]), cache]
-        for lanes in LANES:
-            yield Case("out", xs, table, outs=outs, out_rows=slots, **lanes)
-            yield Case("out", xs[1:], table, outs=[cache[:, :, :]], out_rows=slots, **lanes)
+        for pairing in PAIRINGS:
+            yield Case("out", xs, table, outs=outs, out_rows=slots, **pairing)
+            yield Case("out", xs[1:], table, outs=[cache[:, :, :]], out_rows=slots, **pairing)
         joint = draw(12, 2, 24, dtype=dtype)[..., 8:]
         yield Case(
             "out",
@@ -190,7 +194,7 @@ def rows() -> Iterator[Case]:
             table,
             outs=[draw(10, 3, 16, dtype=dtype), joint],
             out_rows=slots.flatten(),
-            **beside,
+            **sequences,
         )
 
 
@@ -207,7 +211,7 @@ def main() -> None:
             except AssertionError as error:
                 raise AssertionError(f"{case}: {error}") from None
         count += 1
-    print(f"{count} calls, the bits of the CPU")
+    print(f"{count} calls, bitwise identical to the CPU")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+pytestmark = pytest.mark.slow
 INSTALLED = Path(fused_rope.__file__).parent
 PROGRAM = Path(__file__).parents[1] / "aoti"
 

@@ -1,9 +1,9 @@
-"""Gradients: backward is the opposite rotation, again differentiable; tables and tangents too."""
+"""Gradients: backward is the inverse rotation, itself differentiable; tables and tangents too."""
 
 import fused_rope
 import pytest
 import torch
-from oracle import DTYPES, LAYOUTS, VIEWS, angles, bits, same, same_bits, tensor, view
+from oracle import DTYPES, LAYOUTS, VIEWS, angles, bits, identical, same, tensor, view
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
@@ -39,20 +39,20 @@ def test_gradcheck(layout, name, device):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", VIEWS)
-def test_gradients_in_any_memory(name, dtype, device):
-    """Expanded, transposed and sliced gradients are read as they lie, and never written."""
+def test_gradients_of_any_strides(name, dtype, device):
+    """Expanded, transposed and sliced gradients are read through their strides, never written."""
     cos, sin = angles(5, 8, device)
     g = view(name, dtype, device)
     before = g.clone()
     q = tensor("bshd", 2, 5, 4, 16, dtype, device).requires_grad_()
     k = tensor("bshd", 2, 5, 4, 16, dtype, device).requires_grad_()
     got = torch.autograd.grad(fused_rope.rotate(q, cos, sin), q, g)[0]
-    same_bits(g, before)
+    identical(g, before)
     same(got, bits(g, cos, sin, inverse=True))
     out = fused_rope.rotate_qk(q, k, cos, sin)
     for x_grad in torch.autograd.grad(out, (q, k), (g, g)):
         same(x_grad, got)
-    same_bits(g, before)
+    identical(g, before)
 
 
 def test_gradient_of_a_sum(device):
@@ -63,7 +63,7 @@ def test_gradient_of_a_sum(device):
 
 
 @pytest.mark.parametrize("which", [0, 1])
-def test_only_one_needs_a_gradient(which, device):
+def test_only_one_input_requires_grad(which, device):
     cos, sin = angles(5, 8, device)
     xs = [torch.randn(2, 5, H, 16, device=device) for H in (4, 2)]
     xs[which].requires_grad_()
@@ -93,7 +93,7 @@ def test_only_one_output_is_used(used, table, device):
         torch.testing.assert_close(sin.grad, alone[1].grad)
 
 
-def test_no_history_where_none_is_wanted(device):
+def test_no_grad_modes_record_nothing(device):
     x = torch.randn(2, 5, 4, 16, device=device, requires_grad=True)
     cos, sin = angles(5, 8, device)
     with torch.no_grad():
@@ -106,8 +106,7 @@ def test_no_history_where_none_is_wanted(device):
         assert got.is_inference()
 
 
-def test_saves_no_activation(device):
-    """The table and the positions are all that is kept for backward."""
+def test_saves_tables_and_positions_only(device):
     cos, sin = angles(5, 8, device)
     positions = torch.arange(5, device=device)
     q, k = (torch.randn(2, 5, H, 16, device=device, requires_grad=True) for H in (4, 2))
@@ -120,17 +119,22 @@ def test_saves_no_activation(device):
     assert kept and {t.data_ptr() for t in kept if t.numel() > 1} <= allowed
 
 
-def test_retain_graph_and_hooks(device):
+@pytest.mark.parametrize("form", ["rotate", "rotate_"])
+def test_retain_graph_and_hooks(form, device):
+    """Backward never writes to the gradients that it is given."""
     x = torch.randn(2, 5, 3, 16, device=device, requires_grad=True)
     cos, sin = angles(5, 8, device)
-    y, seen = fused_rope.rotate(x, cos, sin), []
-    y.register_hook(lambda g: seen.append(g.clone()))
+    y, seen = getattr(fused_rope, form)(x * 1, cos, sin), []
+    y.register_hook(seen.append)
     g = torch.randn_like(y)
+    before = g.clone()
     first = torch.autograd.grad(y, x, g, retain_graph=True)[0]
     second = torch.autograd.grad(y, x, g)[0]
     same(first, second)
+    same(first, bits(g, cos, sin, inverse=True))
     assert len(seen) == 2
-    same(seen[0], g)
+    for kept in (g, *seen):
+        identical(kept, before)
     with pytest.raises(RuntimeError, match="backward through the graph a second time"):
         torch.autograd.grad(y, x, g)
 
@@ -155,7 +159,7 @@ def test_checkpoint(reentrant, device):
     torch.testing.assert_close(x.grad, want, rtol=1e-6, atol=1e-6)
 
 
-def test_a_table_changed_before_backward_is_missed(device):
+def test_backward_detects_that_a_table_changed(device):
     x = torch.randn(2, 5, 3, 16, device=device, requires_grad=True)
     cos, sin = angles(5, 8, device)
     y = fused_rope.rotate(x, cos, sin)
@@ -164,69 +168,94 @@ def test_a_table_changed_before_backward_is_missed(device):
         y.sum().backward()
 
 
-def test_rows_are_those_of_forward(device):
-    """Every argument that picks rows reaches backward."""
-    x = tensor("thd", 1, 9, 3, 16, torch.float32, device).requires_grad_()
+ROWS = {
+    "offset": dict(offset=3),
+    "packed": dict(cu_seqlens=[0, 4, 4, 7]),
+    "lengths": dict(cu_seqlens=[0, 4, 4, 7], offset=[9, 0, 20]),
+    "positions and lengths": dict(positions=(9,), cu_seqlens=[0, 4, 4, 7], offset=[9, 0, 20]),
+    "axes": dict(positions=(3, 9), axes=[0, 1, 2, 2, 1, 0, 0, 1], offset=5, inverse=True),
+    "model": dict(positions=(9,), interleaved=True, precision="model"),
+    "everything": dict(
+        positions=(3, 9),
+        offset=[3, 9],
+        cu_seqlens=[0, 4, 7],
+        axes=[0, 1, 2, 2] * 2,
+        rotary_offset=3,
+        blocks=2,
+        precision="model",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_backward_reads_the_rows_of_forward(case, device):
+    """Every argument that selects rows reaches backward."""
+    kw = dict(ROWS[case], layout="thd")
+    for name in ("cu_seqlens", "offset"):
+        if isinstance(kw.get(name), list):
+            kw[name] = torch.tensor(kw[name], dtype=torch.int32, device=device)
+    if "positions" in kw:
+        kw["positions"] = torch.randint(-1, 10, kw["positions"]).to(device)
+    x = tensor("thd", 1, 9, 3, 20, torch.float32, device).requires_grad_()
     cos, sin = angles(40, 8, device)
-    cu = torch.tensor([0, 4, 4, 7], dtype=torch.int32, device=device)
-    past = torch.tensor([9, 0, 20], device=device)
-    each = torch.randint(-1, 10, (9,)).to(device)
-    three = torch.randint(-1, 10, (3, 9)).to(device)
-    for kw in (
-        dict(offset=3),
-        dict(cu_seqlens=cu),
-        dict(cu_seqlens=cu, offset=past),
-        dict(positions=each, cu_seqlens=cu, offset=past),
-        dict(positions=three, axes=[0, 1, 2, 2, 1, 0, 0, 1], offset=5, inverse=True),
-        dict(positions=each, interleaved=True, precision="model"),
-    ):
-        kw = dict(layout="thd", **kw)
-        y, g = fused_rope.rotate(x, cos, sin, **kw), tensor("thd", 1, 9, 3, 16, x.dtype, device)
-        got = torch.autograd.grad(y, x, g)[0]
-        same(got, bits(g, cos, sin, **kw | dict(inverse=not kw.get("inverse", False))))
+    g = torch.randn_like(x)
+    y = fused_rope.rotate(x, cos, sin, **kw)
+    same(y, bits(x, cos, sin, **kw))
+    got = torch.autograd.grad(y, x, g)[0]
+    same(got, bits(g, cos, sin, **kw | dict(inverse=not kw.get("inverse", False))))
 
 
 # --- of the table ------------------------------------------------------------------------------
 
 
-def table_cases(layout, device):
-    B, S, M = (1, 6, 7) if layout == "thd" else (2, 3, 7)
-    each = torch.randint(-1, 5, (S,) if layout == "thd" else (B, S)).to(device)
-    three = torch.randint(-1, 5, (3, S) if layout == "thd" else (3, B, S)).to(device)
-    shared = double_angles(M, 4, device)
-    token = tuple(t.view(B, S, 4) for t in double_angles(B * S, 4, device))
-    head = tuple(t.view(B, S, 2, 4) for t in double_angles(B * S * 2, 4, device))
-    yield "shared", shared, dict()
-    yield "offset", shared, dict(offset=1)
-    yield "positions", shared, dict(positions=each)
-    yield "axes", shared, dict(positions=three, axes=[0, 2, 1, 0])
-    yield "per token", token, dict()
-    yield "per token, one for all", tuple(t[:1] for t in token), dict()
-    yield "per head", head, dict()
-    yield "per head, one for all", tuple(t[:1] for t in head), dict()
-    if layout == "thd":
-        cu = torch.tensor([0, 2, 2, 5], device=device)
-        yield "packed", shared, dict(cu_seqlens=cu, offset=torch.tensor([1, 0, 4], device=device))
-    else:
-        lengths = torch.tensor([1, 4], dtype=torch.int32, device=device)
-        yield "lengths", shared, dict(offset=lengths)
+SHARED = ["shared", "offset", "positions", "positions [S] and offset", "axes"]
+TABLES = [*SHARED, "per token", "one per token", "per head", "one per head"]
+PACKED_TABLES = ["packed", "packed positions", "no sequence after padding"]
+TABLE_CASES = [(x, n) for x in LAYOUTS for n in TABLES + (PACKED_TABLES if x == "thd" else [])]
+TABLE_CASES += [(x, "lengths") for x in LAYOUTS if x != "thd"]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+def table_case(layout, name, device):
+    """cos and sin, and what selects their rows."""
+    B, S = (1, 6) if layout == "thd" else (2, 3)
+    batch = () if layout == "thd" else (B,)
+    sizes = {"per token": (B, S), "one per token": (1, S)}
+    sizes |= {"per head": (B, S, 2), "one per head": (1, S, 2)}
+    leading = sizes.get(name, (7,))
+    rows = torch.Size(leading).numel()
+    table = [t.view(*leading, 4) for t in double_angles(rows, 4, device)]
+    positions = torch.randint(-1, 5, (3, *batch, S)).to(device)
+    starts = [3] if name == "no sequence after padding" else [0, 2, 2, 5]
+    cu = torch.tensor(starts, device=device)
+    padded = torch.tensor([3, -1, 0, 2, 0, 99], device=device)
+    selection = {
+        "offset": dict(offset=1),
+        "positions": dict(positions=positions[0]),
+        "positions [S] and offset": dict(positions=positions.view(-1, S)[0], offset=2),
+        "axes": dict(positions=positions, axes=[0, 2, 1, 0]),
+        "lengths": dict(offset=torch.tensor([1, 4], dtype=torch.int32, device=device)),
+        "packed": dict(cu_seqlens=cu, offset=torch.tensor([1, 0, 4], device=device)),
+        "packed positions": dict(cu_seqlens=cu, positions=padded),
+        "no sequence after padding": dict(cu_seqlens=cu),
+    }
+    return table, selection.get(name, {})
+
+
+@pytest.mark.parametrize("layout,rows", TABLE_CASES)
 @pytest.mark.parametrize("name", OPTIONS)
-def test_gradcheck_of_the_table(layout, name, device):
+def test_gradcheck_of_the_table(layout, rows, name, device):
     B, S = (1, 6) if layout == "thd" else (2, 3)
     x = tensor(layout, B, S, 2, 10, torch.float64, device).requires_grad_()
-    for _, table, rows in table_cases(layout, device):
-        cos, sin = (t.clone().requires_grad_() for t in table)
-        kw = dict(layout=layout, rotary_offset=1, **OPTIONS[name], **rows)
+    table, selection = table_case(layout, rows, device)
+    cos, sin = (t.clone().requires_grad_() for t in table)
+    kw = dict(layout=layout, rotary_offset=1, **OPTIONS[name], **selection)
 
-        def f(x, cos, sin, kw=kw):
-            return fused_rope.rotate_qk(x, 2 * x, cos, sin, **kw)
+    def f(x, cos, sin):
+        return fused_rope.rotate_qk(x, 2 * x, cos, sin, **kw)
 
-        both = dict(check_forward_ad=True, check_batched_grad=True)
-        assert gradcheck(f, (x, cos, sin), fast_mode=True, **both)
-        assert gradgradcheck(f, (x, cos, sin), fast_mode=True)
+    both = dict(check_forward_ad=True, check_batched_grad=True)
+    assert gradcheck(f, (x, cos, sin), fast_mode=True, **both)
+    assert gradgradcheck(f, (x, cos, sin), fast_mode=True)
 
 
 @pytest.mark.parametrize("which", ["cos", "sin"])
@@ -267,7 +296,7 @@ def test_gradient_of_the_table_is_deterministic(S, axes, device):
     runs = [
         torch.autograd.grad(fused_rope.rotate(x, cos, sin, **kw), (cos, sin), g) for _ in range(4)
     ]
-    torch.use_deterministic_algorithms(True)  # nothing that PyTorch knows to be otherwise
+    torch.use_deterministic_algorithms(True)  # no operation that PyTorch knows as nondeterministic
     try:
         runs.append(torch.autograd.grad(fused_rope.rotate(x, cos, sin, **kw), (cos, sin), g))
     finally:
@@ -277,7 +306,7 @@ def test_gradient_of_the_table_is_deterministic(S, axes, device):
         same(run[1], runs[0][1])
 
 
-def test_rows_that_nobody_reads_get_zeros(device):
+def test_gradients_of_unread_rows_are_zero(device):
     x = torch.randn(1, 3, 2, 8, device=device)
     cos, sin = (t.requires_grad_() for t in angles(6, 4, device))
     positions = torch.tensor([1, -1, 4], device=device)
@@ -289,7 +318,7 @@ def test_rows_that_nobody_reads_get_zeros(device):
 
 
 @pytest.mark.parametrize("form", ["rotate", "rotate_"])
-def test_a_trained_table_has_the_errors_of_a_fixed_one(form, device):
+def test_trained_tables_raise_the_errors_of_fixed_ones(form, device):
     x = torch.randn(2, 5, 3, 16, device=device)
     f = getattr(fused_rope, form)
     for P, options, message in (
@@ -341,21 +370,26 @@ def test_tangent_of_a_view_in_place(device):
             same(g[:, :, 2:], w[:, :, 2:])
 
 
+@pytest.mark.parametrize("form", ["rotate_qk", "rotate_qk_"])
 @pytest.mark.parametrize("which", [0, 1])
-def test_tangent_of_one_of_q_and_k(which, device):
+def test_tangent_of_one_of_q_and_k(form, which, device):
     xs = [tensor("bshd", 2, 5, H, 16, torch.float32, device) for H in (4, 2)]
     t = torch.randn_like(xs[which])
     cos, sin = angles(5, 8, device)
+    want = [bits(x, cos, sin) for x in xs]
     with forward_ad.dual_level():
         duals = list(xs)
-        duals[which] = forward_ad.make_dual(xs[which], t)
-        got = [forward_ad.unpack_dual(y) for y in fused_rope.rotate_qk(*duals, cos, sin)]
+        duals[which] = forward_ad.make_dual(xs[which], t.clone())
+        got = [forward_ad.unpack_dual(y) for y in getattr(fused_rope, form)(*duals, cos, sin)]
+        same(got[which].primal, want[which])
         same(got[which].tangent, bits(t, cos, sin))
+        same(got[1 - which].primal, want[1 - which])
         assert got[1 - which].tangent is None
 
 
-def test_tangent_of_the_table(device):
-    """Linear in cos and sin; zero where a lane is copied through."""
+@pytest.mark.parametrize("form", ["rotate", "rotate_"])
+def test_tangent_of_the_table(form, device):
+    """Linear in cos and sin; zero for copied elements."""
     x = tensor("bshd", 2, 5, 3, 20, torch.float32, device)
     cos, sin = angles(5, 8, device)
     positions = torch.tensor([0, 4, -1, 2, 2], device=device)
@@ -363,7 +397,8 @@ def test_tangent_of_the_table(device):
     kw = dict(positions=positions, rotary_offset=2)
     with forward_ad.dual_level():
         duals = forward_ad.make_dual(cos, tc), forward_ad.make_dual(sin, ts)
-        tangent = forward_ad.unpack_dual(fused_rope.rotate(x, *duals, **kw)).tangent
+        got = getattr(fused_rope, form)(x.clone(), *duals, **kw)
+        tangent = forward_ad.unpack_dual(got).tangent
         want = bits(x, tc, ts, **kw)
         want[:, 2] = 0
         want[..., :2] = want[..., 18:] = 0
@@ -381,6 +416,14 @@ def test_tangent_of_everything_at_once(device):
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
+def test_out_rejects_tangents(device):
+    x, t = (tensor("bshd", 1, 5, 2, 8, torch.float32, device) for _ in range(2))
+    out = torch.zeros_like(x)
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="rotate_out"):
+        fused_rope.rotate(forward_ad.make_dual(x, t), *angles(5, 4, device), out=out)
+    assert not out.any()
+
+
 def test_tangent_of_a_table_without_pairs(device):
     x, empty = torch.randn(2, 3, 2, 4, device=device), torch.empty(5, 0, device=device)
     positions = torch.zeros(2, 2, 3, dtype=torch.int64, device=device)
@@ -390,7 +433,7 @@ def test_tangent_of_a_table_without_pairs(device):
         assert not forward_ad.unpack_dual(got).tangent.any()
 
 
-def test_gradient_of_a_table_that_no_sequence_reads(device):
+def test_gradient_of_a_table_without_sequences(device):
     """No sequence, so no offset: every token is padding."""
     x = torch.randn(4, 2, 8, device=device)
     cos, sin = (t.requires_grad_() for t in angles(5, 4, device))

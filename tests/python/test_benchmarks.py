@@ -783,6 +783,7 @@ def test_original_and_patched_models_are_timed(model_suite):
             assert all((name, p, variant, "wall_us") in found for p in ("prefill", "train"))
 
 
+@pytest.mark.slow
 def test_compiled_models_are_timed_with_both_choices(model_suite):
     status, content = model_suite(
         *("--models", "qwen3_8b", "--modes", "compiled", "--phases", "decode")

@@ -16,7 +16,7 @@ from fused_rope.compat.flash_attn import (
     apply_rotary_emb_torch,
     rotate_half,
 )
-from oracle import DTYPES, angles, bits, same, same_bits
+from oracle import DTYPES, angles, bits, identical, same
 
 B, S, HQ, HK, D, R, M = 2, 7, 4, 2, 32, 24, 30
 
@@ -54,7 +54,7 @@ def test_values(inplace, interleaved, dtype, device):
             before = x.clone()
             y = apply_rotary_emb(x, cos, sin, interleaved, inplace, offset)
             close(y, written_out(before, cos, sin, offset, interleaved))
-            same_bits(y[..., R:], before[..., R:])
+            identical(y[..., R:], before[..., R:])
             assert (y is x) == inplace
             same(x, y if inplace else before)
 
@@ -250,7 +250,7 @@ def test_qkv(form, own_k, interleaved, device):
         close(y[:, :, :hq], written_out(before[:, :, :hq], *tables, offset, interleaved))
         keys = slice(hq, hq + hk)
         close(y[:, :, keys], written_out(before[:, :, keys], *k_tables, offset, interleaved))
-        same_bits(y[:, :, hq + hk :], before[:, :, hq + hk :])
+        identical(y[:, :, hq + hk :], before[:, :, hq + hk :])
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -282,7 +282,7 @@ def test_kv(interleaved, device):
         before = kv.clone()
         assert apply_rotary_emb_kv_(kv, cos, sin, interleaved, offset) is kv
         close(kv[:, :, 0], written_out(before[:, :, 0], cos, sin, offset, interleaved))
-        same_bits(kv[:, :, 1], before[:, :, 1])
+        identical(kv[:, :, 1], before[:, :, 1])
         (given,), (got,) = gradients(
             lambda kv, o=offset: apply_rotary_emb_kv_(kv * 1, cos, sin, interleaved, o), before
         )
@@ -332,7 +332,7 @@ def test_module(interleaved, scale_base, dtype, device):
             close(y[:, :, :hq], want, ulps=8)
             want = rotate_reference(before[:, :, hq : hq + hk], c_k, s_k, interleaved=interleaved)
             close(y[:, :, hq : hq + hk], want, ulps=8)
-            same_bits(y[:, :, hq + hk :], before[:, :, hq + hk :])
+            identical(y[:, :, hq + hk :], before[:, :, hq + hk :])
 
 
 @pytest.mark.parametrize("scale_base", [None, 512])
@@ -350,7 +350,7 @@ def test_module_with_kv(scale_base, device):
     c, s, c_k, s_k = (t[:, :, None].to(device) for t in tables)
     close(q, rotate_reference(before[0], c, s), ulps=8)
     close(kv[:, :, 0], rotate_reference(before[1][:, :, 0], c_k, s_k), ulps=8)
-    same_bits(kv[:, :, 1], before[1][:, :, 1])
+    identical(kv[:, :, 1], before[1][:, :, 1])
     same(bits(before[0], *rotary._tables[:2], offset=offset), q)
 
 

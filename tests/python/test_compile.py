@@ -35,7 +35,7 @@ RECOMPILING += [("inductor", "none"), ("inductor", "positions")]
 
 @pytest.mark.parametrize("backend,rows", RECOMPILING)
 def test_lengths_do_not_recompile(backend, rows, device):
-    """Forward and backward; the operator's own bits are those of eager mode."""
+    """Forward and backward, bitwise identical to eager mode."""
     cos, sin = angles(128, 16, device)
     count = counter(backend)
 
@@ -172,20 +172,16 @@ def test_trained_table(device):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_every_layout_and_lane_map(device):
-    for layout in ("bshd", "bhsd", "sbhd", "thd"):
-        for lanes in (dict(), dict(interleaved=True), dict(blocks=2, rotary_offset=3)):
-            torch._dynamo.reset()
-            x = tensor(layout, 1, 5, 3, 40, torch.bfloat16, device)
-            cos, sin = angles(9, 8, device)
-            f = torch.compile(
-                lambda x, c=cos, s=sin, kw=dict(layout=layout, **lanes): fused_rope.rotate(
-                    x, c, s, **kw
-                ),
-                backend="aot_eager",
-                fullgraph=True,
-            )
-            same(f(x), bits(x, cos, sin, layout=layout, **lanes))
+@pytest.mark.parametrize("layout", ["bshd", "bhsd", "sbhd", "thd"])
+@pytest.mark.parametrize(
+    "pairing", [{}, {"interleaved": True}, {"blocks": 2, "rotary_offset": 3}], ids=str
+)
+def test_every_layout_and_pairing(layout, pairing, device):
+    x = tensor(layout, 1, 5, 3, 40, torch.bfloat16, device)
+    cos, sin = angles(9, 8, device)
+    kw = dict(layout=layout, **pairing)
+    f = lambda x: fused_rope.rotate(x, cos, sin, **kw)  # noqa: E731
+    same(torch.compile(f, backend="aot_eager", fullgraph=True)(x), bits(x, cos, sin, **kw))
 
 
 def test_errors_under_compile(device):
@@ -281,7 +277,7 @@ def test_a_saved_program(tmp_path, device):
 
 
 def test_make_fx_keeps_a_symbolic_offset(device):
-    """The eager entry must not turn a symbol into the number it has while tracing."""
+    """The eager entry must not replace a symbol by its value while tracing."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
     def f(x, cos, sin):

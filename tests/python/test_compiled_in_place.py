@@ -15,11 +15,12 @@ import pytest
 import torch
 import torch._dynamo.testing
 from fused_rope.compat import flash_attn, unsloth, vllm
-from oracle import LAYOUTS, angles, same, tensor
+from oracle import angles, same, tensor
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo", "no_caches")
+slow = pytest.mark.slow
 SHAPES = ((2, 8, 3, 4, 8), (2, 8, 3, 6, 8), (3, 9, 3, 5, 8))
 
 
@@ -79,21 +80,28 @@ MULTIPLE_VIEWS = {
 }
 
 
-# What a rule by strides gets wrong where a size is symbolic.
+# Views whose storage offset depends on a size.
 SYMBOLIC_OFFSETS = ("select", "slice of a slice", "select of a transpose", "unbind")
+ALL_VIEWS = (*SINGLE_VIEWS, *MULTIPLE_VIEWS)
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
 @pytest.mark.parametrize(
-    "backend,dynamic",
-    [*(("aot_eager", dynamic) for dynamic in (None, True, False)), ("inductor", True)],
-    ids=lambda value: "automatic" if value is None else str(value),
+    "backend,dynamic,names",
+    [
+        pytest.param("aot_eager", False, ALL_VIEWS, id="aot_eager, static"),
+        pytest.param("aot_eager", True, SYMBOLIC_OFFSETS[:2], id="aot_eager, symbolic offsets"),
+        pytest.param("aot_eager", True, ALL_VIEWS, id="aot_eager, dynamic", marks=slow),
+        pytest.param("aot_eager", None, ALL_VIEWS, id="aot_eager, automatic", marks=slow),
+        pytest.param("inductor", True, SYMBOLIC_OFFSETS, id="inductor, dynamic", marks=slow),
+    ],
 )
-def test_views(backend: str, dynamic: bool | None, grad: bool, device: str) -> None:
-    """All views in one graph, each of a tensor of its own; some where compiling takes minutes."""
+def test_views(
+    backend: str, dynamic: bool | None, names: tuple[str, ...], grad: bool, device: str
+) -> None:
+    """All views in one graph, each of a tensor of its own."""
     views = SINGLE_VIEWS if grad else SINGLE_VIEWS | MULTIPLE_VIEWS
-    if backend == "inductor":
-        views = {name: view for name, view in views.items() if name in SYMBOLIC_OFFSETS}
+    views = {name: view for name, view in views.items() if name in names}
     cos, sin = angles(64, 3, device)
 
     def f(*xs: Tensor) -> list[Tensor]:
@@ -107,7 +115,12 @@ def test_views(backend: str, dynamic: bool | None, grad: bool, device: str) -> N
 
 
 @pytest.mark.parametrize(
-    "backend,grad", [("aot_eager", False), ("aot_eager", True), ("inductor", False)]
+    "backend,grad",
+    [
+        ("aot_eager", False),
+        pytest.param("aot_eager", True, marks=slow),
+        pytest.param("inductor", False, marks=slow),
+    ],
 )
 def test_drop_ins(backend: str, grad: bool, device: str) -> None:
     cos, sin = angles(64, 4, device)
@@ -138,7 +151,7 @@ def test_drop_ins(backend: str, grad: bool, device: str) -> None:
     check(f, calls, grad, backend)
 
 
-@pytest.mark.parametrize("form", ["rotate_", "rotate_qk_"])
+@pytest.mark.parametrize("form", [pytest.param("rotate_", marks=slow), "rotate_qk_"])
 def test_operators_called_directly(form: str, device: str) -> None:
     cos, sin = angles(64, 4, device)
     count = 2 if form == "rotate_qk_" else 1
@@ -157,9 +170,9 @@ OUTPUTS = {
 }
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=slow)])
 def test_outputs(backend: str, device: str) -> None:
-    """A view of memory that is there already."""
+    """out= a view of existing memory."""
     cos, sin = angles(64, 3, device)
 
     def f(*xs: Tensor) -> list[Tensor]:
@@ -172,7 +185,12 @@ def test_outputs(backend: str, device: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "backend,layout", [("inductor", "bhsd"), *(("aot_eager", layout) for layout in LAYOUTS)]
+    "backend,layout",
+    [
+        pytest.param("inductor", "bhsd", marks=slow),
+        *(("aot_eager", layout) for layout in ("bshd", "thd")),
+        *(pytest.param("aot_eager", layout, marks=slow) for layout in ("bhsd", "sbhd")),
+    ],
 )
 def test_rows_of_a_cache(backend: str, layout: str, device: str) -> None:
     """Keys go into a half of [pages, 2, page_size, H, D] or [2, pages, page_size, H, D]."""
@@ -201,7 +219,7 @@ def test_rows_of_a_cache(backend: str, layout: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("slot", [-2, 40])
-def test_a_slot_outside_the_cache(slot: int) -> None:
+def test_an_out_row_outside_the_cache(slot: int) -> None:
     cos, sin = angles(64, 4)
     x, cache = torch.randn(5, 2, 8), torch.randn(40, 2, 8)
     slots = torch.tensor([0, 1, slot, -1, 2])
@@ -214,6 +232,7 @@ def test_a_slot_outside_the_cache(slot: int) -> None:
             call(x, cache, slots)
 
 
+@slow
 def test_views_as_inputs(device: str) -> None:
     """q and k of one packed tensor are arguments of the compiled function."""
     cos, sin = angles(64, 4, device)
@@ -316,7 +335,7 @@ def refused() -> dict[str, Callable[[Tensor], Any]]:
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("name", refused())
-def test_what_eager_mode_refuses(name: str, dynamic: bool) -> None:
+def test_errors_of_eager_mode(name: str, dynamic: bool) -> None:
     grad = name in ("leaf", "one of an unbind")
     x = torch.randn(SHAPES[0], requires_grad=grad)
     before = x.detach().clone()
@@ -328,7 +347,7 @@ def test_what_eager_mode_refuses(name: str, dynamic: bool) -> None:
     same(x.detach(), before)
 
 
-def test_inference_tensors_are_refused() -> None:
+def test_inference_tensors_are_errors() -> None:
     cos, sin = angles(64, 4)
     with torch.inference_mode():
         x = torch.randn(SHAPES[0])
@@ -401,6 +420,7 @@ def take(x: Tensor, steps: list[Step]) -> Tensor:
 PROGRAMS = int(os.environ.get("FUSED_ROPE_COMPILED_PROGRAMS", 6))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", range(PROGRAMS))
 def test_random_programs(program: int, seed: int, device: str) -> None:
     """Views of views, in place one after the other, over shapes that change from call to call."""

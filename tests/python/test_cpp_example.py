@@ -14,6 +14,7 @@ from torch.nn.functional import mse_loss
 
 llama = pytest.importorskip("transformers.models.llama.modeling_llama")
 
+pytestmark = pytest.mark.slow
 EXAMPLE = Path(__file__).parents[2] / "examples" / "cpp"
 B, S, E, HQ, HK, D = 2, 24, 64, 8, 2, 16
 STEPS = 20
@@ -46,7 +47,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Attention(nn.Module):
-    """Stock transformers: its attention, its rotary tables, its causal mask."""
+    """Original transformers: its attention, its rotary tables, its causal mask."""
 
     def __init__(self) -> None:
         super().__init__()

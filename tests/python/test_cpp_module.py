@@ -14,6 +14,7 @@ from fused_rope import RotaryEmbedding
 from oracle import same
 from torch import Tensor
 
+pytestmark = pytest.mark.slow
 PROGRAM = Path(__file__).parents[1] / "modules"
 TRAINED = {"original_max_position_embeddings": 32}
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, **TRAINED}

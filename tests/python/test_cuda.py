@@ -1,4 +1,4 @@
-"""What only a GPU can show: the CPU's bits, graphs, streams, no waiting, devices, assertions."""
+"""What needs a GPU: bitwise identity with the CPU, graphs, streams, synchronization, devices."""
 
 import subprocess
 import sys
@@ -14,8 +14,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 
 @pytest.fixture
-def no_waiting():
-    """Fails whatever makes the host wait for the device."""
+def no_synchronization():
+    """Raises when the host synchronizes with the device."""
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     yield
@@ -54,13 +54,13 @@ def test_same_bits_as_on_the_cpu(dtype, interleaved, precision, width):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_large_enough_for_every_way_of_reading(layout, dtype):
-    """More than the cache holds: other plans are chosen, the bits stay."""
+def test_tensors_larger_than_the_cache(layout, dtype):
+    """The plan is another one, the results are the same."""
     B, S = (1, 8192) if layout == "thd" else (4, 4096)
     q, k = (tensor(layout, B, S, H, 128, dtype, "cuda") for H in (32, 8))
     cos, sin = angles(S, 64, "cuda")
-    for lanes in (dict(), dict(interleaved=True), dict(blocks=2)):
-        kw = dict(layout=layout, **lanes)
+    for pairing in (dict(), dict(interleaved=True), dict(blocks=2)):
+        kw = dict(layout=layout, **pairing)
         got = fused_rope.rotate_qk(q, k, cos, sin, **kw)
         for g, x in zip(got, (q, k), strict=True):
             assert torch.equal(g, bits(x, cos, sin, **kw))
@@ -69,8 +69,8 @@ def test_large_enough_for_every_way_of_reading(layout, dtype):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("precision", ["fp32", "model"])
-def test_pieces_of_large_tensors_in_place(layout, dtype, precision):
-    """Few lanes of every head: vectors are shorter, what lies between the pieces stays."""
+def test_partial_rotation_of_large_tensors_in_place(layout, dtype, precision):
+    """Few elements of each head: vectors are shorter, the elements in between are unchanged."""
     B, S = (1, 8192) if layout == "thd" else (4, 2048)
     q, k = (tensor(layout, B, S, H, 96, dtype, "cuda") for H in (32, 8))
     for P, offset, inverse in ((8, 0, False), (16, 0, True), (16, 64, False), (32, 0, True)):
@@ -96,8 +96,8 @@ def test_views_give_the_bits_of_the_cpu(name):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("heads", [(4, 2), (1, 1), (3, 5)], ids=str)
-def test_neighbours_in_a_packed_tensor(layout, heads):
-    """q and k in place, side by side before v: one walk over memory, which leaves v alone."""
+def test_adjacent_q_and_k_of_a_packed_tensor(layout, heads):
+    """q and k in place, adjacent in memory: joined into one tensor; v is unchanged."""
     Hq, Hk = heads
     qkv = tensor(layout, 2, 65, Hq + 2 * Hk, 64, torch.bfloat16, "cuda")
     before, axis = qkv.clone(), layout.index("h")
@@ -114,7 +114,7 @@ def test_neighbours_in_a_packed_tensor(layout, heads):
         same(v, x_v)
 
 
-def test_mixed_devices_are_refused():
+def test_mixed_devices_are_errors():
     x, (cos, sin) = torch.randn(2, 5, 4, 16), angles(5, 8)
     with pytest.raises((ValueError, RuntimeError), match="device"):
         fused_rope.rotate(x.cuda(), cos, sin)
@@ -191,7 +191,7 @@ def test_graph_of_forward_and_backward():
 
 
 def test_the_current_stream_is_used():
-    """Work queued before it, on a stream that is not the default one, is waited for by the GPU."""
+    """The kernel runs after work queued before it on a stream that is not the default one."""
     cos, sin = angles(64, 32, "cuda")
     x = tensor("bshd", 2, 64, 4, 64, torch.float32, "cuda")
     positions = torch.randint(0, 64, (2, 64)).cuda()
@@ -205,7 +205,7 @@ def test_the_current_stream_is_used():
     same(got, bits(x * 2, cos, sin, positions=positions))
 
 
-def test_nothing_waits(no_waiting):
+def test_calls_do_not_synchronize(no_synchronization):
     """Forward, backward, every source of rows, table gradients and growing tables."""
     cos, sin = angles(64, 32, "cpu")
     cos, sin = (t.pin_memory().cuda(non_blocking=True).requires_grad_() for t in (cos, sin))

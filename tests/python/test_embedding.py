@@ -1,4 +1,4 @@
-"""RotaryEmbedding: its numbers, its growing table, and what may happen to a module in between."""
+"""RotaryEmbedding: its values, its growing table, casts, copies and saves of modules."""
 
 import copy
 import io
@@ -13,7 +13,7 @@ from oracle import LAYOUTS, bits, error_over_bound, same
 
 
 def table(rows, R, device="cpu", base=10000.0):
-    """The table of R lanes by its definition, in float64, rounded to float32."""
+    """The table of R elements, computed in float64 and rounded to float32."""
     inv_freq = 1.0 / base ** (torch.arange(0, R, 2, dtype=torch.float64) / R)
     angle = torch.arange(rows, dtype=torch.float64)[:, None] * inv_freq
     return angle.cos().float().to(device), angle.sin().float().to(device)
@@ -25,7 +25,7 @@ def tensor(layout, S, H=3, D=64, B=2, device="cpu", dtype=torch.float32):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_grows_by_itself(layout, device):
+def test_grows_when_the_rows_are_known_on_the_host(layout, device):
     rope = RotaryEmbedding(64, layout=layout, max_seq_len=4, device=device)
     q, k = tensor(layout, 21, 4, device=device), tensor(layout, 21, 2, device=device)
     for got, x in zip(rope(q, k), (q, k), strict=True):
@@ -41,7 +41,7 @@ def rope_table(D, rows, device="cpu", **options):
     return rope.cos, rope.sin
 
 
-def test_growth_doubles_and_keeps_the_numbers():
+def test_growth_doubles_the_rows_and_keeps_their_values():
     rope = RotaryEmbedding(64, max_seq_len=16)
     before = rope.cos
     rope(torch.randn(1, 17, 1, 64))
@@ -59,7 +59,7 @@ def test_decode_continues_prefill():
     same(torch.cat(steps, 2), rope(q))
 
 
-def test_rows_that_only_the_device_knows(device):
+def test_positions_and_lengths_do_not_grow_the_table(device):
     rope = RotaryEmbedding(64, max_seq_len=10, device=device)
     q = tensor("bshd", 7, device=device)
     positions = torch.randint(-1, 10, (2, 7), device=device)
@@ -78,7 +78,7 @@ def test_rows_that_only_the_device_knows(device):
             RotaryEmbedding(64, max_seq_len=5)(q, positions=positions.clamp(min=7))
 
 
-def test_span_lane_map_and_precision(device):
+def test_span_pairing_and_precision(device):
     x = tensor("bshd", 9, D=80, device=device, dtype=torch.bfloat16)
     cos, sin = rope_table(48, 9, device)
     options = {"rotary_offset": 16, "interleaved": True, "precision": "model"}
@@ -168,7 +168,7 @@ def surroundings():
 
 
 @pytest.mark.parametrize("name", surroundings())
-def test_survives(name):
+def test_table_survives_casts_copies_and_saves(name):
     x = tensor("bshd", 40, dtype=torch.bfloat16).requires_grad_()
     rope = surroundings()[name]()
     got = rope(x)
@@ -177,14 +177,14 @@ def test_survives(name):
     assert list(rope.state_dict()) == [] and list(rope.parameters()) == []
 
 
-def test_grown_in_inference_mode_still_trains():
+def test_a_table_grown_in_inference_mode_trains():
     rope = RotaryEmbedding(64, max_seq_len=8)
     with torch.inference_mode():
         rope(tensor("bshd", 40))
     rope(tensor("bshd", 40).requires_grad_()).sum().backward()
 
 
-def test_follows_its_device(device):
+def test_moves_its_table_to_the_device_of_q(device):
     rope = RotaryEmbedding(64, max_seq_len=8).to(device)
     assert rope.cos.device.type == device
     x = tensor("bshd", 6, device=device)
@@ -194,7 +194,7 @@ def test_follows_its_device(device):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_grows_without_waiting_on_cuda():
+def test_growth_does_not_synchronize_cuda():
     rope = RotaryEmbedding(64, max_seq_len=8, device="cuda")
     x = tensor("bshd", 600, device="cuda")
     torch.cuda.synchronize()
@@ -209,7 +209,7 @@ def test_grows_without_waiting_on_cuda():
 @pytest.mark.parametrize(
     "lengths", [(5, 9, 17, 33, 64), (5, 9, 12, 17, 20, 33, 65, 150, 7), (17, 20)]
 )
-def test_compile_once_more_for_growing(lengths, device):
+def test_growth_compiles_once_more(lengths, device):
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     rope = RotaryEmbedding(64, max_seq_len=16, device=device)
@@ -253,7 +253,7 @@ def test_errors(word, options):
         RotaryEmbedding(64, **options)
 
 
-def test_other_head_dim_is_refused():
+def test_another_head_dim_is_an_error():
     with pytest.raises(ValueError, match="D=64"):
         RotaryEmbedding(64)(tensor("bshd", 5, D=128))
 
@@ -296,7 +296,7 @@ def test_config_equals_hugging_face(kind, S):
     torch.testing.assert_close(rope(x), want, rtol=0, atol=5e-5)
 
 
-def test_says_what_it_is():
+def test_repr():
     text = repr(RotaryEmbedding(64, layout="bhsd", interleaved=True))
     assert "64" in text and "bhsd" in text and "interleaved" in text
 
@@ -339,7 +339,7 @@ def close(got, want):
 
 @pytest.mark.parametrize("kind", VARYING)
 @pytest.mark.parametrize("longest", [9, TRAINED - 1, TRAINED, 100])
-def test_rows_of_this_call(kind, longest, device):
+def test_length_dependent_frequencies_depend_on_this_call_alone(kind, longest, device):
     rope = varying(kind, max_seq_len=4, device=device)
     cos, sin = at_rows(kind, longest + 1, device=device)
     positions = torch.randint(0, longest + 1, (2, 7), device=device)
@@ -362,7 +362,7 @@ def test_rows_of_this_call(kind, longest, device):
 
 
 @pytest.mark.parametrize("kind", VARYING)
-def test_packed_rows_of_this_call(kind, device):
+def test_length_dependent_frequencies_of_packed_sequences(kind, device):
     rope = varying(kind, layout="thd", device=device)
     cu = torch.tensor([0, 5, 5, 11], dtype=torch.int32, device=device)
     x = tensor("thd", 13, D=32, device=device)
@@ -382,7 +382,7 @@ def test_packed_rows_of_this_call(kind, device):
 
 
 @pytest.mark.parametrize("kind", VARYING)
-def test_axes_and_blocks_of_this_call(kind, device):
+def test_length_dependent_frequencies_with_axes_and_blocks(kind, device):
     axes = fused_rope.mrope_axes([4, 6, 6])
     x = tensor("bshd", 7, D=32, device=device)
     positions = torch.randint(-1, 100, (3, 2, 7), device=device)
@@ -394,7 +394,7 @@ def test_axes_and_blocks_of_this_call(kind, device):
         close(varying(kind, blocks=2, device=device)(x, positions=positions[2]), want)
 
 
-def test_rows_that_are_none_are_refused():
+def test_positions_that_are_no_row_are_errors():
     rope, x = varying("dynamic"), tensor("bshd", 3, D=32)
     with pytest.raises(IndexError):
         rope(x, positions=torch.tensor([0, -3, 1]))
@@ -407,7 +407,7 @@ def test_rows_that_are_none_are_refused():
 
 
 @pytest.mark.parametrize("kind", VARYING)
-def test_rows_of_this_call_compile(kind, device):
+def test_length_dependent_frequencies_compile(kind, device):
     """One graph serves both sides of the trained length, without positions too."""
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
@@ -440,7 +440,7 @@ LONGEST = (9, TRAINED - 1, TRAINED, 100, 20)
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("kind", VARYING)
-def test_rows_of_this_call_compile_wherever_tokens_are(kind, place):
+def test_length_dependent_frequencies_compile_with_any_positions(kind, place):
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     rope = varying(kind)
@@ -453,7 +453,7 @@ def test_rows_of_this_call_compile_wherever_tokens_are(kind, place):
 
 
 @pytest.mark.parametrize("kind", VARYING)
-def test_packed_rows_of_this_call_compile(kind):
+def test_length_dependent_frequencies_compile_with_packed_sequences(kind):
     torch._dynamo.reset()
     rope = varying(kind, layout="thd")
     compiled = torch.compile(rope, backend="aot_eager", fullgraph=True)
@@ -475,7 +475,7 @@ class Calls(torch.nn.Module):
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("kind", VARYING)
-def test_rows_of_this_call_export(kind, place, strict):
+def test_length_dependent_frequencies_export(kind, place, strict):
     """One exported program serves both sides of the trained length."""
     q, k = tensor("bshd", 7, D=32), tensor("bshd", 7, 1, D=32)
     where = PLACES[place](9)
@@ -492,7 +492,7 @@ def test_rows_of_this_call_export(kind, place, strict):
 
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("kind", VARYING)
-def test_rows_of_this_call_export_of_any_length(kind, strict):
+def test_length_dependent_frequencies_export_with_any_length(kind, strict):
     S = torch.export.Dim("S", min=2, max=4096)
     q, k = tensor("bshd", 9, D=32), tensor("bshd", 9, 1, D=32)
     exported = torch.export.export(
@@ -505,7 +505,7 @@ def test_rows_of_this_call_export_of_any_length(kind, strict):
 
 
 @pytest.mark.parametrize("kind", VARYING)
-def test_rows_of_this_call_survive_moves(kind):
+def test_length_dependent_frequencies_survive_moves(kind):
     with torch.device("meta"):
         rope = varying(kind)
     rope = copy.deepcopy(rope.to_empty(device="cpu").to(torch.bfloat16))
@@ -515,7 +515,7 @@ def test_rows_of_this_call_survive_moves(kind):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("kind", VARYING)
-def test_rows_of_this_call_do_not_wait_on_cuda(kind):
+def test_length_dependent_frequencies_do_not_synchronize_cuda(kind):
     rope = varying(kind, device="cuda")
     x = tensor("bshd", 7, D=32, device="cuda")
     positions = torch.randint(0, 100, (2, 7), device="cuda")

@@ -1,4 +1,4 @@
-"""A caller's mistake: the right exception, a message that says what was expected, and no harm."""
+"""Mistakes in a call: the exception, a message that says what was expected, nothing written."""
 
 import fused_rope
 import pytest
@@ -51,15 +51,18 @@ def bad_calls():
 
     yield "rotary_offset", V, x_ok | dict(rotary_offset=1)
     yield "rotary_offset", V, x_ok | dict(rotary_offset=-1)
+    yield "rotary_offset", V, x_ok | dict(rotary_offset=2**63 - 1)
     yield "blocks", V, x_ok | dict(blocks=3)
     yield "blocks", V, x_ok | dict(blocks=0)
     yield "blocks", V, x_ok | dict(blocks=-1)
     yield "blocks", V, x_ok | dict(blocks=2, interleaved=True)
 
-    yield "positions of dtype", T, x_ok | dict(positions=p.float())
-    yield "positions of dtype", T, x_ok | dict(positions=p.bool())
-    yield "positions of dtype", T, x_ok | dict(positions=p.short())
-    yield "positions of shape", V, x_ok | dict(positions=p[:4])
+    for dtype in (torch.float32, torch.int16, torch.uint8, torch.bool):
+        yield "positions of dtype", T, x_ok | dict(positions=p.to(dtype))
+        yield "offset of dtype", T, x_ok | dict(offset=torch.zeros(2, dtype=dtype))
+        yield "cu_seqlens of dtype", T, thd | dict(cu_seqlens=cu.to(dtype))
+    for sizes in ((4,), (6,), (10,), (2, 4)):
+        yield "positions of shape", V, x_ok | dict(positions=torch.zeros(sizes, dtype=p.dtype))
     yield "positions of shape", V, x_ok | dict(positions=p.expand(3, 5))
     yield "positions of shape", V, x_ok | dict(positions=p.expand(1, 1, 5))
     yield "positions of shape", V, x_ok | dict(positions=p[0])
@@ -70,16 +73,15 @@ def bad_calls():
     yield "positions", IndexError, x_ok | dict(positions=p - 2)
 
     yield "cos with at least offset .* rows", V, x_ok | dict(offset=4)
+    yield "cos with at least offset .* rows", V, x_ok | dict(offset=2**63 - 1)
     yield "offset >= 0", V, x_ok | dict(offset=-1)
     yield "offset of shape", V, x_ok | dict(offset=torch.zeros(3, dtype=torch.int64))
     yield "offset of shape", V, x_ok | dict(offset=torch.zeros(2, 1, dtype=torch.int64))
     yield "offset of shape", V, thd | dict(cu_seqlens=cu, offset=torch.tensor([1, 2]))
-    yield "offset of dtype", T, x_ok | dict(offset=torch.zeros(2))
     yield "no offset", V, x_ok | dict(cos=token, sin=token, offset=1)
     yield "no offset", V, x_ok | dict(cos=token, sin=token, offset=torch.tensor([0, 0]))
 
     yield "cu_seqlens with layout thd", V, x_ok | dict(cu_seqlens=torch.tensor([0, 5]))
-    yield "cu_seqlens of dtype", T, thd | dict(cu_seqlens=cu.float())
     yield "cu_seqlens of shape", V, thd | dict(cu_seqlens=cu[None])
     yield "cu_seqlens of shape", V, thd | dict(cu_seqlens=cu[:0])
     yield "no cu_seqlens", V, thd | dict(cos=head[:1], sin=head[:1], cu_seqlens=cu)
@@ -106,28 +108,31 @@ CALLS = list(bad_calls())
 IDS = [f"{i}-{word}" for i, (word, _, _) in enumerate(CALLS)]
 
 
-def with_history(x):
-    return x.clone().requires_grad_() * 1 if x.is_floating_point() and not x.is_meta else x
+CALL_FORMS = ["new tensor", "in place", "out"]
 
 
 @pytest.mark.parametrize("call", CALLS, ids=IDS)
 @pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
-@pytest.mark.parametrize("in_place", [False, True], ids=["out of place", "in place"])
-def test_bad_call(call, in_place, grad):
+@pytest.mark.parametrize("form", CALL_FORMS)
+def test_bad_call(call, form, grad):
     word, kind, arguments = call
-    name = ("rotate_qk" if "q" in arguments else "rotate") + ("_" if in_place else "")
+    name = "rotate_qk" if "q" in arguments else "rotate"
+    inputs = [n for n in ("x", "q", "k") if n in arguments]
     arguments = dict(arguments)
-    for n in ("x", "q", "k"):
-        if (
-            n in arguments
-            and arguments[n].is_floating_point()
-            and arguments[n].device.type == "cpu"
-        ):
-            arguments[n] = (arguments[n].clone().requires_grad_() * 1) if grad else arguments[n]
+    if grad:
+        for n in inputs:
+            if arguments[n].is_floating_point() and not arguments[n].is_meta:
+                arguments[n] = arguments[n].clone().requires_grad_() * 1
+    function = getattr(fused_rope, name + ("_" if form == "in place" else ""))
+    if form == "out":
+        outs = tuple(torch.zeros_like(arguments[n]) for n in inputs)
+        arguments["out"] = outs if "q" in arguments else outs[0]
     tensors = {n: t for n, t in arguments.items() if isinstance(t, torch.Tensor) and not t.is_meta}
     before = {n: (t.detach().clone(), t._version) for n, t in tensors.items()}
-    with pytest.raises(kind, match=rf"(?s)^{name}: expected {word}.*got"):
-        getattr(fused_rope, name)(**arguments)
+    operator = name + {"new tensor": "", "in place": "_", "out": "_out"}[form]
+    expected = rf"(?s)^{operator}: expected {word}.*got"
+    with torch.set_grad_enabled(form != "out"), pytest.raises(kind, match=expected):
+        function(**arguments)
     for n, (value, version) in before.items():
         same(tensors[n], value)
         assert tensors[n]._version == version, n
@@ -142,7 +147,7 @@ def test_wording():
     assert str(error.value) == want
 
 
-def test_the_position_that_is_not_there_is_named():
+def test_a_position_out_of_range_is_named():
     x, (cos, sin) = torch.randn(2, 5, 4, 16), angles(8, 8)
     positions = torch.zeros(2, 5, dtype=torch.int64)
     positions[1, 3] = 17
@@ -150,8 +155,7 @@ def test_the_position_that_is_not_there_is_named():
         fused_rope.rotate(x, cos, sin, positions=positions)
 
 
-def test_sequence_argument_of_two_outputs():
-    """out must be a pair for rotate_qk."""
+def test_out_of_rotate_qk_must_be_a_pair():
     x, (cos, sin) = torch.randn(2, 5, 4, 16), angles(8, 8)
     for out in (torch.empty(2, 5, 4, 16), (x.clone(),), [x.clone() for _ in range(3)]):
         with pytest.raises(TypeError, match="rotate_qk: expected out to be a pair of tensors"):
@@ -235,7 +239,7 @@ UNREAD += [(kind, form, True) for kind in ("nested", "jagged") for form in FORMS
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("kind,form,grad", UNREAD)
-def test_tensors_without_plain_memory(kind, form, grad):
+def test_tensors_without_strided_memory(kind, form, grad):
     cos, sin = angles(8, 8)
     other = torch.randn(2, 5, 4, 16)
     make, words = UNREADABLE[kind]
@@ -249,7 +253,7 @@ def test_tensors_without_plain_memory(kind, form, grad):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_nested_tensors_elsewhere():
+def test_nested_positions_and_modules():
     parts = [torch.arange(3), torch.arange(2)]
     x, (cos, sin) = torch.randn(2, 5, 4, 16), angles(8, 8)
     for kw in ({}, {"layout": torch.jagged}):
@@ -261,7 +265,7 @@ def test_nested_tensors_elsewhere():
             fused_rope.RotaryEmbedding(16)(nested)
 
 
-def test_what_the_message_on_nested_tensors_says_to_do():
+def test_the_advice_for_nested_tensors_works():
     parts = [torch.randn(n, 4, 16) for n in (3, 5)]
     x, (cos, sin) = torch.nested.nested_tensor(parts, layout=torch.jagged), angles(8, 8)
     got = fused_rope.rotate(x.values(), cos, sin, layout="thd", cu_seqlens=x.offsets())
@@ -304,7 +308,6 @@ def test_an_odd_head_dim():
 
 
 def test_a_full_width_table_of_odd_width():
-    """It says no number twice."""
     q, k, (cos, sin) = torch.randn(5, 2, 7), torch.randn(5, 1, 7), angles(5, 7)
     with pytest.raises(ValueError, match=r"even number of columns .*, got \[5, 7\]"):
         liger_rotary_pos_emb_vision(q, k, cos, sin)
@@ -313,14 +316,14 @@ def test_a_full_width_table_of_odd_width():
 
 
 def test_errors_reach_callers_of_the_operators():
-    """torch.ops knows the same checks: they do not live in the Python functions."""
+    """The checks are in the operators, not in the Python functions."""
     x, (cos, sin) = torch.randn(2, 5, 4, 16), angles(3, 8)
     for name in ("rotate", "rotate_"):
         with pytest.raises(ValueError, match=f"{name}: expected cos"):
             getattr(torch.ops.fused_rope, name)(x, cos, sin)
 
 
-def test_an_error_in_a_thread_is_an_error():
+def test_an_error_in_another_thread_is_raised():
     """Rows are checked before any thread writes."""
     x, (cos, sin) = torch.randn(8, 512, 4, 64), angles(600, 32)
     positions = torch.arange(512).repeat(8, 1)

@@ -90,7 +90,7 @@ def test_equals_hugging_face(scaling, rows):
 
 @pytest.mark.parametrize("layer_type", ["sliding_attention", "full_attention"])
 def test_layer_types_with_head_dims_of_their_own(layer_type):
-    """Gemma 4's layers of full attention have wider heads, of which p-RoPE turns a part."""
+    """Gemma 4's layers of full attention have wider heads, of which p-RoPE rotates a part."""
     gemma4 = pytest.importorskip("transformers.models.gemma4")
     from transformers.models.gemma4.modeling_gemma4 import Gemma4TextRotaryEmbedding
 
@@ -105,7 +105,7 @@ def test_layer_types_with_head_dims_of_their_own(layer_type):
 
 
 def test_llama3_steps_where_it_has_no_blend():
-    """A wave that turns just as often as both factors say is kept; transformers divides 0 by 0."""
+    """A frequency exactly at both factors is kept; transformers divides 0 by 0."""
     once = 8192 / (2 * math.pi)
     scaling = {**SCALINGS[6], "low_freq_factor": once, "high_freq_factor": once}
     assert frequencies(2, scaling=scaling)[0].tolist() == [1.0]
@@ -143,7 +143,7 @@ def test_errors_name_what_is_wrong(scaling, word):
         frequencies(7)
 
 
-def test_surroundings_have_no_influence():
+def test_frequencies_do_not_depend_on_modes_and_defaults():
     want = [
         frequencies(R, scaling=scaling)[0] for scaling in SCALINGS if "dynamic" not in str(scaling)
     ]

@@ -1,4 +1,4 @@
-"""A few cases of the fuzzer; `make fuzz CASES=100000` runs as many as one likes."""
+"""A few cases of the fuzzer; `make fuzz CASES=100000` runs more."""
 
 import fused_rope
 import fuzz
@@ -12,22 +12,20 @@ def test_random_calls(chunk, seed, device):
 
 
 def test_calls_drawn_by_other_processes(seed, device):
-    """The way of a GPU: all calls made by one process, their memory and results by others."""
+    """As on a GPU: one process makes all calls, others draw and compare."""
     failures = fuzz.run(1000, seed, device, jobs=2, one_caller=True)
     assert not failures, "\n\n".join(failures[:5])
 
 
 def test_large_calls(seed, device, monkeypatch):
-    """Drawn and compared where they run; here less large."""
+    """Drawn and compared on the device; smaller here."""
     monkeypatch.setattr(fuzz, "LARGE_TOKENS", 64)
     monkeypatch.setattr(fuzz, "is_large", lambda index, device: index % 2 == 1)
     assert not fuzz.run_chunk(seed, 0, 100, device)
 
 
 @pytest.mark.parametrize("argument", ["inverse", "offset", "rotary_offset", "precision"])
-def test_a_fault_is_noticed(argument, seed, device, monkeypatch):
-    """The fuzzer fails an operator that ignores an argument."""
-
+def test_an_ignored_argument_is_detected(argument, seed, device, monkeypatch):
     def without_argument(function):
         return lambda *tensors, **kw: function(
             *tensors, **{n: v for n, v in kw.items() if n != argument}
@@ -40,8 +38,8 @@ def test_a_fault_is_noticed(argument, seed, device, monkeypatch):
 
 
 @pytest.mark.parametrize("large", [False, True])
-def test_stray_writes_are_noticed(large, seed, device, monkeypatch):
-    """One element is changed that belongs to no result: beside a tensor, or in a table."""
+def test_stray_writes_are_detected(large, seed, device, monkeypatch):
+    """The changed element belongs to no result: it is next to a tensor, or in a table."""
     monkeypatch.setattr(fuzz, "LARGE_TOKENS", 64)
     monkeypatch.setattr(fuzz, "is_large", lambda index, device: large)
     perform = fuzz.perform
@@ -58,8 +56,8 @@ def test_stray_writes_are_noticed(large, seed, device, monkeypatch):
     assert all("memory was changed" in text and "differs" not in text for text in failures)
 
 
-def test_results_in_new_memory_are_noticed(seed, device, monkeypatch):
-    """In place and with out=, the caller's own tensors come back."""
+def test_results_in_new_memory_are_detected(seed, device, monkeypatch):
+    """In place and with out=, the operators return the caller's tensors."""
     for name in ("rotate_", "rotate_qk_"):
         function = getattr(fused_rope, name.removesuffix("_"))
         monkeypatch.setattr(fused_rope, name, function)

@@ -1,9 +1,21 @@
-"""In place: only rotated lanes are written, versions bumped, and what autograd forbids refused."""
+"""In place: only rotated elements are written, versions bumped, autograd's rules enforced."""
 
 import fused_rope
 import pytest
 import torch
-from oracle import DTYPES, LAYOUTS, OVERLAPPING, VIEWS, angles, bits, same, same_bits, tensor, view
+from oracle import (
+    DTYPES,
+    LAYOUTS,
+    OVERLAPPING,
+    VIEWS,
+    angles,
+    any_bits,
+    bits,
+    identical,
+    same,
+    tensor,
+    view,
+)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -23,17 +35,13 @@ def test_values(layout, dtype, interleaved, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_other_lanes_keep_their_bits(dtype, device):
-    """Any bits, NaNs too."""
-    size = torch.empty(0, dtype=dtype).element_size()
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
-    low, high = torch.iinfo(integer).min, torch.iinfo(integer).max
-    base = torch.randint(low, high, (2, 5, 4, 48), dtype=integer).view(dtype).to(device)
+def test_other_elements_keep_their_bits(dtype, device):
+    base = any_bits((2, 5, 4, 48), dtype, device)
     base[..., 32:] = torch.randn(2, 5, 4, 16).to(dtype).to(device)
     before = base.clone()
     cos, sin = angles(5, 8, device)
     fused_rope.rotate_qk_(base[:, :, :3], base[:, :, 3:], cos, sin, rotary_offset=32)
-    same_bits(base[..., :32], before[..., :32])
+    identical(base[..., :32], before[..., :32])
     same(base[..., 32:], bits(before[..., 32:], cos, sin))
 
 
@@ -46,7 +54,28 @@ def test_memory_around_a_view_is_left_alone(name, device):
     want = bits(x, cos, sin)
     fused_rope.rotate_(x, cos, sin)
     before.as_strided(x.size(), x.stride(), x.storage_offset()).copy_(want)
-    same_bits(whole, before)
+    identical(whole, before)
+
+
+def test_k_has_heads_and_strides_of_its_own(device):
+    q = tensor("bshd", 2, 5, 8, 32, torch.bfloat16, device)
+    memory = tensor("bhsd", 2, 5, 4, 40, torch.bfloat16, device)
+    expected, k = memory.clone(), memory[:, 1:-1, :, 4:36].transpose(1, 2)
+    cos, sin = angles(5, 16, device)
+    expected[:, 1:-1, :, 4:36].transpose(1, 2).copy_(bits(k, cos, sin))
+    fused_rope.rotate_qk_(q, k, cos, sin)
+    identical(memory, expected)
+
+
+@pytest.mark.parametrize("D", [48, 80, 96, 160, 192, 256])
+@pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
+def test_pairs_split_between_threads_do_not_race(D, interleaved, device):
+    """The two elements of a pair may belong to different CUDA threads or warps."""
+    x = tensor("bshd", 4, 65, 8, D, torch.bfloat16, device)
+    cos, sin = angles(65, D // 2, device)
+    want = fused_rope.rotate(x, cos, sin, interleaved=interleaved)
+    for _ in range(3):
+        same(fused_rope.rotate_(x.clone(), cos, sin, interleaved=interleaved), want)
 
 
 @pytest.mark.parametrize("grad", [False, True])
@@ -67,12 +96,18 @@ def test_a_view_bumps_its_base(device):
 
 def test_inference_tensors(device):
     cos, sin = angles(5, 8, device)
+    normal = torch.randn(2, 5, 4, 16, device=device)
     with torch.inference_mode():
         x = torch.randn(2, 5, 4, 16, device=device)
-        want = bits(x, cos, sin)
-        same(fused_rope.rotate_(x, cos, sin), want)
-    with pytest.raises(RuntimeError):  # PyTorch's rule: no in-place update outside inference mode
-        x.mul_(2)
+        want = bits(x, cos, sin), bits(normal, cos, sin)
+        fused_rope.rotate_qk_(x, normal, cos, sin)
+    same(x, want[0])
+    same(normal, want[1])
+    with pytest.raises(RuntimeError, match="inference"):
+        fused_rope.rotate_(x, cos, sin)
+    with pytest.raises(RuntimeError, match="inference"):
+        fused_rope.rotate_qk_(normal, x, cos, sin)
+    same(normal, want[1])
 
 
 # --- autograd ----------------------------------------------------------------------------------
@@ -88,9 +123,10 @@ def test_gradient(device):
     same(leaf.grad, bits(g, cos, sin, inverse=True))
 
 
+@pytest.mark.parametrize("trained", [False, True], ids=["fixed table", "trained table"])
 @pytest.mark.parametrize("form", ["rotate_", "rotate_qk_"])
-def test_gradient_of_slices_of_one_packed_tensor(form, device):
-    cos, sin = angles(5, 8, device)
+def test_gradient_of_slices_of_one_packed_tensor(form, trained, device):
+    cos, sin = (t.requires_grad_(trained) for t in angles(5, 8, device))
     leaf = torch.randn(2, 5, 8, 16, device=device, requires_grad=True)
     qkv = leaf * 1.0
     if form == "rotate_":
@@ -103,19 +139,28 @@ def test_gradient_of_slices_of_one_packed_tensor(form, device):
     qkv.backward(g)
     want = torch.cat([bits(g[:, :, :6], cos, sin, inverse=True), g[:, :, 6:]], 2)
     same(leaf.grad, want)
+    if trained:
+        alone = [t.detach().requires_grad_() for t in (cos, sin)]
+        fused_rope.rotate(leaf.detach()[:, :, :6], *alone).backward(g[:, :, :6])
+        torch.testing.assert_close((cos.grad, sin.grad), tuple(t.grad for t in alone))
 
 
-def test_gradient_where_only_one_needs_it(device):
+@pytest.mark.parametrize("which", [0, 1], ids=["q", "k"])
+@pytest.mark.parametrize("split", [False, True], ids=["whole", "one of a split"])
+def test_gradient_where_only_one_requires_it(which, split, device):
+    """The other may be one of several views, as for PyTorch's own in-place operators."""
     cos, sin = angles(5, 8, device)
-    for which in (0, 1):
-        leaves = [torch.randn(2, 5, H, 16, device=device) for H in (4, 2)]
-        leaves[which].requires_grad_()
-        q, k = (t * 1.0 for t in leaves)
-        fused_rope.rotate_qk_(q, k, cos, sin)
-        x = (q, k)[which]
-        assert x.requires_grad and not (k, q)[which].requires_grad
-        x.sum().backward()
-        same(leaves[which].grad, bits(torch.ones_like(x), cos, sin, inverse=True))
+    leaf = torch.randn(2, 5, 4, 16, device=device, requires_grad=True)
+    other = torch.randn(2, 5, 4, 16, device=device)
+    if split:
+        other = other.split(2, 2)[0]
+    want = bits(other, cos, sin)
+    x = leaf * 1.0
+    fused_rope.rotate_qk_(*((x, other) if which == 0 else (other, x)), cos, sin)
+    assert x.requires_grad and not other.requires_grad
+    same(other, want)
+    x.sum().backward()
+    same(leaf.grad, bits(torch.ones_like(x), cos, sin, inverse=True))
 
 
 def test_twice_in_a_row(device):
@@ -132,13 +177,26 @@ def test_twice_in_a_row(device):
     same(leaf.grad, bits(back, cos, sin, inverse=True))
 
 
-def test_a_result_saved_for_backward_is_missed(device):
-    """exp keeps its result: rotating that in place makes its backward fail, not lie."""
+@pytest.mark.parametrize("form", ["rotate_", "rotate_qk_"])
+def test_backward_detects_that_a_saved_result_was_rotated(form, device):
+    """exp saves its result."""
+    leaves = [torch.randn(2, 5, H, 16, device=device, requires_grad=True) for H in (4, 2)]
+    saved = [leaf.exp() for leaf in leaves[: 2 if form == "rotate_qk_" else 1]]
+    getattr(fused_rope, form)(*saved, *angles(5, 8, device))
+    for x in saved:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            x.sum().backward()
+
+
+def test_an_input_of_rotate_may_be_overwritten_before_backward(device):
+    """rotate saves the tables only."""
     leaf = torch.randn(2, 5, 4, 16, device=device, requires_grad=True)
-    saved = leaf.exp()
-    fused_rope.rotate_(saved, *angles(5, 8, device))
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        saved.sum().backward()
+    cos, sin = angles(5, 8, device)
+    x = leaf * 1
+    y = fused_rope.rotate(x, cos, sin)
+    fused_rope.rotate_(x, cos, sin)
+    y.sum().backward()
+    same(leaf.grad, bits(torch.ones_like(x), cos, sin, inverse=True))
 
 
 def refused():
@@ -154,7 +212,7 @@ def refused():
 
 @pytest.mark.parametrize("make", list(refused()), ids=lambda c: c[0])
 @pytest.mark.parametrize("form", ["rotate_", "q of rotate_qk_", "k of rotate_qk_"])
-def test_refused_before_anything_is_touched(make, form, device):
+def test_rejected_before_anything_is_written(make, form, device):
     cos, sin = angles(5, 8, device)
     with torch.device(device):
         x, other = make[1](), torch.randn(2, 5, 3, 16)
@@ -172,7 +230,7 @@ def test_refused_before_anything_is_touched(make, form, device):
 
 
 @pytest.mark.parametrize("form", ["rotate_", "rotate_qk_"])
-def test_the_operator_refuses_torch_func_before_anything_is_touched(form, device):
+def test_the_operator_rejects_torch_func_before_anything_is_written(form, device):
     """The Python functions have a route of their own; the operator's Function does not."""
     cos, sin = angles(5, 8, device)
     xs = [torch.randn(2, 5, 4, 16, device=device) for _ in range(1 if form == "rotate_" else 2)]
@@ -201,7 +259,7 @@ def test_a_leaf_may_be_rotated_without_gradients(device):
 
 
 @pytest.mark.parametrize("grad", [False, True])
-def test_overlapping_q_and_k_are_refused(grad, device):
+def test_overlapping_q_and_k_are_errors(grad, device):
     base = torch.randn(2, 5, 8, 16, device=device, requires_grad=grad) * 1
     cos, sin = angles(5, 8, device)
     before = base.detach().clone()
@@ -214,7 +272,7 @@ def test_overlapping_q_and_k_are_refused(grad, device):
 
 
 def test_gradient_of_the_table_in_place(device):
-    """x is overwritten, so its rotated lanes are kept; the others are not."""
+    """x is overwritten, so its rotated elements are saved; the others are not."""
     cos, sin = (t.requires_grad_() for t in angles(5, 4, device, torch.float64))
     leaf = torch.randn(2, 5, 4, 16, dtype=torch.float64, device=device, requires_grad=True)
 
@@ -255,7 +313,7 @@ def test_memory_of_its_own_table_is_refused(which, device):
     same(x, before)
 
 
-def test_a_bad_row_with_gradients_touches_neither(device):
+def test_a_bad_row_with_gradients_changes_neither_tensor(device):
     """One launch for q and k, with gradients too: the message names the operator called."""
     if device == "cuda":
         pytest.skip("a device-side assertion there: test_cuda.py")

@@ -11,8 +11,8 @@ from oracle import (
     angles,
     as_bshd,
     bits,
+    identical,
     same,
-    same_bits,
     tensor,
     view,
 )
@@ -28,7 +28,7 @@ def test_out(layout, dtype, device):
     got = fused_rope.rotate_qk(q, k, cos, sin, out=out, **kw)
     for g, o, x in zip(got, out, (q, k), strict=True):
         assert g is o
-        same(o, bits(x, cos, sin, **kw))  # lanes outside the span too
+        same(o, bits(x, cos, sin, **kw))  # elements outside the span too
         again = torch.full_like(x, float("nan"))
         assert fused_rope.rotate(x, cos, sin, out=again, **kw) is again
         same(again, o)
@@ -44,11 +44,11 @@ def test_out_of_any_strides(name, dtype, device):
     fused_rope.rotate(x, cos, sin, rotary_offset=5, out=out)
     want = bits(x, cos, sin, rotary_offset=5)
     before.as_strided(out.size(), out.stride(), out.storage_offset()).copy_(want)
-    same_bits(whole, before)
+    identical(whole, before)
 
 
 def test_rope_part_of_a_joint_key(device):
-    """The one rotary key of MLA, expanded over heads, goes behind each head's other lanes."""
+    """The one rotary key of MLA, expanded over heads, goes behind each head's other elements."""
     cos, sin = angles(9, 8, device)
     q, k = (tensor("bshd", 2, 9, H, 16, torch.bfloat16, device) for H in (4, 1))
     joint = torch.full((2, 9, 4, 48), 7.0, dtype=torch.bfloat16, device=device)
@@ -101,7 +101,7 @@ def test_decode_into_a_paged_cache(itype, dtype, device):
     q, k = (tensor("thd", 1, 7, H, 40, dtype, device) for H in (8, 2))
     positions = torch.randint(0, 90, (7,), dtype=itype).to(device)
     slots = torch.tensor(SLOTS, dtype=itype, device=device)
-    pages = tensor("bshd", 64, 2, 2, 40, dtype, device)  # [slot, k or v, head, lane]
+    pages = tensor("bshd", 64, 2, 2, 40, dtype, device)  # [slot, k or v, head, element]
     want = pages.clone()
     kept = slots >= 0
     kw = dict(layout="thd", positions=positions, rotary_offset=8)
@@ -110,7 +110,7 @@ def test_decode_into_a_paged_cache(itype, dtype, device):
     got = fused_rope.rotate_qk(q, k, cos, sin, out=out, out_rows=slots, **kw)
     assert got[1] is out[1]
     same(out[0], bits(q, cos, sin, **kw))
-    same_bits(pages, want)
+    identical(pages, want)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -179,7 +179,7 @@ def test_bad_out(case):
         fused_rope.rotate_qk(x.clone(), x, cos, sin, out=(good, out))
 
 
-def test_overlaps_that_can_be_proved_are_refused():
+def test_provable_overlaps_are_errors():
     base = torch.randn(2, 9, 4, 16)
     cos, sin = angles(9, 8)
     flat = base.flatten()
@@ -199,7 +199,7 @@ def test_overlaps_that_can_be_proved_are_refused():
 
 
 @pytest.mark.parametrize("which", ["x", "cos", "out"])
-def test_no_part_in_autograd(which, device):
+def test_out_rejects_tensors_that_require_grad(which, device):
     x = tensor("bshd", 2, 9, 4, 16, torch.float32, device)
     cos, sin = angles(9, 8, device)
     out = torch.zeros_like(x)

@@ -1,4 +1,4 @@
-"""precision="model": the roundings of eager PyTorch in x's dtype, to the bit."""
+"""precision="model": bitwise identical to eager PyTorch in x's dtype."""
 
 import fused_rope
 import pytest
@@ -60,24 +60,24 @@ def test_hugging_face_bits(dtype, family, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("form", ["rotate", "rotate_", "out"])
-def test_every_form(dtype, layout, form, device):
+@pytest.mark.parametrize(
+    "pairing", [{}, {"interleaved": True}, {"blocks": 3, "rotary_offset": 7}], ids=str
+)
+@pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
+def test_every_form(dtype, layout, form, pairing, inverse, device):
     x = tensor(layout, 1, 9, 3, 40, dtype, device)
     cos, sin = angles(30, 12, device)
     positions = torch.randint(-1, 30, (9,)).to(device)
-    for lanes in (dict(), dict(interleaved=True), dict(blocks=3, rotary_offset=7)):
-        for inverse in (False, True):
-            kw = dict(layout=layout, precision="model", positions=positions, **lanes)
-            kw |= dict(inverse=inverse)
-            want = bits(x, cos, sin, **kw)
-            if form == "out":
-                same(fused_rope.rotate(x, cos, sin, out=torch.empty_like(x), **kw), want)
-            else:
-                same(getattr(fused_rope, form)(x.clone(), cos, sin, **kw), want)
+    kw = dict(layout=layout, precision="model", positions=positions, inverse=inverse, **pairing)
+    want = bits(x, cos, sin, **kw)
+    if form == "out":
+        same(fused_rope.rotate(x, cos, sin, out=torch.empty_like(x), **kw), want)
+    else:
+        same(getattr(fused_rope, form)(x.clone(), cos, sin, **kw), want)
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_the_table_is_rounded_first(dtype, device):
-    """Where that matters: otherwise the two precisions could not be told apart."""
     x = tensor("bshd", 2, 33, 4, 64, dtype, device)
     cos, sin = angles(33, 32, device)
     model = fused_rope.rotate(x, cos, sin, precision="model")
@@ -89,7 +89,7 @@ def test_the_table_is_rounded_first(dtype, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_one_mode_for_wide_types(dtype, device):
+def test_precisions_are_equal_for_float32_and_float64(dtype, device):
     x = tensor("bshd", 2, 33, 4, 64, dtype, device)
     for table in (torch.float32, torch.float64):
         cos, sin = angles(33, 32, device, table)
@@ -97,7 +97,7 @@ def test_one_mode_for_wide_types(dtype, device):
         same(model, fused_rope.rotate(x, cos, sin))
 
 
-def test_products_that_leave_the_type(device):
+def test_float16_products_overflow_and_underflow(device):
     """float16 products beyond 65504 are infinite and small ones vanish, as in eager PyTorch."""
     x = torch.tensor([6e4, 6e4, 6e-8, 6e-8], device=device).half().view(1, 1, 2, 2)
     cos, sin = torch.full((1, 1), 1.25, device=device), torch.full((1, 1), 0.4, device=device)

@@ -1,6 +1,4 @@
-"""The reference: the operator's bits, PyTorch's gradients, and the registered fallback."""
-
-import itertools
+"""The reference: bitwise identical to the operator, with its gradients; the registered fallback."""
 
 import fused_rope
 import pytest
@@ -17,61 +15,72 @@ def tensor(layout, D, dtype, device):
     return torch.randn(shape, dtype=torch.float64).to(dtype).to(device)
 
 
-def row_choices(layout, device):
-    """Name and keywords of every way to say which rows the tokens read."""
+ROWS = ["none", "offset", "positions", "positions [S]", "axes", "axes of one sequence"]
+PACKED_ROWS = ["packed", "packed, lengths", "packed, positions"]
+LAYOUT_ROWS = [(x, n) for x in LAYOUTS for n in ROWS]
+LAYOUT_ROWS += [("thd", n) for n in PACKED_ROWS]
+LAYOUT_ROWS += [(x, n) for x in LAYOUTS if x != "thd" for n in ("lengths", "lengths, axes")]
+
+
+def row_choice(layout, name, device):
+    """Keywords that select the rows of the tokens."""
     batch = 1 if layout == "thd" else B
     each = torch.randint(-1, 20, (batch, S), device=device)
     axes = [0, 2, 1, 0, 2, 2]
     three = torch.randint(-1, 20, (3, batch, S), dtype=torch.int32, device=device)
-    yield "none", {}
-    yield "offset", {"offset": 5}
-    yield "positions", {"positions": each, "offset": 3}
-    yield "one for all", {"positions": each[0].int(), "offset": 0}
-    yield "axes", {"positions": three, "axes": axes, "offset": 1}
-    yield "axes of one sequence", {"positions": three[:, 0], "axes": axes}
-    if layout == "thd":
-        cu = torch.tensor([0, 2, 2, 5], dtype=torch.int32, device=device)
-        past = torch.tensor([4, 0, 9], device=device)
-        yield "packed", {"cu_seqlens": cu}
-        yield "packed, lengths", {"cu_seqlens": cu, "offset": past}
-        yield "packed, positions", {"cu_seqlens": cu, "offset": past, "positions": each[0]}
-    else:
-        lengths = torch.tensor([7, 0], dtype=torch.int32, device=device)
-        yield "lengths", {"offset": lengths}
-        yield "lengths, axes", {"positions": three, "axes": axes, "offset": lengths}
+    lengths = torch.tensor([7, 0], dtype=torch.int32, device=device)
+    cu = torch.tensor([0, 2, 2, 5], dtype=torch.int32, device=device)
+    past = torch.tensor([4, 0, 9], device=device)
+    return {
+        "none": {},
+        "offset": {"offset": 5},
+        "positions": {"positions": each, "offset": 3},
+        "positions [S]": {"positions": each[0].int(), "offset": 0},
+        "axes": {"positions": three, "axes": axes, "offset": 1},
+        "axes of one sequence": {"positions": three[:, 0], "axes": axes},
+        "packed": {"cu_seqlens": cu},
+        "packed, lengths": {"cu_seqlens": cu, "offset": past},
+        "packed, positions": {"cu_seqlens": cu, "offset": past, "positions": each[0]},
+        "lengths": {"offset": lengths},
+        "lengths, axes": {"positions": three, "axes": axes, "offset": lengths},
+    }[name]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout,rows", LAYOUT_ROWS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("precision", ["fp32", "model"])
-def test_rows(layout, dtype, precision, device):
+@pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
+def test_rows(layout, rows, dtype, precision, inverse, device):
     x = tensor(layout, 2 * P + 5, dtype, device)
     cos, sin = angles(M, P, device)
-    for (name, rows), inverse in itertools.product(row_choices(layout, device), [False, True]):
-        options = {"layout": layout, "rotary_offset": 3, "precision": precision, **rows}
-        y = x.clone().requires_grad_()
-        got = reference.rotate(y, cos, sin, inverse=inverse, **options)
-        want = bits(x, cos, sin, inverse=inverse, **options)
-        assert torch.equal(got.detach(), want), name
-        g = torch.randn_like(x)
-        got.backward(g)
-        assert torch.equal(y.grad, bits(g, cos, sin, inverse=not inverse, **options)), name
-        assert torch.equal(fused_rope.rotate(x, cos, sin, inverse=inverse, **options), want), name
+    options = {"layout": layout, "rotary_offset": 3, "precision": precision}
+    options |= row_choice(layout, rows, device)
+    y = x.clone().requires_grad_()
+    got = reference.rotate(y, cos, sin, inverse=inverse, **options)
+    want = bits(x, cos, sin, inverse=inverse, **options)
+    same(got, want)
+    g = torch.randn_like(x)
+    got.backward(g)
+    same(y.grad, bits(g, cos, sin, inverse=not inverse, **options))
+    same(fused_rope.rotate(x, cos, sin, inverse=inverse, **options), want)
+
+
+FORMS = ["[M, P]", "[1, S, P]", "[B, S, P]", "[1, S, H, P]", "[B, S, H, P]"]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
-    "lane_map", [{}, {"interleaved": True}, {"blocks": 2}, {"blocks": 3}, {"blocks": 6}], ids=str
+    "pairing", [{}, {"interleaved": True}, {"blocks": 2}, {"blocks": 3}, {"blocks": 6}], ids=str
 )
-def test_lane_maps_and_table_forms(layout, lane_map, device):
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_pairings_and_table_forms(layout, pairing, form, dtype, device):
     x = tensor(layout, 2 * P, torch.bfloat16, device)
-    batch = 1 if layout == "thd" else B
-    for shape in [(M, P), (1, S, P), (batch, S, P), (1, S, H, P), (batch, S, H, P)]:
-        for dtype in (torch.float32, torch.float64, torch.bfloat16):
-            rows = torch.Size(shape[:-1]).numel()
-            cos, sin = (t.view(shape) for t in angles(rows, P, device, dtype))
-            got = reference.rotate(x, cos, sin, layout=layout, **lane_map)
-            same(got, bits(x, cos, sin, layout=layout, **lane_map))
+    sizes = {"M": M, "B": 1 if layout == "thd" else B, "S": S, "H": H, "1": 1}
+    leading = [sizes[letter] for letter in form.strip("[]").split(", ")[:-1]]
+    cos, sin = (t.view(*leading, P) for t in angles(torch.Size(leading).numel(), P, device, dtype))
+    got = reference.rotate(x, cos, sin, layout=layout, **pairing)
+    same(got, bits(x, cos, sin, layout=layout, **pairing))
 
 
 def test_all_forms(device):
@@ -147,7 +156,7 @@ def test_other_devices_have_a_kernel(name, key):
 
 
 def fallback(name, *args):
-    """The operator as a device without a kernel of ours meets it, here with CPU tensors."""
+    """Calls the operator as on a device without a kernel of this library, with CPU tensors."""
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.XPU)
     return getattr(torch.ops.fused_rope, name).default.redispatch(keys, *args)
 
@@ -157,8 +166,8 @@ def test_fallback_through_the_dispatcher():
     q, k = (tensor("bhsd", 2 * P, torch.bfloat16, "cpu").transpose(1, 2) for _ in range(2))
     positions, lengths = torch.randint(0, 9, (B, S)), torch.tensor([3, 1])
     rows = {"positions": positions, "offset": lengths}
-    lane_map = {"interleaved": True, "inverse": True, "precision": "model"}
-    want = [bits(x, cos, sin, **rows, **lane_map) for x in (q, k)]
+    pairing = {"interleaved": True, "inverse": True, "precision": "model"}
+    want = [bits(x, cos, sin, **rows, **pairing) for x in (q, k)]
     tail = (0, "bshd", None, 0, True, 1, True, "model")
 
     got = fallback("rotate", q, cos, sin, positions, lengths, None, *tail)

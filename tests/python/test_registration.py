@@ -224,10 +224,19 @@ def test_meta_runs(name):
     getattr(torch.ops.fused_rope, name)(*inputs)
 
 
-def test_meta_checks_dtypes():
-    x = torch.empty(2, 5, 4, 16, device="meta")
-    with pytest.raises(TypeError, match="rotate: expected x"):
-        fused_rope.rotate(x.int(), *meta_table(5, 8))
+META = torch.empty(2, 5, 4, 16, device="meta")
+BAD_META = {
+    "dtype of x": (TypeError, "x", META.int(), meta_table(5, 8)),
+    "rank of x": (ValueError, "x", META[0], meta_table(5, 8)),
+    "dtype of sin": (TypeError, "sin", META, (META[0, :, 0, :8], META[0, :, 0, :8].double())),
+    "device of cos": (ValueError, "cos", META, (torch.ones(5, 8), torch.ones(5, 8))),
+}
+
+
+@pytest.mark.parametrize("kind,word,x,table", BAD_META.values(), ids=BAD_META)
+def test_meta_checks_its_inputs(kind, word, x, table):
+    with pytest.raises(kind, match=f"rotate: expected {word}"):
+        fused_rope.rotate(x, *table)
 
 
 def test_fake_tensors_propagate(device):

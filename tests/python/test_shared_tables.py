@@ -85,7 +85,7 @@ def fresh(name, x):
 
 @ALL
 @pytest.mark.parametrize("lengths", [(10, 40), (40, 10), (10, 40, 9, 100)], ids=str)
-def test_recomputation_meets_the_tables_of_its_forward(name, lengths, device):
+def test_recomputation_uses_the_tables_of_its_forward(name, lengths, device):
     make, call = MODULES[name]
     rope = make()
     xs = [tensor(S, device=device, requires_grad=True) for S in lengths]
@@ -190,7 +190,7 @@ AROUND = {
 
 @pytest.mark.parametrize("around", AROUND)
 @pytest.mark.parametrize("kind", SCALINGS)
-def test_nothing_made_under_a_mode_is_kept(kind, around):
+def test_tables_made_under_a_mode_are_normal_tensors(kind, around):
     rope = embedding(kind)
     for S in (5, 30):  # a table that is there, and one that has to grow
         AROUND[around](rope, S)
@@ -240,7 +240,7 @@ def test_traced_by_jit_at_other_lengths(kind):
             traced(tensor(100))
 
 
-def test_scripting_names_what_to_do_instead():
+def test_scripting_says_what_to_do_instead():
     for module in (embedding(), torch.nn.Sequential(embedding()), rotalabs.RotaryEmbedding(D)):
         with pytest.raises(RuntimeError, match=r"RotaryEmbedding: .*torch\.compile"):
             torch.jit.script(module)
@@ -306,7 +306,7 @@ def test_modules_of_the_same_frequencies_share_a_table(builds):
     assert RotaryEmbedding(D, max_seq_len=500, base=56.0).cos.data_ptr() not in pointers
 
 
-def test_shorter_tables_keep_no_memory_of_their_own():
+def test_shorter_tables_are_views_of_longer_ones():
     rope = RotaryEmbedding(D, max_seq_len=10, base=57.0)
     for S in (5, 1000, 5):
         rope(tensor(S))
@@ -315,7 +315,7 @@ def test_shorter_tables_keep_no_memory_of_their_own():
     assert short.cos.untyped_storage().data_ptr() == rope.cos.untyped_storage().data_ptr()
 
 
-def test_a_table_goes_with_its_last_module():
+def test_a_table_is_freed_with_its_last_module():
     rope, other = (RotaryEmbedding(D, base=58.0) for _ in range(2))
     tables = weakref.ref(rope._tables.frequencies.span(0).table)
     del rope

@@ -11,8 +11,8 @@ from oracle import (
     angles,
     as_bshd,
     bits,
+    identical,
     same,
-    same_bits,
     tensor,
     view,
     views,
@@ -33,7 +33,7 @@ def test_views(name, dtype, interleaved, device):
 
 @pytest.mark.parametrize("name", VIEWS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_views_of_q_beside_views_of_k(name, dtype, device):
+def test_views_of_q_with_views_of_k(name, dtype, device):
     """Each tensor has strides of its own."""
     q = view(name, dtype, device)
     cos, sin = angles(5, 8, device)
@@ -61,7 +61,7 @@ def test_views_in_place(name, dtype, device):
 
 @pytest.mark.parametrize("layout", ["bhsd", "sbhd", "thd"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_a_layout_is_only_a_permutation(layout, dtype, device):
+def test_layouts_are_permutations(layout, dtype, device):
     x = tensor(layout, 1, 7, 4, 32, dtype, device)
     cos, sin = angles(7, 16, device)
     want = fused_rope.rotate(as_bshd(x, layout), cos, sin)
@@ -91,7 +91,7 @@ def test_dimensions_of_size_one_may_have_any_stride(sizes, strides, dtype, devic
 @pytest.mark.parametrize("shift", range(9))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_alignment(shift, dtype, device):
-    """Storage offsets that break 16-byte alignment, and those that keep it, give the same bits."""
+    """Results do not depend on whether storage offsets keep 16-byte alignment."""
     x = tensor("bshd", 1, 3, 4, 64, dtype, device)
     moved = torch.cat([x.new_zeros(shift), x.flatten()])[shift:].view(x.shape)
     cos, sin = angles(3, 32, device)
@@ -106,7 +106,7 @@ def test_every_alignment(shift, dtype, device):
 
 @pytest.mark.parametrize("pitch", [64, 65, 66, 68, 72, 80, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_every_pitch(pitch, dtype, device):
+def test_every_head_stride(pitch, dtype, device):
     x = tensor("bshd", 2, 3, 4, pitch, dtype, device)[..., :64]
     cos, sin = angles(3, 32, device)
     same(fused_rope.rotate(x, cos, sin), fused_rope.rotate(x.contiguous(), cos, sin))
@@ -128,7 +128,7 @@ def test_lazily_negated_memory(device):
     same(z.real, before.real)
 
 
-def test_no_copy_is_asked_of_the_allocator(device):
+def test_strided_inputs_are_not_copied(device):
     """One output is allocated and nothing else: no hidden `.contiguous()` of a strided input."""
     x = tensor("bhsd", 2, 64, 8, 64, torch.bfloat16, device).transpose(1, 2)[..., :32]
     cos, sin = angles(64, 16, device)
@@ -145,5 +145,20 @@ def test_an_input_is_never_written(device):
     qkv = storage.view(2, 5, 3, 4, 16)
     before = storage.clone()
     cos, sin = angles(5, 8, device)
-    fused_rope.rotate_qk(qkv[:, :, 0], qkv[:, :, 1], cos, sin)
-    same_bits(storage, before)
+    got = fused_rope.rotate_qk(qkv[:, :, 0], qkv[:, :, 1], cos, sin)
+    identical(storage, before)
+    assert len({t.untyped_storage().data_ptr() for t in (storage, *got)}) == 3
+
+
+@pytest.mark.slow
+def test_strides_beyond_32_bits(device):
+    if device == "cuda" and torch.cuda.mem_get_info()[0] < 12e9:
+        pytest.skip("needs 12 GB")
+    stride = 2**32 + 8
+    memory = torch.empty(stride + 1024, dtype=torch.int8, device=device).view(torch.bfloat16)
+    x = memory.as_strided((2, 5, 2, 16), (stride // 2, 32, 16, 1))
+    x.copy_(torch.randn(2, 5, 2, 16))
+    cos, sin = angles(5, 8, device)
+    want = bits(x, cos, sin)
+    same(fused_rope.rotate(x, cos, sin), want)
+    same(fused_rope.rotate_(x, cos, sin), want)

@@ -16,7 +16,7 @@ INV_FREQ = 1.0 / 10000 ** (torch.arange(0, 128, 2, dtype=torch.float64) / 128)
 @pytest.mark.parametrize("table", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dtypes(table, dtype, device):
-    """A table is read as it is; half precision beside another x is widened, which is exact."""
+    """A table is read as it is; half precision with another x is widened, which is exact."""
     x = tensor("bshd", 2, 9, 3, 32, dtype, device)
     cos, sin = angles(9, 16, device, table)
     same(fused_rope.rotate(x, cos, sin), bits(x, cos, sin))
@@ -37,7 +37,7 @@ def table_views(cos, sin):
         "first half of a full width": (full_c[:, :P], full_s[:, :P]),
         "real and imaginary": (cis.real.to(cos.dtype), cis.imag.to(cos.dtype)),
         "conjugated": (opposite.real.to(cos.dtype), opposite.imag.to(cos.dtype)),
-        "repeated lanes": tuple(t.repeat_interleave(2, -1)[:, ::2] for t in (cos, sin)),
+        "every second column": tuple(t.repeat_interleave(2, -1)[:, ::2] for t in (cos, sin)),
         "transposed": (cos.t().contiguous().t(), sin.t().contiguous().t()),
         "unlike each other": (cos, sin.t().contiguous().t()),
         "unlike each other, one batch": (cos[None], sin.t().contiguous().t()[None]),
@@ -64,6 +64,21 @@ def test_expanded_row(device):
     x = tensor("bshd", 2, 9, 3, 32, torch.bfloat16, device)
     cos, sin = (t.expand(9, 16) for t in angles(1, 16, device))
     same(fused_rope.rotate(x, cos, sin), bits(x, cos, sin))
+
+
+@pytest.mark.parametrize("which", ["cos", "sin"])
+@pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("P", [1, 3, 8, 20, 64])
+def test_nothing_is_read_beyond_the_last_row(which, interleaved, dtype, P, device):
+    """The memory around the table is NaN."""
+    x = tensor("bshd", 1, 4, 2, 2 * P, torch.bfloat16, device)
+    tables = dict(zip(("cos", "sin"), angles(4, P, device, dtype), strict=True))
+    memory = torch.full((4 * P + 64,), float("nan"), dtype=dtype, device=device)
+    inner = memory[16 : 16 + 4 * P].view(4, P).copy_(tables[which])
+    want = bits(x, **tables, interleaved=interleaved)
+    got = fused_rope.rotate(x, **tables | {which: inner}, interleaved=interleaved)
+    same(got, want)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -183,7 +198,7 @@ def test_full_width_of_any_dtype_and_stride(table_layout, table, dtype, device):
 
 @FULL_WIDTH
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_full_width_with_chosen_rows(table_layout, layout, device):
+def test_full_width_with_row_selection(table_layout, layout, device):
     """positions, offset, axes, cu_seqlens and out_rows, forward and backward."""
     B, S = (1, 10) if layout == "thd" else (2, 5)
     x = tensor(layout, B, S, 3, 32, torch.float32, device)
@@ -257,7 +272,7 @@ def test_derivatives_of_full_width(table_layout, shape, pairing, device):
 
 @FULL_WIDTH
 @EACH_SHAPE
-def test_transformations_of_full_width(table_layout, shape, device):
+def test_torch_func_of_full_width(table_layout, shape, device):
     x = torch.randn(2, 9, 3, 16, device=device)
     cos, sin = tables_of(shape, 8, device)
     full = full_width(cos, table_layout), full_width(sin, table_layout)
@@ -356,10 +371,14 @@ def float32_ulp(value):
     return 2.0 ** (int(mpmath.floor(mpmath.log(max(abs(value), 2.0**-126), 2))) - 23)
 
 
+FREQUENCIES = [(1e4, torch.float64), (5e5, torch.float64), (1e7, torch.float32)]
+
+
 @pytest.mark.parametrize("first", FAR)
-@pytest.mark.parametrize("base", [10_000, 500_000])
-def test_right_to_one_ulp(first, base):
+@pytest.mark.parametrize("base,dtype", FREQUENCIES, ids=str)
+def test_right_to_one_ulp(first, base, dtype):
     inv_freq = 1.0 / base ** (torch.arange(0, 128, 2, dtype=torch.float64) / 128)
+    inv_freq = inv_freq.to(dtype)
     cos, sin = fused_rope.cos_sin_table(inv_freq, 2, first=first)
     assert cos.shape == sin.shape == (2, 64) and cos.dtype == sin.dtype == torch.float32
     with mpmath.workdps(50):
@@ -382,14 +401,14 @@ def test_dtype_and_scale(dtype):
         assert g.is_contiguous()
 
 
-def test_rows_from_the_middle():
+def test_rows_do_not_depend_on_the_first():
     whole = fused_rope.cos_sin_table(INV_FREQ, 100)
     for got, want in zip(fused_rope.cos_sin_table(INV_FREQ, 60, first=40), whole, strict=True):
         same(got, want[40:])
 
 
 @pytest.mark.parametrize("rows,P", [(0, 64), (5, 0), (0, 0), (1, 1)])
-def test_edges(rows, P):
+def test_empty_tables(rows, P):
     cos, sin = fused_rope.cos_sin_table(INV_FREQ[:P], rows)
     assert cos.shape == sin.shape == (rows, P)
 
@@ -409,7 +428,7 @@ def test_frequencies_of_any_dtype_and_stride(dtype):
         assert not got[0].requires_grad
 
 
-def test_surroundings_do_not_matter():
+def test_tables_do_not_depend_on_modes_and_defaults():
     """Neither autocast, nor the default dtype, nor the default device, nor TF32 settings."""
     want = fused_rope.cos_sin_table(INV_FREQ, 100)
     torch.set_default_dtype(torch.float16)
@@ -456,6 +475,8 @@ BAD = [
     (dict(rows=-1), ValueError, "rows"),
     (dict(first=-1), ValueError, "first"),
     (dict(first=2**31), ValueError, "first"),
+    (dict(first=2**63 - 1), ValueError, "first"),
+    (dict(rows=2**63 - 1), ValueError, "rows"),
     (dict(dtype=torch.int32), TypeError, "dtype"),
 ]
 

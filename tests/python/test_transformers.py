@@ -1,4 +1,4 @@
-"""Hugging Face transformers: the drop-in and whole patched models against the stock ones."""
+"""Hugging Face transformers: the drop-in and whole patched models against the originals."""
 
 import importlib
 import inspect
@@ -39,14 +39,14 @@ def build(family, device="cpu", dtype=torch.float32, **options):
     return model.to(device=device, dtype=dtype).eval()
 
 
-def stock_and_ours(model, run, **options):
-    stock = run()
+def original_and_ours(model, run, **options):
+    original = run()
     assert list(patch(model, **options).left_alone) == []
     try:
         ours = run()
     finally:
         unpatch(model)
-    return stock, ours
+    return original, ours
 
 
 # --- the function -------------------------------------------------------------------------------
@@ -76,8 +76,8 @@ def test_function_is_bitwise_the_original(family, dtype, unsqueeze_dim, device):
         torch.randint(0, 4000, (B, S)),
     ):
         cos, sin = tables(family, q, position_ids.to(device))
-        stock = modeling(family).apply_rotary_pos_emb
-        want = stock(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
+        original = modeling(family).apply_rotary_pos_emb
+        want = original(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
         got = apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
         g = [torch.randn_like(t) for t in want]
         want_grads = torch.autograd.grad(want, (q, k), g)
@@ -156,22 +156,22 @@ def test_models(family, dtype, case, device):
     elif case == "position_ids":
         inputs["position_ids"] = torch.randint(0, 1000, (2, 19), device=device)
     run = forward_backward(model, ids, **inputs)
-    stock, ours = stock_and_ours(model, run)
+    original, ours = original_and_ours(model, run)
     if device == "cpu":
-        same(ours[0], stock[0])
+        same(ours[0], original[0])
     bfloat16 = {"rtol": 2e-2, "atol": 2e-3}
     tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else bfloat16
-    torch.testing.assert_close(ours[0], stock[0], **tolerance)
-    for name, grad in stock[1].items():
+    torch.testing.assert_close(ours[0], original[0], **tolerance)
+    for name, grad in original[1].items():
         torch.testing.assert_close(
             ours[1][name], grad, **tolerance, msg=lambda m, n=name: f"{n}: {m}"
         )
     again = run()
-    same(again[0], stock[0])
+    same(again[0], original[0])
 
 
 def test_autocast_keeps_the_numbers():
-    """Under autocast the stock function returns float32, which attention rounds; ours rounds it."""
+    """Under autocast the original returns float32, which attention rounds; ours rounds it."""
     model = build("llama")
     ids = torch.randint(0, 97, (2, 19))
 
@@ -179,8 +179,8 @@ def test_autocast_keeps_the_numbers():
         with torch.autocast("cpu", torch.bfloat16):
             return model(input_ids=ids).logits
 
-    stock, ours = stock_and_ours(model, run)
-    same(ours, stock)
+    original, ours = original_and_ours(model, run)
+    same(ours, original)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -194,8 +194,8 @@ def test_generate(family, device):
         options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
         return model.generate(ids, attention_mask=mask, **options)
 
-    stock, ours = stock_and_ours(model, run)
-    assert torch.equal(stock, ours)
+    original, ours = original_and_ours(model, run)
+    assert torch.equal(original, ours)
 
 
 def test_compiles_without_a_graph_break(device):
@@ -215,32 +215,34 @@ def test_compiles_without_a_graph_break(device):
 # --- patch and unpatch --------------------------------------------------------------------------
 
 
-def test_replacement_has_the_stock_signature():
+def test_replacement_has_the_original_signature():
     module = modeling("llama")
-    stock = module.apply_rotary_pos_emb
+    original = module.apply_rotary_pos_emb
     model = build("llama")
     report = patch(model)
     try:
         ours = module.apply_rotary_pos_emb
-        assert ours is not stock and inspect.signature(ours) == inspect.signature(called(stock))
+        assert ours is not original and inspect.signature(ours) == inspect.signature(
+            called(original)
+        )
         assert "modeling_llama" in str(report) and "half" in str(report)
     finally:
         report = unpatch(model)
-    assert module.apply_rotary_pos_emb is stock
+    assert module.apply_rotary_pos_emb is original
     assert "restored" in str(report)
 
 
 def test_models_of_a_family_are_counted():
     module = modeling("llama")
-    stock = module.apply_rotary_pos_emb
+    original = module.apply_rotary_pos_emb
     other = modeling("mistral").apply_rotary_pos_emb
     first, second = build("llama"), build("llama")
     patch(first)
     patch(second)
     assert unpatch(first).restored == []
-    assert module.apply_rotary_pos_emb is not stock
+    assert module.apply_rotary_pos_emb is not original
     assert unpatch(second).restored
-    assert module.apply_rotary_pos_emb is stock
+    assert module.apply_rotary_pos_emb is original
     assert not unpatch(second).restored
     assert modeling("mistral").apply_rotary_pos_emb is other
 
@@ -272,7 +274,7 @@ def test_precision_of_the_patch_reaches_the_operator():
 
 def test_somebody_else_s_replacement_is_left_alone():
     module = modeling("llama")
-    stock = module.apply_rotary_pos_emb
+    original = module.apply_rotary_pos_emb
     model = build("llama")
     patch(model)
     try:
@@ -280,22 +282,22 @@ def test_somebody_else_s_replacement_is_left_alone():
         report = unpatch(model)
         assert module.apply_rotary_pos_emb is theirs and report.left_alone
     finally:
-        module.apply_rotary_pos_emb = stock
+        module.apply_rotary_pos_emb = original
 
 
 def test_unknown_forms_are_left_alone(monkeypatch):
     """A function of the right name and signature, but with other numbers, is not guessed at."""
     module = modeling("llama")
-    stock = module.apply_rotary_pos_emb
+    original = module.apply_rotary_pos_emb
 
     def twice(q, k, cos, sin, unsqueeze_dim=1):
-        return stock(*stock(q, k, cos, sin), cos, sin)
+        return original(*original(q, k, cos, sin), cos, sin)
 
     def mean(q, k, cos, sin, unsqueeze_dim=1):
         return (x.float().mean().to(x.dtype) for x in (q, k))
 
     def rounded_twice(q, k, cos, sin, unsqueeze_dim=1):
-        wide = stock(*(t.double() for t in (q, k, cos, sin)))
+        wide = original(*(t.double() for t in (q, k, cos, sin)))
         return wide[0].float().to(q.dtype), wide[1].float().to(k.dtype)
 
     for other in (twice, rounded_twice, lambda q, k, freqs: (q, k), lambda *args: mean(*args)):
@@ -308,7 +310,7 @@ def test_unknown_forms_are_left_alone(monkeypatch):
 def test_tables_of_another_form_end_the_patch():
     """The drop-in reads half of the table, so a model whose halves differ is not for it."""
     module = modeling("llama")
-    stock = module.apply_rotary_pos_emb
+    original = module.apply_rotary_pos_emb
 
     class Twisted(type(build("llama").model.rotary_emb)):
         def forward(self, x, position_ids):
@@ -322,7 +324,7 @@ def test_tables_of_another_form_end_the_patch():
     assert patch(model).patched
     with pytest.warns(UserWarning, match="tables"):
         same(model(input_ids=ids).logits, want)
-    assert module.apply_rotary_pos_emb is stock
+    assert module.apply_rotary_pos_emb is original
     assert not unpatch(model).restored
 
 

@@ -118,6 +118,7 @@ METHODS = {"seamless_m4t", "wav2vec2-bert", "wav2vec2-conformer"}
 UNSCALED = METHODS | {"esm", "nemotron", "phimoe", "pixtral", "qwen2_5_omni_dit"}
 
 
+@pytest.mark.slow
 def test_every_model_rotates_alike_or_is_refused(rows):
     assert len(rows) > (200 if MODERN else 95)
     for row in rows:
@@ -202,6 +203,7 @@ def outcome(source, layer_type):
     return repr(rope), rope._inv_freq.tolist()
 
 
+@pytest.mark.slow
 def test_no_config_of_transformers_ends_in_another_error(monkeypatch):
     """Configs without rotary parameters, composed ones, and those of vision and audio models."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # two load another's
@@ -544,7 +546,7 @@ def test_remote_code_with_a_named_pairing():
 
 
 def test_longrope_of_version_4():
-    """Its trained length is the config's own, beside the scaling."""
+    """Its trained length is the config's own, not part of the scaling."""
     lists = {"short_factor": HALVES, "long_factor": HALVES}
     config = plain(
         model_type="phi3",

@@ -453,9 +453,9 @@ def test_a_hook_that_changes_the_tables_is_seen():
         return output[0] * torch.arange(16), output[1]
 
     ids = torch.randint(97, (2, 12))
-    stock, model = model_of(), model_of()
-    stock.model.rotary_emb.register_forward_hook(hook)
-    want = stock(ids).logits
+    original, model = model_of(), model_of()
+    original.model.rotary_emb.register_forward_hook(hook)
+    want = original(ids).logits
     patch(model)
     model(ids)
     model.model.rotary_emb.register_forward_hook(hook)
@@ -595,6 +595,7 @@ def test_nothing_is_kept_alive():
     assert alive() is None
 
 
+@pytest.mark.slow
 def test_cycles_of_patches_keep_a_bounded_number_of_functions():
     model = model_of()
 

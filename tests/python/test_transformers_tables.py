@@ -126,7 +126,9 @@ def positions(device):
     yield torch.arange(S, dtype=torch.int32)[None]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [f if f == "llama" else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
+)
 @pytest.mark.parametrize("kind", ["default", "linear", "yarn", "llama3"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [None, 1_000_000])
@@ -137,8 +139,8 @@ def test_same_bits(family, kind, dtype, rows, device, patched):
     want = [rotary(x, p) for p in ids]
     assert len(patched(rotary, rows=rows).tables) == 1
     got = [rotary(x, p) for p in ids]
-    for pair, stock in zip(got, want, strict=True):
-        for a, b in zip(pair, stock, strict=True):
+    for pair, original in zip(got, want, strict=True):
+        for a, b in zip(pair, original, strict=True):
             same(a, b)
             assert not a.requires_grad
     names = operators(rotary, x, ids[0])
@@ -153,8 +155,8 @@ def test_frequencies_that_follow_the_length_are_the_module_s_own(kind, rows, dev
     ids = [torch.arange(S, device=device)[None] for S in (16, 40, 100, 200, 20)]
     want = [other(x, p) for p in ids]
     patched(rotary, rows=rows)
-    for p, stock in zip(ids, want, strict=True):
-        for a, b in zip(rotary(x, p), stock, strict=True):
+    for p, original in zip(ids, want, strict=True):
+        for a, b in zip(rotary(x, p), original, strict=True):
             same(a, b)
 
 
@@ -167,8 +169,8 @@ def test_layer_types(device, patched):
     kinds = ("full_attention", "sliding_attention")
     want = [rotary(x, p, kind) for kind in kinds]
     patched(rotary, rows=64)
-    for kind, stock in zip(kinds, want, strict=True):
-        for a, b in zip(rotary(x, p, layer_type=kind), stock, strict=True):
+    for kind, original in zip(kinds, want, strict=True):
+        for a, b in zip(rotary(x, p, layer_type=kind), original, strict=True):
             same(a, b)
         assert "bmm" not in operators(rotary, x, p, kind)
 
@@ -646,6 +648,7 @@ def kept_tensors():
     return sum(type(t) is torch.Tensor and t.shape[:1] == (ROWS,) for t in gc.get_objects())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("table", ["original", "float64"])
 def test_kept_rows_go_with_the_patch(table):
     rotary = rotary_of()
@@ -793,10 +796,10 @@ def test_float64_rows(family, kind, dtype, device, patched, frequencies_are):
     rotary = rotary_of(family, kind, device)
     x = torch.zeros(1, 1, 64, device=device, dtype=dtype)
     ids = torch.tensor([[0, -1, 2, 77], [-999, 65537, 99_999, 131_071]], device=device)
-    stock = rotary(x, ids)
+    original = rotary(x, ids)
     patched(rotary, rows=131_072, table="float64")
     got = rotary(x, ids)
-    assert [a.dtype for a in got] == [b.dtype for b in stock]
+    assert [a.dtype for a in got] == [b.dtype for b in original]
     want = exact_pair(exact_frequencies(rotary), ids, rotary.attention_scaling, family)
     within_an_ulp(got, want)
     assert "bmm" not in operators(rotary, x, ids)
@@ -805,12 +808,12 @@ def test_float64_rows(family, kind, dtype, device, patched, frequencies_are):
 def test_float64_rows_of_far_positions_are_closer_to_the_truth(device, patched, frequencies_are):
     rotary = rotary_of(device=device)
     x, far = torch.zeros(1, 1, 64, device=device), torch.tensor([[131_071]], device=device)
-    stock = rotary(x, far)
+    original = rotary(x, far)
     patched(rotary, rows=131_072, table="float64")
     truth = exact_pair(10000.0 ** -(torch.arange(0, 16, 2, dtype=torch.float64) / 16), far)
-    for ours, theirs, true in zip(rotary(x, far), stock, truth, strict=True):
-        off, stock_off = ((a.cpu() - true).abs().max() for a in (ours, theirs))
-        assert off < 1e-7 and stock_off > 1e-4
+    for ours, theirs, true in zip(rotary(x, far), original, truth, strict=True):
+        off, original_off = ((a.cpu() - true).abs().max() for a in (ours, theirs))
+        assert off < 1e-7 and original_off > 1e-4
 
 
 def test_float64_rows_follow_the_module_s_frequencies(device, patched, frequencies_are):
@@ -960,9 +963,9 @@ class Graphs:
     "options,fused",
     [
         ({}, 0),
-        ({"precision": "fp32"}, 2),
+        pytest.param({"precision": "fp32"}, 2, marks=pytest.mark.slow),
         ({"compiled": "fused"}, 2),
-        ({"compiled": "original", "precision": "fp32"}, 0),
+        pytest.param({"compiled": "original", "precision": "fp32"}, 0, marks=pytest.mark.slow),
     ],
 )
 def test_what_the_compiler_is_given(options, fused, device, patched):
@@ -1022,31 +1025,31 @@ def test_one_choice_for_a_family(patched):
 
 def test_unpatch_restores_the_module():
     model, rotary = model_of(), modeling("llama").LlamaRotaryEmbedding
-    stock = rotary.forward
+    original = rotary.forward
     first = patch(model)
-    assert rotary.forward is not stock and "LlamaRotaryEmbedding" in str(first)
+    assert rotary.forward is not original and "LlamaRotaryEmbedding" in str(first)
     patch(model)
     unpatch(model)
-    assert rotary.forward is not stock
+    assert rotary.forward is not original
     unpatch(model)
-    assert rotary.forward is stock
+    assert rotary.forward is original
 
 
 def test_a_forward_that_somebody_else_replaced_is_left_alone(monkeypatch):
     """By whatever signature: the patch is taken back, and the next one may be another."""
     model, rotary = model_of(), modeling("llama").LlamaRotaryEmbedding
     key = f"{rotary.__module__}.LlamaRotaryEmbedding"
-    stock = rotary.forward
+    original = rotary.forward
     patch(model)
 
     def theirs(*args, **kwargs):
-        return stock(*args, **kwargs)
+        return original(*args, **kwargs)
 
     monkeypatch.setattr(rotary, "forward", theirs)
     report = unpatch(model)
     assert rotary.forward is theirs
     assert report.tables == {key: "somebody else's"}
-    monkeypatch.setattr(rotary, "forward", stock)
+    monkeypatch.setattr(rotary, "forward", original)
     assert patch(model, rows=8).tables == {key: "ours"}
     assert unpatch(model).tables == {key: "its own"}
 

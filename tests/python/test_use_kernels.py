@@ -1,7 +1,8 @@
-"""transformers' own way to other kernels, `use_kernels=True`, takes ours where `kernels` is there.
+"""transformers' `use_kernels=True` uses this library's kernels when `kernels` is installed.
 
-scripts/test.sh installs that package beside the environment, for this file and test_transformers.py
-alone: it makes layers of transformers' functions, and its versions suit few of transformers'.
+scripts/test.sh installs that package outside the environment, for this file and
+test_transformers.py alone: it makes layers of transformers' functions, and each of its versions
+fits few versions of transformers.
 """
 
 import json
@@ -92,7 +93,7 @@ def test_kernelize(name, mode, build):
     assert not is_ours(model, ids)
 
 
-def test_patch_beside_kernels(build):
+def test_patch_with_kernels(build):
     model, ids = build("V1-llama")
     want = model(ids)[0]
     patch(model)

@@ -69,9 +69,9 @@ def image(size=32):
     return {"pixel_values": torch.randn(2, 3, size, size)}
 
 
-def patches(grid=((1, 4, 6), (1, 2, 4)), lanes=3 * 2 * 4 * 4):
+def patches(grid=((1, 4, 6), (1, 2, 4)), features=3 * 2 * 4 * 4):
     grid = torch.tensor(grid)
-    return {"hidden_states": torch.randn(int(grid.prod(-1).sum()), lanes), "grid_thw": grid}
+    return {"hidden_states": torch.randn(int(grid.prod(-1).sum()), features), "grid_thw": grid}
 
 
 def pixels():
@@ -143,9 +143,9 @@ class Case:
     Attributes:
         family: the name of its module.
         model, config: names of its classes.
-        options: of the config, beside `sizes`.
+        options: of the config, in addition to `sizes`.
         inputs: makes the arguments of a forward.
-        bitwise: stock's and our outputs are the same bits in float32 and bfloat16.
+        bitwise: patched outputs are bitwise identical in float32 and bfloat16.
         generates: it has generate().
     """
 
