@@ -1,9 +1,11 @@
 // The entry to the CUDA kernels: queries the device, makes the plan, selects the element type.
-#include <cstdlib>
-#include <sstream>
-#include <string>
-
 #include "fused_rope/kernels/cuda/launch.cuh"
+
+#if defined(FUSED_ROPE_PLAN_OVERRIDES)
+#include <cstdlib>
+
+#include "plan_overrides.h"
+#endif
 
 namespace fused_rope::kernels {
 
@@ -39,22 +41,11 @@ static cudaError_t device_facts(DeviceFacts* facts) {
   return cudaSuccess;
 }
 
-// Reads FUSED_ROPE_PLAN="vector=16 threads=64 keep=0 stream=1 work=96", for experiments.
 static PlanOverrides read_overrides() {
-  PlanOverrides overrides;
-  const char* text = std::getenv("FUSED_ROPE_PLAN");
-  std::istringstream words(text == nullptr ? "" : text);
-  for (std::string word; words >> word;) {
-    const size_t equals = word.find('=');
-    const std::string name = word.substr(0, equals);
-    const int value = equals == std::string::npos ? -1 : std::atoi(word.c_str() + equals + 1);
-    if (name == "vector") overrides.vector = value;
-    if (name == "threads") overrides.threads = value;
-    if (name == "keep") overrides.keep = value;
-    if (name == "stream") overrides.stream = value;
-    if (name == "work") overrides.work = value;
-  }
-  return overrides;
+#if defined(FUSED_ROPE_PLAN_OVERRIDES)
+  if (const char* text = std::getenv("FUSED_ROPE_PLAN")) return parse_overrides(text);
+#endif
+  return {};
 }
 
 cudaError_t launch_rotate(const RotateParams& params, cudaStream_t stream) {

@@ -25,10 +25,9 @@ DType dtype_of(const at::Tensor& x) {
   }
 }
 
-// Whether to convert half-precision tables, exactly, because x has another dtype.
-bool is_widened(const at::Tensor& table, at::ScalarType x) {
-  const bool half = table.scalar_type() == at::kHalf || table.scalar_type() == at::kBFloat16;
-  return half && table.scalar_type() != x;
+// The dtype in which the kernels read a table: x's own, or the one x is rotated in.
+at::ScalarType kernel_table_type(at::ScalarType table, at::ScalarType x) {
+  return table == x ? x : x == at::kDouble ? at::kDouble : at::kFloat;
 }
 
 TableParams table_params(const at::Tensor& table, TableLayout layout) {
@@ -89,10 +88,11 @@ PreparedCall::PreparedCall(const Call& call, const Outputs& outputs) {
   const at::Tensor& x = *call.inputs[0];
   const at::Tensor* cos = &call.cos;
   const at::Tensor* sin = &call.sin;
-  if (is_widened(*cos, x.scalar_type())) {
-    widened_ = {cos->to(at::kFloat), sin->to(at::kFloat)};
-    cos = &widened_[0];
-    sin = &widened_[1];
+  const at::ScalarType type = kernel_table_type(cos->scalar_type(), x.scalar_type());
+  if (type != cos->scalar_type()) {
+    converted_ = {cos->to(type), sin->to(type)};
+    cos = &converted_[0];
+    sin = &converted_[1];
   }
   kernels::RotateParams& p = params;
   p.count = call.count();

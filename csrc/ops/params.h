@@ -17,7 +17,7 @@ class PreparedCall {
   void set_outputs(const Call& call, const Outputs& outputs);
 
   std::array<at::Tensor, 2>
-      widened_;  // cos and sin, if the kernels have no instance for their dtype
+      converted_;  // cos and sin in a dtype that the kernels read, or undefined
 };
 
 // Memory for the result of rotating x: x's own strides where x is dense, row-major otherwise.

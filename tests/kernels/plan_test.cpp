@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "calls.h"
+#include "plan_overrides.h"
 #include "reference.h"
 
 namespace fused_rope::kernels {
@@ -393,7 +394,6 @@ const VectorBytesCase kVectorBytesCases[] = {
     {"Copies", [](RotateParams& p) { p.pairing.P = p.pairing.distance = 32; }, 16, 16},
     {"LookUps", [](RotateParams& p) { p.rows.positions = {memory, true}; }, 16, 16},
     {"PerHead", [](RotateParams& p) { p.per_head = true; }, 16, 16},
-    {"Float64Entries", [](RotateParams& p) { p.table_dtype = DType::kFloat64; }, 8, 4},
     {"ShortEntries", [](RotateParams& p) { p.table_dtype = DType::kBFloat16; }, 8, 4},
     {"Streams", [](RotateParams& p) { p.S = 1 << 16, p.tensors[0].H = 1; }, 8, 4},
     {"SingleEntries", [](RotateParams& p) { p.cos.j = p.sin.j = 2; }, 16, 16},
@@ -544,6 +544,25 @@ TEST(Plan, ClampsOverrides) {
   EXPECT_FALSE(make_plan(p, kSmallCache, {.stream = 0}).streams);
   EXPECT_FALSE(make_plan(p, kLargeCache).streams);
   EXPECT_TRUE(make_plan(p, kLargeCache, {.stream = 1}).streams);
+}
+
+TEST(ParseOverrides, ReadsEveryWord) {
+  const PlanOverrides none = parse_overrides("");
+  EXPECT_EQ(none.vector, -1);
+  EXPECT_EQ(none.work, -1);
+  const PlanOverrides o = parse_overrides(" vector=8 threads=64  keep=0 stream=1 work=96");
+  EXPECT_EQ(o.vector, 8);
+  EXPECT_EQ(o.threads, 64);
+  EXPECT_EQ(o.keep, 0);
+  EXPECT_EQ(o.stream, 1);
+  EXPECT_EQ(o.work, 96);
+}
+
+TEST(ParseOverrides, RejectsWhatItDoesNotKnow) {
+  for (const char* text : {"vectors=8", "vector", "vector=", "vector=x", "vector=8x", "keep=-1",
+                           "threads=64,keep=0", "=8", "threads=99999999999"}) {
+    EXPECT_THROW(parse_overrides(text), std::invalid_argument) << text;
+  }
 }
 
 TEST(Plan, MakesLargerBlocksWhenAllAreResidentAtOnce) {

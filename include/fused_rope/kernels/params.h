@@ -68,7 +68,7 @@ struct RotateParams {
   TableParams cos, sin;
   RowParams rows;
   const int64_t* axes;  // [P] on the host, the axis of each pair's position; null without M-RoPE
-  DType dtype, table_dtype;
+  DType dtype, table_dtype;  // a table has x's dtype, or the one that x is rotated in
   Precision precision;
   bool inverse;
   bool in_place;

@@ -48,10 +48,8 @@ struct KernelTraits {
   static constexpr int kGroups = kAdjacent ? kVectors : 1;
   static constexpr int kGroupPairs = kPairs / kGroups;
   // Blocks that must fit on a multiprocessor. This limits registers, so that enough loads of x are
-  // in flight; the two cases with fewer blocks would spill.
-  static constexpr int kMinBlocks = kLookup == RowLookup::kAxes || sizeof(Table) > sizeof(Wide<T>)
-                                        ? 4
-                                        : 6;
+  // in flight; with more, kAxes would spill.
+  static constexpr int kMinBlocks = kLookup == RowLookup::kAxes ? 4 : 6;
 };
 
 // Loads kCount entries of a table row from `first` on, as the arithmetic of x sees them.

@@ -143,13 +143,11 @@ cudaError_t launch_table(const RotateParams& p, const Plan& plan, cudaStream_t s
   return launch_lookup<T, Table, Precision::kFp32>(p, plan, stream);
 }
 
-// Launches for elements of type T. Tables have type T, float32 or float64.
+// Launches for elements of type T. Tables have type T or the type that T is rotated in.
 template <typename T>
 cudaError_t launch_elements(const RotateParams& p, const Plan& plan, cudaStream_t stream) {
-  if (p.table_dtype == DType::kFloat32) return launch_table<T, float>(p, plan, stream);
-  if (p.table_dtype == DType::kFloat64) return launch_table<T, double>(p, plan, stream);
-  if constexpr (sizeof(T) == 2) return launch_table<T, T>(p, plan, stream);
-  return cudaErrorInvalidValue;
+  return p.table_dtype == p.dtype ? launch_table<T, T>(p, plan, stream)
+                                  : launch_table<T, Wide<T>>(p, plan, stream);
 }
 
 }  // namespace fused_rope::kernels
