@@ -309,7 +309,7 @@ TEST(CudaKernel, IsBitwiseIdenticalToTheCpuKernel) {
   check<BFloat16, BFloat16, Precision::kModel>(seen);
   check<Float16, float, Precision::kFp32>(seen);
   check<float, float, Precision::kFp32>(seen);
-  check<double, float, Precision::kFp32>(seen);
+  check<double, double, Precision::kFp32>(seen);
   for (const auto& [name, count] : seen) RecordProperty(name, count);
   for (const char* name : {"linear pair full rows x8, 2/4",
                            "linear pair full rows x4, 2/4",

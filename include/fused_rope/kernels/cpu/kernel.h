@@ -246,12 +246,13 @@ class TokenRotator {
            h * strides.h;
   }
 
-  // Returns whether the token has pairs that are copied.
+  // Returns whether the token has pairs that are copied. The tables have the type of x or its
+  // compute type.
   bool load_rows(int64_t b, int64_t s, int64_t h, int64_t slot) {
     bool copied = false;
     Wide<T>* const cos_row = cos_.data() + slot * p_.pairing.P;
     Wide<T>* const sin_row = sin_.data() + slot * p_.pairing.P;
-    visit(p_.table_dtype, [&]<typename Table>() {
+    const auto load = [&]<typename Table>() {
       const auto* cos = static_cast<const Table*>(p_.cos.data);
       const auto* sin = static_cast<const Table*>(p_.sin.data);
       for (Span& span : spans_) {
@@ -263,7 +264,9 @@ class TokenRotator {
         load_entries(sin + table_offset(p_.sin, row.index, b, s, h), p_.sin.j, span, sin_row);
         finish_entries(span, slot);
       }
-    });
+    };
+    p_.table_dtype == p_.dtype ? load.template operator()<T>()
+                               : load.template operator()<Wide<T>>();
     return copied;
   }
 
