@@ -129,9 +129,9 @@ class RandomBits : public ::testing::Test {
       const uint64_t bits = random.bits();
       std::memcpy(&value, &bits, sizeof(T));
     }
-    std::vector<float> cos(P), sin(P);
-    for (float& c : cos) c = static_cast<float>(random.normal());
-    for (float& s : sin) s = static_cast<float>(random.normal());
+    std::vector<Wide<T>> cos(P), sin(P);
+    for (Wide<T>& c : cos) c = static_cast<Wide<T>>(random.normal());
+    for (Wide<T>& s : sin) s = static_cast<Wide<T>>(random.normal());
     RotateParams p = {};
     p.B = p.S = p.count = 1;
     p.D = D;
@@ -139,11 +139,8 @@ class RandomBits : public ::testing::Test {
     p.cos = {cos.data(), 0, 0, 0, 0, 1};
     p.sin = {sin.data(), 0, 0, 0, 0, 1};
     p.rows.M = 1;
-    p.dtype = std::is_same_v<T, Float16>    ? DType::kFloat16
-              : std::is_same_v<T, BFloat16> ? DType::kBFloat16
-              : std::is_same_v<T, float>    ? DType::kFloat32
-                                            : DType::kFloat64;
-    p.table_dtype = DType::kFloat32;
+    p.dtype = testing::kDType<T>;
+    p.table_dtype = testing::kDType<Wide<T>>;
     p.precision = precision;
     p.tensors[0] = {in.data(), out.data(), {H * D, H * D, D, 1}, {H * D, H * D, D, 1}, H, false};
     rotate_tokens(p, 0, 1, isa);

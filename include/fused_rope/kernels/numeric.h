@@ -65,14 +65,18 @@ FUSED_ROPE_HOST_DEVICE float widen(Float16 value) {
 #endif
 }
 
+// Bits whose upper half is `value` rounded to bfloat16. A NaN may have no bits below bfloat16's.
+FUSED_ROPE_HOST_DEVICE uint32_t round_to_bfloat16(float value) {
+  const uint32_t bits = bits_of(value);
+  return bits + 0x7fffu + ((bits >> 16) & 1u);
+}
+
 FUSED_ROPE_HOST_DEVICE BFloat16 to_bfloat16(float value) {
 #if defined(__CUDA_ARCH__)
   return {__bfloat16_as_ushort(__float2bfloat16_rn(value))};
 #else
-  const uint32_t bits = bits_of(value);
-  const uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-  const uint32_t nan = bits | 0x00400000u;
-  return {static_cast<uint16_t>((value != value ? nan : rounded) >> 16)};
+  const uint32_t nan = bits_of(value) | 0x00400000u;
+  return {static_cast<uint16_t>((value != value ? nan : round_to_bfloat16(value)) >> 16)};
 #endif
 }
 

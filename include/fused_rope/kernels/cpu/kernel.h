@@ -2,21 +2,13 @@
 #pragma once
 
 #include <algorithm>
+#include <cstddef>
 #include <optional>
 #include <type_traits>
 #include <vector>
 
-#include "fused_rope/kernels/cpu/f16c.h"
-#include "fused_rope/kernels/cpu/isa.h"
-#include "fused_rope/kernels/rotation.h"
-#include "fused_rope/kernels/rows.h"
-
-// The iterations of the next loop share no memory, so it needs no check before it is vectorized.
-#if defined(__clang__)
-#define FUSED_ROPE_INDEPENDENT_ITERATIONS _Pragma("clang loop vectorize(assume_safety)")
-#else
-#define FUSED_ROPE_INDEPENDENT_ITERATIONS _Pragma("GCC ivdep")
-#endif
+#include "fused_rope/kernels/cpu/rotate_pairs.h"
+#include "fused_rope/kernels/cpu/table_rows.h"
 
 namespace fused_rope::kernels {
 
@@ -29,15 +21,7 @@ struct BadRow {
 
 // The first token in [begin, end) of the B*S tokens that has a row out of range, if any.
 inline std::optional<BadRow> find_bad_row(const RotateParams& p, int64_t begin, int64_t end) {
-  std::vector<int64_t> axes = {0};
-  if (p.axes != nullptr) {
-    bool used[kMaxAxes] = {};
-    for (int64_t j = 0; j < p.pairing.P; ++j) used[p.axes[j]] = true;
-    axes.clear();
-    for (int axis = 0; axis < kMaxAxes; ++axis) {
-      if (used[axis]) axes.push_back(axis);
-    }
-  }
+  const std::vector<int64_t> axes = used_axes(p);
   for (int64_t token = begin; token < end; ++token) {
     const int64_t b = token / p.S;
     const int64_t s = token % p.S;
@@ -54,62 +38,6 @@ inline std::optional<BadRow> find_bad_row(const RotateParams& p, int64_t begin, 
   return std::nullopt;
 }
 
-// A stride of 1 at compile time, so that loops vectorize; other strides are int64_t.
-using One = std::integral_constant<int64_t, 1>;
-
-// Rotates n pairs with the rounding of T: first elements from a on, second ones from b on. Inputs
-// and outputs are the same elements or disjoint. Element is T or a buffer's float.
-template <typename T, Precision kPrecision, typename Element, typename Stride>
-void rotate_pairs(const Element* a, const Element* b, Stride in_stride, Element* out_a,
-                  Element* out_b, Stride out_stride, const Wide<T>* c, const Wide<T>* s,
-                  int64_t n) {
-  FUSED_ROPE_INDEPENDENT_ITERATIONS
-  for (int64_t j = 0; j < n; ++j) {
-    const Pair<T> pair =
-        rotate_pair<T, kPrecision>(widen(a[j * in_stride]), widen(b[j * in_stride]), c[j], s[j]);
-    out_a[j * out_stride] = narrow<Element>(pair.a);
-    out_b[j * out_stride] = narrow<Element>(pair.b);
-  }
-}
-
-// The same for n interleaved pairs. c and s hold one value per element, signed for rotate_element:
-// all elements do the same, and only the partners need a shuffle.
-template <typename T, Precision kPrecision, typename Element>
-void rotate_interleaved(const Element* in, Element* out, const Wide<T>* c, const Wide<T>* s,
-                        int64_t n) {
-  FUSED_ROPE_INDEPENDENT_ITERATIONS
-  for (int64_t i = 0; i < 2 * n; i += 2) {
-    const Wide<T> a = widen(in[i]);
-    const Wide<T> b = widen(in[i + 1]);
-    out[i] = narrow<Element>(rotate_element<T, kPrecision>(a, b, c[i], s[i]));
-    out[i + 1] = narrow<Element>(rotate_element<T, kPrecision>(b, a, c[i + 1], s[i + 1]));
-  }
-}
-
-// Rotates n pairs of contiguous float16, converted by F16C in float32 buffers. c and s are those of
-// rotate_interleaved where distance is 1, else of rotate_pairs.
-template <Precision kPrecision>
-void rotate_f16c(const Float16* in, Float16* out, int64_t distance, const float* c, const float* s,
-                 int64_t n) {
-  constexpr int64_t kPairs = 128;  // 1 KiB of buffers stays in L1
-  float a[2 * kPairs];
-  float* const b = a + kPairs;
-  for (int64_t j = 0; j < n; j += kPairs) {
-    const int64_t m = std::min(kPairs, n - j);
-    if (distance == 1) {
-      widen_array(in + 2 * j, a, 2 * m);
-      rotate_interleaved<Float16, kPrecision>(a, a, c + 2 * j, s + 2 * j, m);
-      narrow_array(a, out + 2 * j, 2 * m);
-    } else {
-      widen_array(in + j, a, m);
-      widen_array(in + distance + j, b, m);
-      rotate_pairs<Float16, kPrecision>(a, b, One(), a, b, One(), c + j, s + j, m);
-      narrow_array(a, out + j, m);
-      narrow_array(b, out + distance + j, m);
-    }
-  }
-}
-
 // Heads to rotate one after another: all heads of a token, which share a table row, or consecutive
 // tokens of one head, which read consecutive slots.
 template <typename T>
@@ -119,17 +47,9 @@ struct HeadRange {
   int64_t in_stride, out_stride;
   int64_t count;
   int64_t slot, slot_stride;
-
-  template <typename F>
-  void for_each(const F& f) const {
-    for (int64_t i = 0; i < count; ++i) {
-      f(in + i * in_stride, out + i * out_stride, slot + i * slot_stride);
-    }
-  }
 };
 
-// Rotates whole tokens. Holds the widened table rows of some tokens, one per slot, while it rotates
-// their heads.
+// Rotates whole tokens. Holds the table rows of some tokens while it rotates their heads.
 template <typename T, Precision kPrecision>
 class TokenRotator {
  public:
@@ -137,19 +57,16 @@ class TokenRotator {
       : p_(params),
         isa_(widest(isa)),
         slots_(slots()),
-        cos_(slots_ * params.pairing.P),
-        sin_(cos_.size()),
-        element_cos_(interleaved() ? 2 * cos_.size() : 0),
-        element_sin_(element_cos_.size()) {
-    find_spans();
-  }
+        table_(params, slots_),
+        head_(params.D),
+        original_(params.axes == nullptr ? 0 : 2 * params.pairing.P) {}
 
   // Tokens [begin, end) of the B*S tokens.
   void rotate(int64_t begin, int64_t end) {
     while (begin < end) {
       const int64_t s = begin % p_.S;
       const int64_t n = std::min({slots_, end - begin, p_.S - s});
-      rotate_block(begin / p_.S, s, n);
+      rotate_tokens(begin / p_.S, s, n);
       begin += n;
     }
   }
@@ -162,16 +79,6 @@ class TokenRotator {
     const bool converts_only = std::is_same_v<T, Float16> && kPrecision == Precision::kFp32;
     return converts_only ? std::min(isa, Isa::kAvx2) : isa;
   }
-
-  // Pairs [begin, end) with evenly spaced elements and one axis of positions.
-  struct Span {
-    int64_t begin, end;
-    int64_t element;  // the first of the first pair
-    int64_t axis;
-    bool copied;  // in the current token
-
-    int64_t size() const { return end - begin; }
-  };
 
   bool interleaved() const { return p_.pairing.distance == 1; }
 
@@ -189,25 +96,9 @@ class TokenRotator {
     return std::clamp<int64_t>(kEntries / std::max<int64_t>(p_.pairing.P, 1), 1, p_.S);
   }
 
-  void find_spans() {
-    const int64_t length = interleaved() ? p_.pairing.P : p_.pairing.distance;
-    for (int64_t j = 0; j < p_.pairing.P; ++j) {
-      const int64_t axis = p_.axes == nullptr ? 0 : p_.axes[j];
-      if (j % length == 0 || axis != spans_.back().axis) {
-        spans_.push_back({j, j, p_.pairing.first(j), axis, false});
-      }
-      spans_.back().end = j + 1;
-    }
-  }
-
-  // Tokens [s, s + n) of batch entry b, one by one if some of them are copied.
-  void rotate_block(int64_t b, int64_t s, int64_t n) {
-    bool copied = false;
-    for (int64_t i = 0; i < n && !p_.per_head; ++i) copied |= load_rows(b, s + i, 0, i);
-    if (copied && n > 1) {
-      for (int64_t i = 0; i < n; ++i) rotate_block(b, s + i, 1);
-      return;
-    }
+  // Tokens [s, s + n) of batch entry b.
+  void rotate_tokens(int64_t b, int64_t s, int64_t n) {
+    for (int64_t i = 0; i < n && !p_.per_head; ++i) table_.load(b, s + i, 0, i, isa_);
     for (int i = 0; i < p_.count; ++i) {
       const TensorParams& t = p_.tensors[i];
       if (n > 1 && by_head(t)) {
@@ -230,7 +121,7 @@ class TokenRotator {
     };
     if (!p_.per_head) return rotate_range(0, t.H);
     for (int64_t h = 0; h < t.H; ++h) {
-      load_rows(b, s, h, slot);
+      table_.load(b, s, h, slot, isa_);
       rotate_range(h, 1);
     }
   }
@@ -246,130 +137,107 @@ class TokenRotator {
            h * strides.h;
   }
 
-  // Returns whether the token has pairs that are copied.
-  bool load_rows(int64_t b, int64_t s, int64_t h, int64_t slot) {
-    bool copied = false;
-    Wide<T>* const cos_row = cos_.data() + slot * p_.pairing.P;
-    Wide<T>* const sin_row = sin_.data() + slot * p_.pairing.P;
-    visit(p_.table_dtype, [&]<typename Table>() {
-      const auto* cos = static_cast<const Table*>(p_.cos.data);
-      const auto* sin = static_cast<const Table*>(p_.sin.data);
-      for (Span& span : spans_) {
-        const Row row = table_row(p_.rows, b, s, span.axis);
-        span.copied = row.copied;
-        copied |= row.copied;
-        if (row.copied) continue;
-        load_entries(cos + table_offset(p_.cos, row.index, b, s, h), p_.cos.j, span, cos_row);
-        load_entries(sin + table_offset(p_.sin, row.index, b, s, h), p_.sin.j, span, sin_row);
-        finish_entries(span, slot);
-      }
+  void rotate_heads(const TensorParams& t, const HeadRange<T>& heads) {
+    run_on(isa_, [this, heads, in_d = t.in_strides.d, out_d = t.out_strides.d](auto isa) {
+      choose_loop<isa()>(
+          [=, this](const auto& rotate) { rotate_heads(heads, in_d, out_d, rotate); });
     });
-    return copied;
   }
 
-  template <typename Table>
-  static void load_entries(const Table* row, int64_t stride, const Span& span, Wide<T>* to) {
-    const auto load = [&](auto known_stride) {
-      for (int64_t j = span.begin; j < span.end; ++j) {
-        to[j] = rounded<T, kPrecision>(widen(row[j * known_stride]));
-      }
-    };
-    stride == 1 ? load(One()) : load(stride);
+  // Pairs whose first elements are contiguous, or all interleaved ones.
+  int64_t block_size() const { return interleaved() ? p_.pairing.P : p_.pairing.distance; }
+
+  // Calls f(rotate), where rotate(in, out, cos, sin) rotates a block of contiguous pairs.
+  template <Isa kIsa, typename F>
+  void choose_loop(const F& f) const {
+    interleaved() ? choose_loop<kIsa, true>(f) : choose_loop<kIsa, false>(f);
   }
 
-  // Negates sin for the inverse and expands rows for rotate_interleaved.
-  void finish_entries(const Span& span, int64_t slot) {
-    const int64_t first = slot * p_.pairing.P;
-    if (p_.inverse) {
-      for (int64_t j = first + span.begin; j < first + span.end; ++j) sin_[j] = -sin_[j];
-    }
-    if (!interleaved()) return;
-    for (int64_t j = first + span.begin; j < first + span.end; ++j) {
-      element_cos_[2 * j] = element_cos_[2 * j + 1] = cos_[j];
-      element_sin_[2 * j] = -sin_[j];
-      element_sin_[2 * j + 1] = sin_[j];
-    }
-  }
-
-  // Only contiguous heads gain from vector instructions.
-  void rotate_heads(const TensorParams& t, const HeadRange<T>& heads) const {
-    const int64_t in_d = t.in_strides.d;
-    const int64_t out_d = t.out_strides.d;
-    if (in_d == 1 && out_d == 1) {
-      run_on(isa_, [this, heads](auto isa) {
-        heads.for_each([this, isa](const T* in, T* out, int64_t slot) {
-          rotate_head(isa, in, out, One(), One(), slot);
+  template <Isa kIsa, bool kInterleaved, typename F>
+  void choose_loop(const F& f) const {
+    const int64_t n = block_size();
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      choose_vectors<kInterleaved ? 1 : 2>(n, [&, n]<int kWords, int kLast>() {
+        f([n](const T* in, T* out, const float* c, const float* s) {
+          WordPairs<kPrecision, kInterleaved, kWords, kLast>(in, out, c, s, n).rotate();
         });
       });
     } else {
-      heads.for_each([&](const T* in, T* out, int64_t slot) {
-        rotate_head(IsaConstant<Isa::kBaseline>(), in, out, in_d, out_d, slot);
+      f([n](const T* in, T* out, const Wide<T>* c, const Wide<T>* s) {
+        if constexpr (std::is_same_v<T, Float16> && kIsa != Isa::kBaseline) {
+          rotate_f16c<kPrecision, kInterleaved>(in, out, c, s, n);
+        } else if constexpr (kInterleaved) {
+          rotate_interleaved<T, kPrecision>(in, out, c, s, n);
+        } else {
+          rotate_pairs<T, kPrecision>(in, in + n, out, out + n, c, s, n);
+        }
       });
     }
   }
 
-  template <Isa kIsa, typename Stride>
-  void rotate_head(IsaConstant<kIsa> isa, const T* in, T* out, Stride in_d, Stride out_d,
-                   int64_t slot) const {
-    const auto copy = [=, this](int64_t begin, int64_t end) {
-      if (begin != end && !p_.in_place) copy_elements(in, out, in_d, out_d, begin, end);
-    };
-    copy(0, p_.pairing.offset);
-    for (const Span& span : spans_) {
-      if (!span.copied) {
-        rotate_span(isa, in + span.element * in_d, out + span.element * out_d, in_d, out_d, span,
-                    slot);
-      } else if (interleaved()) {
-        copy(span.element, span.element + 2 * span.size());
-      } else {
-        copy(span.element, span.element + span.size());
-        copy(span.element + p_.pairing.distance, span.element + p_.pairing.distance + span.size());
+  // Rotates heads by `rotate`; those that are not contiguous in a buffer. What the compiler thinks
+  // a store could change is read before the loop.
+  template <typename Rotate>
+  void rotate_heads(const HeadRange<T> heads, int64_t in_d, int64_t out_d, const Rotate rotate) {
+    const bool contiguous = in_d == 1 && out_d == 1;
+    const int64_t D = p_.D, P = p_.pairing.P, offset = p_.pairing.offset;
+    const int64_t block = block_size(), row_size = table_.size();
+    const Wide<T>* const cos = table_.cos();
+    const Wide<T>* const sin = table_.sin();
+    const Copied* const copied = table_.copied();
+    for (int64_t i = 0; i < heads.count; ++i) {
+      const T* in = heads.in + i * heads.in_stride;
+      T* out = heads.out + i * heads.out_stride;
+      const int64_t slot = heads.slot + i * heads.slot_stride;
+      const bool all = copied[slot] == Copied::kAll;
+      if (!contiguous) in = out = gather(in, in_d);
+      if (in != out) {
+        copy_elements(in, out, 0, all ? D : offset);
+        if (!all) copy_elements(in, out, offset + 2 * P, D);
       }
-    }
-    copy(p_.pairing.end(), p_.D);
-  }
-
-  template <Isa kIsa, typename Stride>
-  void rotate_span(IsaConstant<kIsa>, const T* in, T* out, Stride in_d, Stride out_d,
-                   const Span& span, int64_t slot) const {
-    const int64_t distance = p_.pairing.distance;
-    const int64_t first = slot * p_.pairing.P + span.begin;
-    const Wide<T>* c = cos_.data() + first;
-    const Wide<T>* s = sin_.data() + first;
-    const int64_t n = span.size();
-    if constexpr (std::is_same_v<Stride, One>) {
-      if (interleaved()) {
-        c = element_cos_.data() + 2 * first;
-        s = element_sin_.data() + 2 * first;
+      if (!all) {
+        const bool some = copied[slot] == Copied::kSome;
+        const T* const original = some && in == out ? keep_original(in + offset) : in + offset;
+        for (int64_t first = 0; first < P; first += block) {
+          const int64_t entry = slot * row_size + first;
+          rotate(in + offset + 2 * first, out + offset + 2 * first, cos + entry, sin + entry);
+        }
+        if (some) table_.restore(original, out + offset, slot);
       }
-      if constexpr (std::is_same_v<T, Float16> && kIsa != Isa::kBaseline) {
-        return rotate_f16c<kPrecision>(in, out, distance, c, s, n);
-      }
-      if (interleaved()) return rotate_interleaved<T, kPrecision>(in, out, c, s, n);
-      rotate_pairs<T, kPrecision>(in, in + distance, in_d, out, out + distance, out_d, c, s, n);
-    } else {
-      const int64_t step = interleaved() ? 2 : 1;
-      rotate_pairs<T, kPrecision>(in, in + distance * in_d, step * in_d, out,
-                                  out + distance * out_d, step * out_d, c, s, n);
+      if (!contiguous) scatter(heads.out + i * heads.out_stride, out_d);
     }
   }
 
-  template <typename Stride>
-  static void copy_elements(const T* in, T* out, Stride in_d, Stride out_d, int64_t begin,
-                            int64_t end) {
-    if constexpr (std::is_same_v<Stride, One>) {
-      std::memcpy(out + begin, in + begin, static_cast<size_t>(end - begin) * sizeof(T));
-    } else {
-      for (int64_t d = begin; d < end; ++d) out[d * out_d] = in[d * in_d];
-    }
+  static void copy_elements(const T* in, T* out, int64_t begin, int64_t end) {
+    copy_bytes(reinterpret_cast<const std::byte*>(in + begin),
+               reinterpret_cast<std::byte*>(out + begin),
+               (end - begin) * static_cast<int64_t>(sizeof(T)));
+  }
+
+  // The elements of a head to gather and scatter: in place, none but the rotated ones.
+  int64_t first_moved() const { return p_.in_place ? p_.pairing.offset : 0; }
+  int64_t end_moved() const { return p_.in_place ? p_.pairing.end() : p_.D; }
+
+  [[gnu::noinline]] T* gather(const T* in, int64_t stride) {
+    for (int64_t d = first_moved(); d < end_moved(); ++d) head_[d] = in[d * stride];
+    return head_.data();
+  }
+
+  [[gnu::noinline]] void scatter(T* out, int64_t stride) const {
+    for (int64_t d = first_moved(); d < end_moved(); ++d) out[d * stride] = head_[d];
+  }
+
+  [[gnu::noinline]] const T* keep_original(const T* in) {
+    std::copy_n(in, original_.size(), original_.data());
+    return original_.data();
   }
 
   const RotateParams& p_;
   const Isa isa_;
   const int64_t slots_;
-  std::vector<Wide<T>> cos_, sin_;                  // [slots, P], sin negated for the inverse
-  std::vector<Wide<T>> element_cos_, element_sin_;  // [slots, 2P], for rotate_interleaved
-  std::vector<Span> spans_;
+  TableRows<T, kPrecision> table_;
+  std::vector<T> head_;      // a head whose elements are not contiguous
+  std::vector<T> original_;  // its R elements before the rotation
 };
 
 // Rotates tokens [begin, end) of the B*S tokens with `isa`, which does not change results. Rows
