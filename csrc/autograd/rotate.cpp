@@ -253,8 +253,7 @@ void rotate_qk_(const Arguments& a, const at::Tensor& q, const at::Tensor& k, co
 template <typename... Tensors>
 void refuse_grad(const char* op, const Tensors&... tensors) {
   TORCH_CHECK(!needs_grad(tensors...) && !has_tangent(tensors...), op,
-              ": expected no tensor that requires grad beside out, which takes no part in "
-              "autograd; got one");
+              ": out= does not support autograd, but an input requires grad");
 }
 
 void rotate_out(const Arguments& a, const at::Tensor& x, const at::Tensor& cos,

@@ -148,7 +148,7 @@ Series proportional(int64_t R, double base, const RopeScaling& scaling) {
 
 int64_t quarter(int64_t R, const RopeScaling& scaling) {
   TORCH_CHECK_VALUE(R % 4 == 0, "frequencies: rope_type ", name(scaling.rope_type()),
-                    " needs rotary_dim in fours, got ", R);
+                    " needs a rotary_dim R that is a multiple of 4, got ", R);
   return R / 4;
 }
 

@@ -86,14 +86,14 @@ void check_options(const Call& call) {
                     a.rotary_offset);
   TORCH_CHECK_VALUE(a.blocks >= 1, call.op, ": expected blocks >= 1, got ", a.blocks);
   TORCH_CHECK_VALUE(a.blocks == 1 || !a.interleaved, call.op,
-                    ": expected blocks=1 beside interleaved=True, got blocks=", a.blocks);
+                    ": expected blocks=1 with interleaved=True, got blocks=", a.blocks);
   TORCH_CHECK_VALUE(!a.cu_seqlens.has_value() || call.layout == Layout::kTHD, call.op,
                     ": expected cu_seqlens with layout thd only, got layout ", a.layout);
   TORCH_CHECK_VALUE(
       !a.cu_seqlens.has_value() || (a.cu_seqlens->dim() == 1 && a.cu_seqlens->sym_size(0) > 0),
       call.op, ": expected cu_seqlens of shape [N + 1], got ", a.cu_seqlens->sym_sizes());
   TORCH_CHECK_VALUE(!a.axes.has_value() || a.positions.has_value(), call.op,
-                    ": expected positions with a leading axis A beside axes, got none");
+                    ": expected positions with a leading axis A for axes, got none");
 }
 
 // Tables that are gathered per token leave nothing to choose rows by.
@@ -104,10 +104,10 @@ void check_gathered(const Call& call) {
                       : a.cu_seqlens.has_value() ? "cu_seqlens"
                                                  : nullptr;
   TORCH_CHECK_VALUE(extra == nullptr, call.op, ": expected no ", extra,
-                    " beside per-token tables, got cos of shape ", call.cos.sym_sizes());
+                    " with per-token tables, got cos of shape ", call.cos.sym_sizes());
   if (const auto offset = a.offset.maybe_as_int()) {
     TORCH_CHECK_VALUE(*offset == 0, call.op,
-                      ": expected no offset beside per-token tables, got offset=", *offset,
+                      ": expected no offset with per-token tables, got offset=", *offset,
                       " and cos of shape ", call.cos.sym_sizes());
   }
 }
@@ -155,16 +155,15 @@ void check_positions(const Call& call, const Extents& x) {
   const bool fits = (sizes.size() == leading + 1 && sizes[leading] == x.S) ||
                     (sizes.size() == leading + 2 &&
                      (sizes[leading] == x.B || sizes[leading] == 1) && sizes[leading + 1] == x.S);
-  TORCH_CHECK_VALUE(
-      fits, call.op, ": expected positions of shape ",
-      leading ? "[A, S], [A, 1, S] or [A, B, S] beside axes" : "[S], [1, S] or [B, S]",
-      " with B=", x.B, ", S=", x.S, ", got ", sizes);
+  TORCH_CHECK_VALUE(fits, call.op, ": expected positions of shape ",
+                    leading ? "[A, S], [A, 1, S] or [A, B, S] with axes" : "[S], [1, S] or [B, S]",
+                    " with B=", x.B, ", S=", x.S, ", got ", sizes);
   if (!leading) return;
   TORCH_CHECK_VALUE(sizes[0] >= 1 && sizes[0] <= kernels::kMaxAxes, call.op,
                     ": expected positions with 1 <= A <= ", kernels::kMaxAxes, " axes, got ",
                     sizes);
   TORCH_CHECK_VALUE(P <= kernels::kMaxAxisPairs, call.op,
-                    ": expected P <= ", kernels::kMaxAxisPairs, " pairs beside axes, got ", P);
+                    ": expected P <= ", kernels::kMaxAxisPairs, " pairs with axes, got ", P);
   TORCH_CHECK_VALUE(static_cast<int64_t>(a.axes->size()) == P, call.op, ": expected axes of P=", P,
                     " numbers, got ", a.axes->size());
   for (const int64_t axis : *a.axes) {
@@ -226,8 +225,8 @@ bool overlaps(const at::Tensor& x, const at::Tensor& y) {
 void check_writable(const Call& call, const char* name, const at::Tensor& tensor) {
   TORCH_CHECK(at::has_internal_overlap(tensor) != at::MemOverlap::Yes, call.op, ": expected ", name,
               " whose elements have memory of their own, got strides ", tensor.sym_strides());
-  TORCH_CHECK(!tensor.is_inference() || c10::InferenceMode::is_enabled(), call.op, ": expected ",
-              name, " to be no inference tensor outside inference mode, got one");
+  TORCH_CHECK(!tensor.is_inference() || c10::InferenceMode::is_enabled(), call.op, ": ", name,
+              " is an inference tensor: clone it, or call this under torch.inference_mode()");
 }
 
 void check_apart(const Call& call, const char* name, const at::Tensor& tensor,
@@ -244,8 +243,8 @@ void check_scattered(const Call& call, int i, const at::Tensor& out) {
   const c10::SymInt B = packed ? c10::SymInt(1) : x[axes[0]];
   const c10::SymInt &S = x[axes[1]], &H = x[axes[2]], &D = x.back();
   TORCH_CHECK_VALUE(out.sym_size(1) == H && out.sym_size(2) == D, call.op, ": expected ",
-                    call.out_name(i), " of shape [rows, H=", H, ", D=", D,
-                    "] beside out_rows, got ", out.sym_sizes());
+                    call.out_name(i), " of shape [rows, H=", H, ", D=", D, "] with out_rows, got ",
+                    out.sym_sizes());
   const c10::SymIntArrayRef rows = call.arguments.out_rows->sym_sizes();
   const bool fits = (rows.size() == 2 && rows[0] == B && rows[1] == S) ||
                     (packed && rows.size() == 1 && rows[0] == S);
@@ -337,8 +336,8 @@ void check_out_metadata(const Call& call, const Outputs& outputs) {
     const bool scattered = i == call.count() - 1 && call.arguments.out_rows.has_value();
     TORCH_CHECK_VALUE(out.dim() == (scattered ? 3 : in.dim()), call.op, ": expected ",
                       call.out_name(i), " of shape ",
-                      scattered ? "[rows, H, D] beside out_rows" : c10::str(in.sym_sizes()),
-                      ", got ", out.sym_sizes());
+                      scattered ? "[rows, H, D] with out_rows" : c10::str(in.sym_sizes()), ", got ",
+                      out.sym_sizes());
   }
 }
 

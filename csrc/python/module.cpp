@@ -129,8 +129,8 @@ bool is_intercepted() {
 }
 
 // Where tokens are: positions, offset (an int or a tensor), cu_seqlens, out_rows.
-struct Rows {
-  explicit Rows(Reader& reader)
+struct RowArguments {
+  explicit RowArguments(Reader& reader)
       : positions(reader.optional_tensor("positions")),
         offsets(reader.is_at_tensor("offset") ? OptionalTensor(reader.tensor("offset"))
                                               : std::nullopt),
@@ -166,7 +166,7 @@ struct Options {
   std::string_view table_layout;
 };
 
-Arguments arguments_of(const Rows& rows, const Options& o) {
+Arguments arguments_of(const RowArguments& rows, const Options& o) {
   at::OptionalIntArrayRef axes;
   if (o.axes.has_value()) axes = at::IntArrayRef(*o.axes);
   return {rows.positions, rows.offsets, rows.cu_seqlens, rows.out_rows, rows.offset,
@@ -189,7 +189,7 @@ PyObject* wrap(TensorPair&& tensors) {
 }
 
 // Entry<&f>::call is what Python calls for f(arguments, tensors...): with the tensors, then what
-// Rows and Options read. Where torch.func, a TorchFunctionMode or a subclass of Tensor may
+// RowArguments and Options read. Where torch.func, a TorchFunctionMode or a subclass of Tensor may
 // intercept the call, it does nothing and returns NotImplemented.
 template <auto kFunction>
 struct Entry;
@@ -207,7 +207,7 @@ struct Entry<kFunction> {
     Reader reader(method.ml_name, arguments, count);
     const char* const* name = names.data();
     const std::tuple<Tensors...> tensors{next<Tensors>(reader, name)...};
-    const Rows rows(reader);
+    const RowArguments rows(reader);
     if (reader.has_subclass()) Py_RETURN_NOTIMPLEMENTED;
     const Options options(reader.tuple("options"));
     const auto run = [&] {

@@ -18,7 +18,7 @@ Arguments row_arguments(const RotateOptions& o) {
           false,         1,           false,          "fp32",    "half"};
 }
 
-class TokenRows : public OnDevice {
+class TokenRowsTest : public OnDevice {
  protected:
   void expect_rows(const RotateOptions& o, int64_t S, at::IntArrayRef sizes,
                    at::ArrayRef<int64_t> expected) const {
@@ -33,19 +33,19 @@ class TokenRows : public OnDevice {
     EXPECT_EQ(at::ArrayRef<int64_t>(flat.const_data_ptr<int64_t>(), flat.numel()), expected);
   }
 };
-FUSED_ROPE_ON_DEVICES(TokenRows);
+FUSED_ROPE_ON_DEVICES(TokenRowsTest);
 
-TEST_P(TokenRows, CountsTokens) {
+TEST_P(TokenRowsTest, CountsTokens) {
   expect_rows(RotateOptions(), 3, {1, 3}, {0, 1, 2});
   expect_rows(RotateOptions().offset(7), 3, {1, 3}, {7, 8, 9});
   expect_rows(RotateOptions(), 0, {1, 0}, {});
 }
 
-TEST_P(TokenRows, AddsTheOffsetOfEachBatch) {
+TEST_P(TokenRowsTest, AddsTheOffsetOfEachBatch) {
   expect_rows(RotateOptions().offsets(integers({7, 0}, at::kInt)), 3, {2, 3}, {7, 8, 9, 0, 1, 2});
 }
 
-TEST_P(TokenRows, ReadsPositions) {
+TEST_P(TokenRowsTest, ReadsPositions) {
   const at::Tensor positions = integers({4, -1, 2, 0, 9, -1}, at::kInt);
   expect_rows(RotateOptions().positions(positions), 6, {1, 6}, {4, -1, 2, 0, 9, -1});
   expect_rows(RotateOptions().positions(positions.view({2, 3})).offset(3), 3, {2, 3},
@@ -54,7 +54,7 @@ TEST_P(TokenRows, ReadsPositions) {
               {2, 3}, {5, -1, 3, 9, -1, 7});
 }
 
-TEST_P(TokenRows, StartsAgainInEachSequence) {
+TEST_P(TokenRowsTest, StartsAgainInEachSequence) {
   const at::Tensor starts = integers({0, 2, 2, 5}, at::kInt);
   expect_rows(RotateOptions().cu_seqlens(starts), 7, {1, 7}, {0, 1, 0, 1, 2, -1, -1});
   expect_rows(RotateOptions().offsets(integers({1, 50, 4})).cu_seqlens(starts), 7, {1, 7},
@@ -67,7 +67,7 @@ TEST_P(TokenRows, StartsAgainInEachSequence) {
               7, {1, 7}, {4, -1, 4, 4, 7, -1, -1});
 }
 
-TEST_P(TokenRows, AllTokensArePaddingWithoutSequences) {
+TEST_P(TokenRowsTest, AllTokensArePaddingWithoutSequences) {
   for (const int64_t start : {0, 2}) {
     expect_rows(RotateOptions().cu_seqlens(integers({start})), 3, {1, 3}, {-1, -1, -1});
     expect_rows(RotateOptions().offsets(integers({})).cu_seqlens(integers({start})), 3, {1, 3},
@@ -75,18 +75,18 @@ TEST_P(TokenRows, AllTokensArePaddingWithoutSequences) {
   }
 }
 
-TEST_P(TokenRows, TokensBeforeTheFirstSequenceHaveNoRow) {
+TEST_P(TokenRowsTest, TokensBeforeTheFirstSequenceHaveNoRow) {
   expect_rows(RotateOptions().cu_seqlens(integers({1, 3})), 4, {1, 4}, {-2, 0, 1, -1});
 }
 
-TEST_P(TokenRows, NegativeSumsAreNotMinusOne) {
+TEST_P(TokenRowsTest, NegativeSumsAreNotMinusOne) {
   expect_rows(RotateOptions().positions(integers({-1, -2, 0, 1, 2})).offset(-2), 5, {1, 5},
               {-1, -4, -2, -2, 0});
   expect_rows(RotateOptions().positions(integers({-2, 3})).offsets(integers({1, -4})), 2, {2, 2},
               {-2, 4, -6, -2});
 }
 
-TEST_P(TokenRows, SumsDoNotOverflow) {
+TEST_P(TokenRowsTest, SumsDoNotOverflow) {
   const at::Tensor extremes = integers({kMin, kMax});
   const auto is_row = [&](const RotateOptions& o) {
     const at::Tensor rows = token_rows(row_arguments(o), 2, GetParam());
@@ -100,7 +100,7 @@ TEST_P(TokenRows, SumsDoNotOverflow) {
   }
 }
 
-TEST_P(TokenRows, EachAxisHasRows) {
+TEST_P(TokenRowsTest, EachAxisHasRows) {
   const auto o = RotateOptions()
                      .positions(integers({4, -1, 2, 0, 9, -1}).view({2, 3}))
                      .offsets(integers({1, 5}))
@@ -111,7 +111,7 @@ TEST_P(TokenRows, EachAxisHasRows) {
                {1, 5, 1, 10, -1, 10, -1, 3, -1, 5, 9, 5, 14, -1, 14, -1, 7, -1});
 }
 
-TEST_P(TokenRows, AxesOfNoPairs) {
+TEST_P(TokenRowsTest, AxesOfNoPairs) {
   const auto o =
       RotateOptions().positions(integers({4, -1, 2, 0}).view({2, 2})).axes(std::vector<int64_t>());
   EXPECT_EQ(token_rows_by_pair(row_arguments(o), 2, GetParam()).sizes(),
