@@ -14,11 +14,9 @@ namespace fused_rope::kernels {
 // Throws std::invalid_argument for words that it does not know.
 inline PlanOverrides parse_overrides(const std::string& text) {
   PlanOverrides overrides;
-  const std::pair<const char*, int*> names[] = {{"vector", &overrides.vector},
-                                                {"threads", &overrides.threads},
-                                                {"keep", &overrides.keep},
-                                                {"stream", &overrides.stream},
-                                                {"work", &overrides.work}};
+  const std::pair<const char*, int*> names[] = {
+      {"vector", &overrides.vector}, {"threads", &overrides.threads}, {"keep", &overrides.keep},
+      {"stream", &overrides.stream}, {"work", &overrides.work},       {"full", &overrides.full}};
   std::istringstream words(text);
   for (std::string word; words >> word;) {
     const size_t equals = word.find('=');
@@ -31,7 +29,8 @@ inline PlanOverrides parse_overrides(const std::string& text) {
     }
     if (!known) {
       throw std::invalid_argument(
-          "FUSED_ROPE_PLAN: expected vector=, threads=, keep=, stream= or work= and a number, "
+          "FUSED_ROPE_PLAN: expected vector=, threads=, keep=, stream=, work= or full= and a "
+          "number, "
           "got " +
           word);
     }

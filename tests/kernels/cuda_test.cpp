@@ -70,13 +70,15 @@ class Call {
 
   PlanOverrides overrides() {
     PlanOverrides o;
-    if (chance(2)) o.vector = 4 << random_.below(2);
+    if (chance(3)) o.vector = 4 << random_.below(2);
+    if (chance(4)) o.full = 0;
     if (chance(2)) o.threads = 32 << random_.below(4);
     if (chance(3)) o.work = static_cast<int>(random_.below(100));
     return o;
   }
 
-  DeviceFacts facts() { return {chance(2) ? 0 : int64_t{1} << 40, 1 + random_.below(132)}; }
+  // Without multiprocessors every call is a large one.
+  DeviceFacts facts() { return {chance(2) ? 0 : int64_t{1} << 40, random_.below(3) * 44}; }
 
  private:
   struct Location {
@@ -153,14 +155,16 @@ class Call {
       p_.axes = axes_.data();
     }
     if (p_.B == 1 && chance(2)) {
-      rows.N = 2;
-      std::vector<int64_t> starts = {0, random_.below(p_.S + 1), random_.below(p_.S + 1)};
+      rows.N = chance(2) ? 2 : kFewSequences + 1 + random_.below(30);
+      std::vector<int64_t> starts(rows.N + 1);
+      for (int64_t& start : starts) start = random_.below(p_.S + 1);
       std::sort(starts.begin(), starts.end());
+      starts[0] = 0;
       rows.cu_seqlens = integers(starts);
       rows.cu_seqlens_stride = 1;
     }
     if (chance(3)) {
-      rows.offsets = integers(std::max<int64_t>(p_.B, 2), 0, 5);
+      rows.offsets = integers(std::max<int64_t>(p_.B, rows.N), 0, 5);
       rows.offsets_stride = 1;
     }
   }
@@ -270,11 +274,12 @@ class Call {
 
 // The instance of a plan; sizes in bytes of elements and entries.
 std::string name_of(const Plan& plan, size_t element, size_t entry) {
-  constexpr const char* kRowNames[] = {"linear", "per head", "indexed", "sections", "axes"};
+  constexpr const char* kRowNames[] = {"linear", "per head", "positions", "indexed",
+                                       "packed", "sections", "axes"};
   return std::string(kRowNames[static_cast<int>(plan.lookup)]) +
          (plan.arrangement == Arrangement::kPair ? " pair" : " adjacent") +
-         (plan.full_head ? " full" : "") + (plan.vector_tables ? " rows" : "") + " x" +
-         std::to_string(plan.vector) + ", " + std::to_string(element) + "/" + std::to_string(entry);
+         (plan.full_head ? " full" : "") + " x" + std::to_string(plan.vector) + ", " +
+         std::to_string(element) + "/" + std::to_string(entry);
 }
 
 // A head has no more threads than its vectors need. So if the results are right, no two threads
@@ -282,7 +287,7 @@ std::string name_of(const Plan& plan, size_t element, size_t entry) {
 void expect_fewest_threads(const RotateParams& p, const Plan& plan) {
   const int64_t rotated = 2 * p.pairing.P / plan.vector;  // vectors
   const int64_t copied = p.in_place ? 0 : ceil_divide(p.D, plan.vector) - rotated;
-  const int each = vectors_of_thread(plan.arrangement, plan.lookup);
+  const int each = vectors_of_thread(plan.arrangement, plan.lookup, plan.heads);
   EXPECT_EQ(plan.rotating_threads,
             plan.arrangement == Arrangement::kPair ? rotated / 2 : ceil_divide(rotated, each));
   EXPECT_EQ(plan.head_threads - plan.rotating_threads, ceil_divide(copied, each));
@@ -325,27 +330,47 @@ TEST(CudaKernel, IsBitwiseIdenticalToTheCpuKernel) {
   check<float, float, Precision::kFp32>(seen);
   check<double, double, Precision::kFp32>(seen);
   for (const auto& [name, count] : seen) RecordProperty(name, count);
-  for (const char* name : {"linear pair full rows x8, 2/4",
-                           "linear pair full rows x4, 2/4",
-                           "linear pair full rows x4, 2/2",
-                           "linear pair full rows x2, 2/4",
-                           "linear pair full rows x2, 2/2",
-                           "linear pair rows x8, 2/4",
+  for (const char* name : {"linear pair full x8, 2/4",
                            "linear pair x8, 2/4",
+                           "linear pair x4, 2/4",
+                           "linear pair x2, 2/4",
                            "linear pair x1, 2/4",
-                           "linear adjacent full rows x8, 2/4",
-                           "linear adjacent full rows x4, 2/4",
-                           "linear adjacent full rows x4, 2/2",
+                           "linear adjacent full x8, 2/4",
                            "linear adjacent x8, 2/4",
-                           "per head pair full rows x8, 2/4",
-                           "per head adjacent rows x8, 2/4",
-                           "indexed pair full rows x8, 2/4",
-                           "indexed pair rows x8, 2/4",
-                           "indexed adjacent full rows x8, 2/4",
-                           "sections pair full rows x8, 2/4",
-                           "sections adjacent rows x8, 2/4",
-                           "axes pair full rows x8, 2/4",
-                           "axes adjacent full rows x8, 2/4",
+                           "linear adjacent x4, 2/4",
+                           "linear adjacent x2, 2/4",
+                           "per head pair x8, 2/4",
+                           "per head adjacent x8, 2/4",
+                           "positions pair full x8, 2/4",
+                           "positions pair x8, 2/4",
+                           "positions adjacent full x8, 2/4",
+                           "positions adjacent x8, 2/4",
+                           "indexed pair full x8, 2/4",
+                           "indexed pair x8, 2/4",
+                           "indexed pair x4, 2/4",
+                           "indexed pair x2, 2/4",
+                           "indexed pair x1, 2/4",
+                           "indexed adjacent full x8, 2/4",
+                           "indexed adjacent x8, 2/4",
+                           "indexed adjacent x4, 2/4",
+                           "indexed adjacent x2, 2/4",
+                           "packed pair full x8, 2/4",
+                           "packed pair x8, 2/4",
+                           "packed adjacent full x8, 2/4",
+                           "packed adjacent x8, 2/4",
+                           "sections pair full x8, 2/4",
+                           "sections pair x8, 2/4",
+                           "sections adjacent full x8, 2/4",
+                           "sections adjacent x8, 2/4",
+                           "axes pair x8, 2/4",
+                           "axes pair x4, 2/4",
+                           "axes pair x2, 2/4",
+                           "axes pair x1, 2/4",
+                           "axes adjacent x8, 2/4",
+                           "axes adjacent x4, 2/4",
+                           "axes adjacent x2, 2/4",
+                           "linear pair full x2, 2/4",
+                           "linear adjacent full x4, 2/4",
                            "joined",
                            "joined in place",
                            "in several launches"}) {

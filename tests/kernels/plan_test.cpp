@@ -34,16 +34,37 @@ class VectorWidth : public ::testing::TestWithParam<VectorCase> {};
 TEST_P(VectorWidth, FollowsAlignmentAndStrides) {
   RotateParams p = call(2, 3, 4, 64, 32);
   GetParam().change(p);
-  EXPECT_EQ(make_plan(p, kLargeCache).vector, GetParam().vector);
+  const Plan plan = make_plan(p, kLargeCache);
+  EXPECT_EQ(plan.vector, GetParam().vector);
+  EXPECT_EQ(plan.vector * plan.heads, 8) << "a thread moves as many bytes of more heads";
+}
+
+TEST(VectorWidth, IsLimitedByAnOverride) {
+  const RotateParams p = call(2, 3, 4, 64, 32);
+  for (const auto& [bytes, vector] :
+       {std::pair{0, 1}, {2, 1}, {4, 2}, {7, 2}, {8, 4}, {15, 4}, {16, 8}, {99, 8}})
+    EXPECT_EQ(make_plan(p, kLargeCache, {.vector = bytes}).vector, vector) << bytes;
+}
+
+TEST(CopiedElements, MoveTwoVectorsAtOnceWhereTheirPlaceAllows) {
+  const auto copies_wide = [](int64_t D, int64_t R, int64_t offset) {
+    RotateParams p = call(2, 3, 4, D, R);
+    p.pairing.offset = offset;
+    return make_plan(p, kLargeCache).copies_wide;
+  };
+  EXPECT_FALSE(copies_wide(128, 64, 0)) << "vectors of 16 bytes are the widest";
+  EXPECT_TRUE(copies_wide(96, 24, 0)) << "8 bytes rotate, 16 are copied";
+  EXPECT_TRUE(copies_wide(80, 20, 0)) << "4 and 8";
+  EXPECT_FALSE(copies_wide(96, 24, 4)) << "copied elements start after 8 and 56 bytes";
 }
 
 const VectorCase kVectorCases[] = {
     {"Contiguous", [](RotateParams&) {}, 8},
     {"MisalignedInput", [](RotateParams& p) { p.tensors[0].in = memory + 2; }, 1},
-    {"HalfAlignedInput", [](RotateParams& p) { p.tensors[0].in = memory + 8; }, 1},
-    {"MisalignedOutput", [](RotateParams& p) { p.tensors[0].out = memory + 4; }, 1},
+    {"HalfAlignedInput", [](RotateParams& p) { p.tensors[0].in = memory + 8; }, 4},
+    {"MisalignedOutput", [](RotateParams& p) { p.tensors[0].out = memory + 4; }, 2},
     {"OddInputRowStride", [](RotateParams& p) { p.tensors[0].in_strides.s += 1; }, 1},
-    {"OddOutputHeadStride", [](RotateParams& p) { p.tensors[0].out_strides.h += 4; }, 1},
+    {"OddOutputHeadStride", [](RotateParams& p) { p.tensors[0].out_strides.h += 4; }, 4},
     {"WideInputRowStride", [](RotateParams& p) { p.tensors[0].in_strides.s += 8; }, 8},
     {"OddBatchStride", [](RotateParams& p) { p.tensors[0].in_strides.b += 1; }, 1},
     {"OddBatchStrideOfOneBatch",
@@ -67,15 +88,15 @@ const VectorCase kVectorCases[] = {
     {"ExpandedInput", [](RotateParams& p) { p.tensors[0].in_strides.h = 0; }, 8},
     {"StridedElements", [](RotateParams& p) { p.tensors[0].in_strides.d = 2; }, 1},
     {"StridedOutputElements", [](RotateParams& p) { p.tensors[0].out_strides.d = 64; }, 1},
-    {"OddOffset", [](RotateParams& p) { p.pairing.offset = 4; }, 1},
+    {"OddOffset", [](RotateParams& p) { p.pairing.offset = 4; }, 4},
     {"AlignedOffset", [](RotateParams& p) { p.pairing.offset = 32; }, 8},
-    {"ShortHalf", [](RotateParams& p) { p.pairing.P = p.pairing.distance = 12; }, 1},
+    {"ShortHalf", [](RotateParams& p) { p.pairing.P = p.pairing.distance = 12; }, 4},
     {"Blocks", [](RotateParams& p) { p.pairing.distance = 8; }, 8},
-    {"ShortBlocks", [](RotateParams& p) { p.pairing.distance = 4; }, 1},
+    {"ShortBlocks", [](RotateParams& p) { p.pairing.distance = 4; }, 4},
     {"Interleaved", [](RotateParams& p) { p.pairing.distance = 1; }, 8},
     {"InterleavedShort", [](RotateParams& p) { p.pairing = {12, 0, 1}; }, 8},
-    {"InterleavedOddSpan", [](RotateParams& p) { p.pairing = {6, 0, 1}; }, 1},
-    {"OddHead", [](RotateParams& p) { p.D = 60; }, 1},
+    {"InterleavedOddSpan", [](RotateParams& p) { p.pairing = {6, 0, 1}; }, 4},
+    {"OddHead", [](RotateParams& p) { p.D = 60; }, 4},
     {"OddHeadInPlace",
      [](RotateParams& p) {
        p.D = 60;
@@ -126,20 +147,23 @@ TEST(VectorWidthOfType, IsSixteenBytes) {
   }
 }
 
-TEST(VectorTables, NeedAlignedContiguousRows) {
-  const auto fits = [](auto change) {
+TEST(TableVector, IsAsWideAsAlignmentAndStridesAllow) {
+  const auto plan = [](auto change) {
     RotateParams p = call(2, 3, 4, 64, 32);
     change(p);
-    return make_plan(p, kLargeCache).vector_tables;
+    return make_plan(p, kLargeCache);
   };
-  EXPECT_TRUE(fits([](RotateParams&) {}));
-  EXPECT_TRUE(fits([](RotateParams& p) { p.cos.m = 2 * p.cos.m; })) << "half of a joint table";
-  EXPECT_TRUE(fits([](RotateParams& p) { p.cos = {memory, 0, 0, 16, 0, 1}; })) << "per token";
-  EXPECT_FALSE(fits([](RotateParams& p) { p.cos.data = memory + 4; }));
-  EXPECT_FALSE(fits([](RotateParams& p) { p.sin.data = memory + 8; }));
-  EXPECT_FALSE(fits([](RotateParams& p) { p.sin.m += 1; }));
-  EXPECT_FALSE(fits([](RotateParams& p) { p.sin.j = 2; })) << "of a complex table";
-  EXPECT_FALSE(fits([](RotateParams& p) { p.cos = {memory, 0, 0, 16, 2, 1}; })) << "per head";
+  const auto bytes = [&](auto change) { return plan(change).table_vector; };
+  EXPECT_EQ(bytes([](RotateParams&) {}), 16);
+  EXPECT_EQ(bytes([](RotateParams& p) { p.cos.m = 2 * p.cos.m; }), 16) << "half of a joint table";
+  EXPECT_EQ(bytes([](RotateParams& p) { p.cos = {memory, 0, 0, 16, 0, 1}; }), 16) << "per token";
+  EXPECT_EQ(bytes([](RotateParams& p) { p.cos.data = memory + 4; }), 4);
+  EXPECT_EQ(bytes([](RotateParams& p) { p.sin.data = memory + 8; }), 8);
+  EXPECT_EQ(bytes([](RotateParams& p) { p.sin.m += 1; }), 4);
+  EXPECT_EQ(bytes([](RotateParams& p) { p.sin.j = 2; }), 4) << "of a complex table";
+  EXPECT_EQ(bytes([](RotateParams& p) { p.cos = {memory, 0, 0, 16, 2, 1}; }), 8) << "per head";
+  EXPECT_EQ(plan([](RotateParams& p) { p.sin.j = 2; }).vector, 4)
+      << "vectors of 16 bytes need table vectors as wide";
 }
 
 TEST(Arrangement, IsAdjacentForInterleavedVectors) {
@@ -166,9 +190,24 @@ TEST(RowLookupOfPlan, IsIndexedWhenDeviceMemorySelectsRows) {
   EXPECT_EQ(rows([](RotateParams& p) { p.sin.b += 8; }), RowLookup::kIndexed);
   EXPECT_EQ(rows([](RotateParams& p) { p.sin.s += 8; }), RowLookup::kIndexed);
   EXPECT_EQ(rows([](RotateParams& p) { p.sin.h += 8; }), RowLookup::kIndexed);
-  EXPECT_EQ(rows([&](RotateParams& p) { p.rows.positions = numbers; }), RowLookup::kIndexed);
+  EXPECT_EQ(rows([&](RotateParams& p) { p.rows.positions = numbers; }), RowLookup::kPositions);
+  EXPECT_EQ(rows([&](RotateParams& p) { p.rows.positions = numbers, p.sin.m += 8; }),
+            RowLookup::kIndexed);
+  EXPECT_EQ(rows([&](RotateParams& p) { p.rows.positions = numbers, p.rows.M = 1L << 31; }),
+            RowLookup::kIndexed)
+      << "rows that need 64 bits";
+  EXPECT_EQ(rows([&](RotateParams& p) { p.rows.positions = p.rows.offsets = numbers; }),
+            RowLookup::kIndexed);
+  EXPECT_EQ(
+      rows([&](RotateParams& p) { p.rows.positions = numbers, p.tensors[0].in = memory + 2; }),
+      RowLookup::kIndexed)
+      << "short vectors";
   EXPECT_EQ(rows([&](RotateParams& p) { p.rows.offsets = numbers; }), RowLookup::kIndexed);
-  EXPECT_EQ(rows([&](RotateParams& p) { p.rows.cu_seqlens = numbers; }), RowLookup::kIndexed);
+  const auto packed = [&](int64_t N) {
+    return rows([&](RotateParams& p) { p.rows.cu_seqlens = numbers, p.rows.N = N; });
+  };
+  EXPECT_EQ(packed(kFewSequences), RowLookup::kIndexed);
+  EXPECT_EQ(packed(kFewSequences + 1), RowLookup::kPacked);
   EXPECT_EQ(rows([&](RotateParams& p) { p.rows.out_rows = numbers; }), RowLookup::kIndexed);
 }
 
@@ -188,7 +227,7 @@ TEST(RowLookupOfPlan, TellsWhetherThePairsOfAThreadHaveOneAxis) {
   EXPECT_EQ(rows(32, 32), RowLookup::kSections) << "one axis";
   EXPECT_EQ(rows(1, 12), RowLookup::kSections) << "four whole pairs in a vector";
   EXPECT_EQ(rows(1, 10), RowLookup::kAxes);
-  EXPECT_EQ(rows(32, 11, 1), RowLookup::kSections) << "a thread with single elements has one pair";
+  EXPECT_EQ(rows(32, 8, 1), RowLookup::kAxes) << "short vectors";
 }
 
 TEST(Plan, GivesAThreadTwoVectorsOfWholePairsOnlyToShareALookup) {
@@ -334,25 +373,20 @@ struct VectorBytesCase {
   const char* name;
   void (*change)(RotateParams&);  // of 32 heads, D = 128, one more token than are resident at once
   int bytes;
-  int shortest;  // that an override may select
 };
 
 void PrintTo(const VectorBytesCase& c, std::ostream* out) { *out << c.name; }
 
 class VectorBytes : public ::testing::TestWithParam<VectorBytesCase> {};
 
-TEST_P(VectorBytes, DependOnShapeAndStrides) {
+TEST_P(VectorBytes, AreFewInShortChunks) {
   RotateParams p = call(1, 793, 32, 128, 128);
   p.rows.M = 4096;
   GetParam().change(p);
   for (const DeviceFacts& device : {kSmallCache, kLargeCache}) {
-    const auto bytes = [&](int override) {
-      return make_plan(p, device, {.vector = override}).vector * size_of(p.dtype);
-    };
-    EXPECT_EQ(bytes(-1), GetParam().bytes);
-    for (const auto& [override, instance] :
-         {std::pair{0, 4}, {3, 4}, {4, 4}, {7, 4}, {8, 8}, {12, 8}, {15, 8}, {16, 16}, {99, 16}})
-      EXPECT_EQ(bytes(override), std::max(instance, GetParam().shortest)) << override;
+    const Plan plan = make_plan(p, device);
+    EXPECT_EQ(plan.vector * size_of(p.dtype), GetParam().bytes);
+    EXPECT_EQ(plan.heads, GetParam().name == std::string("SingleEntries") ? 2 : 1);
   }
 }
 
@@ -385,51 +419,49 @@ void in_chunks_of_one(RotateParams& p, int dense) {
 constexpr int64_t kChunkTokens = 4 * 793;
 
 const VectorBytesCase kVectorBytesCases[] = {
-    {"Large", [](RotateParams&) {}, 8, 4},
-    {"AllAtOnce", [](RotateParams& p) { p.S = 792; }, 16, 4},
-    {"Float16", [](RotateParams& p) { p.dtype = DType::kFloat16; }, 8, 4},
-    {"Float32", [](RotateParams& p) { p.dtype = DType::kFloat32; }, 16, 16},
-    {"Interleaved", [](RotateParams& p) { p.pairing.distance = 1; }, 16, 8},
-    {"Blocks", [](RotateParams& p) { p.pairing.distance = 32; }, 16, 16},
-    {"Copies", [](RotateParams& p) { p.pairing.P = p.pairing.distance = 32; }, 16, 16},
-    {"LookUps", [](RotateParams& p) { p.rows.positions = {memory, true}; }, 16, 16},
-    {"PerHead", [](RotateParams& p) { p.per_head = true; }, 16, 16},
-    {"ShortEntries", [](RotateParams& p) { p.table_dtype = DType::kBFloat16; }, 8, 4},
-    {"Streams", [](RotateParams& p) { p.S = 1 << 16, p.tensors[0].H = 1; }, 8, 4},
-    {"SingleEntries", [](RotateParams& p) { p.cos.j = p.sin.j = 2; }, 16, 16},
-    {"Chunks", in_chunks, 4, 4},
-    {"ChunksAtOnce", [](RotateParams& p) { in_chunks(p), p.S -= 4; }, 16, 4},
-    {"ChunksAtTheEnd", [](RotateParams& p) { in_chunks(p), p.pairing.offset = 96; }, 4, 4},
-    {"ChunksOfFloat32", [](RotateParams& p) { in_chunks(p), p.dtype = DType::kFloat32; }, 16, 16},
-    {"LongChunks", [](RotateParams& p) { in_chunks(p), p.pairing.P = p.pairing.distance = 24; }, 8,
-     4},
-    {"InterleavedChunks", [](RotateParams& p) { in_chunks(p), p.pairing.distance = 1; }, 8, 8},
+    {"Large", [](RotateParams&) {}, 16},
+    {"AllAtOnce", [](RotateParams& p) { p.S = 792; }, 16},
+    {"Float16", [](RotateParams& p) { p.dtype = DType::kFloat16; }, 16},
+    {"Float32", [](RotateParams& p) { p.dtype = DType::kFloat32; }, 16},
+    {"Interleaved", [](RotateParams& p) { p.pairing.distance = 1; }, 16},
+    {"Blocks", [](RotateParams& p) { p.pairing.distance = 32; }, 16},
+    {"Copies", [](RotateParams& p) { p.pairing.P = p.pairing.distance = 32; }, 16},
+    {"LookUps", [](RotateParams& p) { p.rows.positions = {memory, true}; }, 16},
+    {"PerHead", [](RotateParams& p) { p.per_head = true; }, 16},
+    {"ShortEntries", [](RotateParams& p) { p.table_dtype = DType::kBFloat16; }, 16},
+    {"Streams", [](RotateParams& p) { p.S = 1 << 16, p.tensors[0].H = 1; }, 16},
+    {"SingleEntries", [](RotateParams& p) { p.cos.j = p.sin.j = 2; }, 8},
+    {"Chunks", in_chunks, 4},
+    {"ChunksAtOnce", [](RotateParams& p) { in_chunks(p), p.S -= 4; }, 16},
+    {"ChunksAtTheEnd", [](RotateParams& p) { in_chunks(p), p.pairing.offset = 96; }, 4},
+    {"ChunksOfFloat32", [](RotateParams& p) { in_chunks(p), p.dtype = DType::kFloat32; }, 16},
+    {"LongChunks", [](RotateParams& p) { in_chunks(p), p.pairing.P = p.pairing.distance = 24; },
+     16},
+    {"InterleavedChunks", [](RotateParams& p) { in_chunks(p), p.pairing.distance = 1; }, 8},
     {"InterleavedChunksAtOnce",
-     [](RotateParams& p) { in_chunks(p), p.S -= 4, p.pairing.distance = 1; }, 16, 8},
+     [](RotateParams& p) { in_chunks(p), p.S -= 4, p.pairing.distance = 1; }, 16},
     {"LongInterleavedChunks",
-     [](RotateParams& p) { in_chunks(p), p.pairing.P = 20, p.pairing.distance = 1; }, 16, 8},
+     [](RotateParams& p) { in_chunks(p), p.pairing.P = 20, p.pairing.distance = 1; }, 16},
     {"ChunksOfHeadsApart",
      [](RotateParams& p) {
        in_chunks(p);
        set_strides(p.tensors[0], bhsd(p.S, 32, 128));
      },
-     4, 4},
+     4},
     {"ChunksOfTheSecondAlone", [](RotateParams& p) { in_chunks_of_one(p, 0), p.tensors[0].H = 0; },
-     4, 4},
-    {"ChunksOfTheFirst", [](RotateParams& p) { in_chunks_of_one(p, 1); }, 4, 4},
-    {"HeadsApart", [](RotateParams& p) { in_short_heads(p, bshd(kChunkTokens, 32, 64)); }, 4, 4},
-    {"HeadsLessApart", [](RotateParams& p) { in_short_heads(p, bshd(kChunkTokens, 32, 56)); }, 8,
      4},
-    {"ContiguousHeads", [](RotateParams& p) { in_short_heads(p, bshd(kChunkTokens, 32, 32)); }, 8,
-     4},
-    {"ContiguousTokens", [](RotateParams& p) { in_short_heads(p, bhsd(kChunkTokens, 32, 32)); }, 8,
-     4},
+    {"ChunksOfTheFirst", [](RotateParams& p) { in_chunks_of_one(p, 1); }, 4},
+    {"HeadsApart", [](RotateParams& p) { in_short_heads(p, bshd(kChunkTokens, 32, 64)); }, 4},
+    {"HeadsLessApart", [](RotateParams& p) { in_short_heads(p, bshd(kChunkTokens, 32, 56)); }, 16},
+    {"ContiguousHeads", [](RotateParams& p) { in_short_heads(p, bshd(kChunkTokens, 32, 32)); }, 16},
+    {"ContiguousTokens", [](RotateParams& p) { in_short_heads(p, bhsd(kChunkTokens, 32, 32)); },
+     16},
     {"HeadsApartOutOfPlace",
      [](RotateParams& p) {
        in_short_heads(p, bshd(kChunkTokens, 32, 64));
        p.in_place = false;
      },
-     8, 4},
+     16},
 };
 
 INSTANTIATE_TEST_SUITE_P(Of, VectorBytes, ::testing::ValuesIn(kVectorBytesCases),
@@ -544,18 +576,21 @@ TEST(Plan, ClampsOverrides) {
   EXPECT_FALSE(make_plan(p, kSmallCache, {.stream = 0}).streams);
   EXPECT_FALSE(make_plan(p, kLargeCache).streams);
   EXPECT_TRUE(make_plan(p, kLargeCache, {.stream = 1}).streams);
+  EXPECT_TRUE(make_plan(p, kLargeCache).full_head);
+  EXPECT_FALSE(make_plan(p, kLargeCache, {.full = 0}).full_head);
 }
 
 TEST(ParseOverrides, ReadsEveryWord) {
   const PlanOverrides none = parse_overrides("");
   EXPECT_EQ(none.vector, -1);
   EXPECT_EQ(none.work, -1);
-  const PlanOverrides o = parse_overrides(" vector=8 threads=64  keep=0 stream=1 work=96");
+  const PlanOverrides o = parse_overrides(" vector=8 threads=64  keep=0 stream=1 work=96 full=0");
   EXPECT_EQ(o.vector, 8);
   EXPECT_EQ(o.threads, 64);
   EXPECT_EQ(o.keep, 0);
   EXPECT_EQ(o.stream, 1);
   EXPECT_EQ(o.work, 96);
+  EXPECT_EQ(o.full, 0);
 }
 
 TEST(ParseOverrides, RejectsWhatItDoesNotKnow) {

@@ -5,9 +5,10 @@
 #include <algorithm>
 #include <bit>
 #include <cstdint>
+#include <cstdlib>
 #include <numeric>
 
-#include "fused_rope/kernels/params.h"
+#include "fused_rope/kernels/rows.h"
 
 namespace fused_rope::kernels {
 
@@ -19,28 +20,41 @@ enum class Arrangement {
 
 // How a thread finds the table row of its token.
 enum class RowLookup {
-  kLinear,    // none: addresses are linear in batch, sequence and head, sin at a fixed distance
-              // from cos
-  kPerHead,   // the same for tables that differ between heads and are read in vectors; blocks of q
-              // and k alternate, so that the second of them finds the rows in cache
-  kIndexed,   // indices in device memory select rows of the table or of the output
-  kSections,  // the same with several axes of positions, one of which serves all pairs of a thread
-  kAxes,      // the same where the pairs of a thread read different axes
+  kLinear,     // none: addresses are linear in batch, sequence and head, sin at a fixed distance
+               // from cos
+  kPerHead,    // the same for tables that differ between heads and are read in vectors; blocks of q
+               // and k alternate, so that the second of them finds the rows in cache
+  kPositions,  // a position for each token selects a row
+  kIndexed,    // any indices in device memory select rows of the table or of the output
+  kPacked,     // the same in a packed batch, where the sequence of a token must be found
+  kSections,   // the same with several axes of positions, one of which serves all pairs of a thread
+  kAxes,       // the same for any order of axes: a block combines the rows of its tokens in shared
+               // memory
 };
 
 FUSED_ROPE_HOST_DEVICE constexpr bool is_linear(RowLookup lookup) {
   return lookup == RowLookup::kLinear || lookup == RowLookup::kPerHead;
 }
-constexpr bool has_axes(RowLookup lookup) {
+// The others are general, so that these need fewer instances.
+constexpr bool has_short_vectors(RowLookup lookup) {
+  return lookup == RowLookup::kLinear || lookup == RowLookup::kIndexed ||
+         lookup == RowLookup::kAxes;
+}
+// Whether full heads have instances of their own. They gain 7 % with kSections, 0.6 % with
+// kPerHead.
+constexpr bool has_full_heads(RowLookup lookup) {
+  return lookup != RowLookup::kAxes && lookup != RowLookup::kPerHead;
+}
+FUSED_ROPE_HOST_DEVICE constexpr bool has_axes(RowLookup lookup) {
   return lookup == RowLookup::kSections || lookup == RowLookup::kAxes;
 }
 
-// Vectors that a thread moves. kPair needs two. With kAdjacent one vector spreads the bytes in
-// flight more evenly; two share the cost of a look-up. Two vectors of kSections would rarely have
-// one axis.
-constexpr int vectors_of_thread(Arrangement arrangement, RowLookup lookup) {
-  const bool shares_row = lookup == RowLookup::kIndexed || lookup == RowLookup::kAxes;
-  return arrangement == Arrangement::kPair || shares_row ? 2 : 1;
+// Vectors of each head that a thread moves. kPair needs two. With kAdjacent one vector spreads the
+// bytes in flight more evenly; two share the cost of a look-up. Two vectors of kSections would
+// rarely have one axis. Threads with several heads have short vectors.
+constexpr int vectors_of_thread(Arrangement arrangement, RowLookup lookup, int heads) {
+  const bool shares_row = !is_linear(lookup) && lookup != RowLookup::kSections;
+  return arrangement == Arrangement::kPair || shares_row || heads > 1 ? 2 : 1;
 }
 
 struct DeviceFacts {
@@ -50,31 +64,35 @@ struct DeviceFacts {
 
 // Decisions that an experiment makes instead of the plan; -1 leaves them to the plan.
 struct PlanOverrides {
-  int vector = -1;  // bytes: 4, 8 or 16, as far as there are such instances
+  int vector = -1;  // bytes: at most as many
   int threads = -1;
   int keep = -1;
   int stream = -1;
   int work = -1;
+  int full = -1;  // 0: no instances of full heads
 };
 
 struct Plan {
   Arrangement arrangement;
   RowLookup lookup;
-  bool vector_tables;    // cos and sin are read 16 bytes at a time
   bool keeps_tables;     // table vectors get the L2 policy evict_last
   bool streams;          // vectors of x get the L2 policy evict_first
-  int vector;            // elements of a vector: 16, 8 or 4 bytes of them, or 1
+  int vector;            // elements that a rotating thread moves at once: 16, 8, 4 or 2 bytes
+  int heads;             // of a thread: as many as move 16 bytes in place of each vector
+  bool copies_wide;      // copying threads move two vectors at once
+  int table_vector;      // bytes of cos and sin that are read at once
   int rotating_threads;  // threads of one head that rotate
   int head_threads;      // threads of one head: those that rotate, then those that copy
-  bool full_head;        // every thread rotates, and pairs form a single block
+  bool full_head;        // every thread rotates, one head, and pairs form a single block
   int block_threads;
   int launch_threads;  // at most
 };
 
-constexpr int kVectorBytes = 16;    // the widest access of a thread
-constexpr int kMinThreadBytes = 8;  // of all vectors of a thread
-constexpr int kShortChunk = 64;     // bytes: half a cache line
+constexpr int kVectorBytes = 16;     // the widest access of a thread
+constexpr int kShortChunk = 64;      // bytes: half a cache line
+constexpr int kShortChunkBytes = 8;  // of all vectors of a thread that moves short chunks
 constexpr int kWarp = 32;
+constexpr int kFewSequences = 8;            // which each thread searches by itself
 constexpr int kSmallBlockThreads = 128;     // of a block, unless all blocks are resident at once
 constexpr int kMaxBlockThreads = 256;       // the kernel's launch bound
 constexpr int kResidentThreads = 1536;      // of a multiprocessor: six blocks of kMaxBlockThreads
@@ -84,36 +102,53 @@ constexpr int kMaxLaunchThreads = 1 << 30;  // FastDivmod needs thread indices b
 
 constexpr int64_t ceil_divide(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
-// Whether every vector of `vector` elements of a tensor starts on a 16-byte boundary.
-inline bool is_aligned(const void* data, const Strides& strides, const RotateParams& p, int64_t H,
-                       int vector) {
-  const auto fits = [&](int64_t size, int64_t stride) { return size <= 1 || stride % vector == 0; };
-  return reinterpret_cast<uintptr_t>(data) % kVectorBytes == 0 && strides.d == 1 &&
-         fits(p.B, strides.b) && fits(p.S, strides.s) && fits(H, strides.h);
-}
+// The largest power of two that divides n, or 16 for 0.
+constexpr int64_t alignment(int64_t n) { return n == 0 ? kVectorBytes : n & -n; }
 
-// Whether a call can move all of its memory in vectors of `vector` elements.
-inline bool is_vectorizable(const RotateParams& p, int vector) {
-  const int64_t rotated = p.pairing.distance == 1 ? 2 * p.pairing.P : p.pairing.distance;
-  if (p.pairing.offset % vector != 0 || rotated % vector != 0) return false;
-  if (!p.in_place && p.D % vector != 0) return false;
+// The most elements, up to 16 bytes of them, that a thread can move at once in every head of every
+// tensor where vectors start at multiples of all `spans`.
+inline int64_t common_vector(const RotateParams& p, std::initializer_list<int64_t> spans) {
+  const int size = size_of(p.dtype);
+  int64_t bytes = kVectorBytes;
+  const auto limit = [&](int64_t n) { bytes = std::min(bytes, alignment(n)); };
+  const auto limit_all = [&](const void* data, const Strides& strides, int64_t S, int64_t H) {
+    limit(static_cast<int64_t>(reinterpret_cast<uintptr_t>(data)));
+    if (p.B > 1) limit(strides.b * size);
+    if (S > 1) limit(strides.s * size);
+    if (H > 1) limit(strides.h * size);
+    if (strides.d != 1) bytes = size;
+  };
+  for (const int64_t span : spans) limit(span * size);
   for (int i = 0; i < p.count; ++i) {
     const TensorParams& t = p.tensors[i];
     if (t.H == 0) continue;
-    if (!is_aligned(t.in, t.in_strides, p, t.H, vector)) return false;
+    limit_all(t.in, t.in_strides, p.S, t.H);
     // A scattered output may have several rows where S is 1.
-    if (t.scattered && t.out_strides.s % vector != 0) return false;
-    if (!is_aligned(t.out, t.out_strides, p, t.H, vector)) return false;
+    limit_all(t.out, t.out_strides, t.scattered ? 2 : p.S, t.H);
   }
-  return true;
+  return std::max<int64_t>(bytes / size, 1);
 }
 
-// Whether table rows are contiguous and start on 16-byte boundaries.
-inline bool is_vectorizable(const TableParams& table, DType dtype) {
-  const int64_t entries = kVectorBytes / size_of(dtype);
-  const auto fits = [&](int64_t stride) { return stride % entries == 0; };
-  return reinterpret_cast<uintptr_t>(table.data) % kVectorBytes == 0 && table.j == 1 &&
-         fits(table.m) && fits(table.b) && fits(table.s) && fits(table.h);
+// The widest vectors of rotated elements: each of whole pairs, or of elements of one block.
+inline int rotated_vector(const RotateParams& p) {
+  const bool interleaved = p.pairing.distance == 1;
+  const int64_t span = interleaved ? 2 * p.pairing.P : p.pairing.distance;
+  return static_cast<int>(common_vector(p, {p.pairing.offset, span, p.in_place ? 0 : p.D}));
+}
+
+// The widest vectors of the elements before and after the rotated ones.
+inline int copied_vector(const RotateParams& p) {
+  return static_cast<int>(common_vector(p, {p.pairing.offset, p.pairing.end(), p.D}));
+}
+
+// The most bytes of a table that can be read at once: 16, 8 or 4, or one entry.
+inline int64_t table_vector(const TableParams& table, DType dtype) {
+  const int size = size_of(dtype);
+  if (table.j != 1) return size;
+  const int64_t strides = table.m | table.b | table.s | table.h;
+  const int64_t bytes = alignment(static_cast<int64_t>(reinterpret_cast<uintptr_t>(table.data)) |
+                                  strides * size | kVectorBytes);
+  return std::max<int64_t>(bytes, size);
 }
 
 inline bool have_same_strides(const TableParams& x, const TableParams& y) {
@@ -191,15 +226,26 @@ inline bool has_sections_of(const RotateParams& p, int64_t pairs) {
   return true;
 }
 
-// vector: elements of a vector of x. vector_tables: whether cos and sin are read in vectors, too.
-inline RowLookup choose_lookup(const RotateParams& p, Arrangement arrangement, int vector,
-                               bool vector_tables) {
+// Whether positions alone select rows, and rows and their stride fit 32 bits.
+inline bool has_only_positions(const RotateParams& p) {
+  return (row_flags(p.rows) & ~kLongPositions) == kHasPositions &&
+         have_same_strides(p.cos, p.sin) && p.rows.M <= INT32_MAX &&
+         std::abs(p.cos.m) <= INT32_MAX / size_of(p.table_dtype);
+}
+
+// widest: vectors of x, and of tables, have 16 bytes.
+inline RowLookup choose_lookup(const RotateParams& p, Arrangement arrangement, bool widest) {
+  const bool packed = p.rows.cu_seqlens.data != nullptr;
   if (p.axes != nullptr) {
+    const int vector = kVectorBytes / size_of(p.dtype);
     const int pairs = arrangement == Arrangement::kAdjacent ? vector / 2 : vector;
-    return has_sections_of(p, pairs) ? RowLookup::kSections : RowLookup::kAxes;
+    return widest && has_sections_of(p, pairs) ? RowLookup::kSections : RowLookup::kAxes;
   }
+  if (packed && widest && p.rows.N > kFewSequences && p.rows.N < INT32_MAX)
+    return RowLookup::kPacked;
+  if (widest && has_only_positions(p)) return RowLookup::kPositions;
   if (has_lookups(p.rows) || !have_same_strides(p.cos, p.sin)) return RowLookup::kIndexed;
-  return p.per_head && vector > 1 && vector_tables ? RowLookup::kPerHead : RowLookup::kLinear;
+  return p.per_head && widest ? RowLookup::kPerHead : RowLookup::kLinear;
 }
 
 // Every layer reads the tables again: keep them in L2 where they are a small part of it.
@@ -229,22 +275,6 @@ inline double threads_per_multiprocessor(const RotateParams& p, const DeviceFact
   return moved_elements(p) / static_cast<double>(thread_elements * device.multiprocessors);
 }
 
-// Bytes of the shortest vectors for which there are instances.
-constexpr int shortest_vector(Arrangement arrangement, RowLookup lookup) {
-  return kMinThreadBytes / vectors_of_thread(arrangement, lookup);
-}
-
-// Bytes of a vector, where there are instances with shorter vectors than `widest` elements. Shorter
-// vectors bring a warp's two requests, for first elements and for partners, closer together in
-// memory; that pays for the additional threads once the device is full. Short chunks are faster
-// still with fewer bytes in flight.
-inline int choose_vector_bytes(const RotateParams& p, const DeviceFacts& device,
-                               Arrangement arrangement, RowLookup lookup, int widest) {
-  if (threads_per_multiprocessor(p, device, 2 * widest) <= kResidentThreads) return kVectorBytes;
-  if (moves_short_chunks(p)) return shortest_vector(arrangement, lookup);
-  return kVectorBytes / vectors_of_thread(arrangement, lookup);
-}
-
 // Small blocks keep a multiprocessor busy when one ends and the next begins. Where all blocks are
 // resident at once, fewer and larger ones start sooner, unless some multiprocessors would get none.
 // Blocks of whole heads share no cache lines.
@@ -263,42 +293,55 @@ inline Plan make_plan(const RotateParams& p, const DeviceFacts& device,
   const auto choose = [](int override, auto choice) {
     return override >= 0 ? static_cast<decltype(choice)>(override) : choice;
   };
-  const int widest = kVectorBytes / size_of(p.dtype);
-  const bool vectors = is_vectorizable(p, widest);
-  const bool vector_tables =
-      is_vectorizable(p.cos, p.table_dtype) && is_vectorizable(p.sin, p.table_dtype);
-  const bool adjacent = vectors && p.pairing.distance == 1;
+  const int size = size_of(p.dtype);
+  const int widest = kVectorBytes / size;
+  const int limit = std::max(choose(overrides.vector, kVectorBytes) / size, 1);
+  const auto entries = static_cast<int>(
+      std::min(table_vector(p.cos, p.table_dtype), table_vector(p.sin, p.table_dtype)));
+  // Whether the table entries of as many elements can be read in vectors.
+  const auto fits_table = [&](int elements) {
+    const int pairs = p.pairing.distance == 1 && elements > 1 ? elements / 2 : elements;
+    return entries >= std::min(pairs * size_of(p.table_dtype), kVectorBytes);
+  };
+  int vector =
+      static_cast<int>(std::bit_floor(static_cast<unsigned>(std::min(rotated_vector(p), limit))));
+  if (vector == widest && !fits_table(widest)) vector /= 2;
+  const bool adjacent = p.pairing.distance == 1 && vector > 1;
   const Arrangement arrangement = adjacent ? Arrangement::kAdjacent : Arrangement::kPair;
-  const RowLookup lookup = choose_lookup(p, arrangement, vectors ? widest : 1, vector_tables);
-  const bool full_head = rotates_full_heads(p);
+  const RowLookup lookup = choose_lookup(p, arrangement, vector == widest);
 
-  const bool has_shorter_vectors = vectors && vector_tables && full_head &&
-                                   lookup == RowLookup::kLinear && size_of(p.dtype) == 2;
-  int vector = vectors ? widest : 1;
-  if (has_shorter_vectors) {
-    const int bytes =
-        choose(overrides.vector, choose_vector_bytes(p, device, arrangement, lookup, widest));
-    const int clamped = std::clamp(bytes, shortest_vector(arrangement, lookup), kVectorBytes);
-    vector = static_cast<int>(std::bit_floor(static_cast<uint32_t>(clamped))) / size_of(p.dtype);
-  }
+  const bool full_heads = rotates_full_heads(p) && has_full_heads(lookup) && overrides.full != 0;
+  // Short chunks are faster with fewer bytes in flight: 13 to 16 % in place with R = D/4.
+  const int shortest = kShortChunkBytes / size / vectors_of_thread(arrangement, lookup, 1);
+  const bool in_chunks = lookup == RowLookup::kLinear && size == 2 && vector >= shortest &&
+                         full_heads && fits_table(shortest) && moves_short_chunks(p) &&
+                         threads_per_multiprocessor(p, device, 2 * widest) > kResidentThreads;
+  if (in_chunks) vector = shortest;
+  const int heads = in_chunks ? 1 : widest / vector;
+  const bool full_head = full_heads && heads == 1;
 
-  const int64_t thread_elements = vectors_of_thread(arrangement, lookup) * vector;
-  const auto rotating_threads = static_cast<int>(ceil_divide(2 * p.pairing.P, thread_elements));
+  const int64_t head_elements = int64_t{vectors_of_thread(arrangement, lookup, heads)} * vector;
+  const int64_t thread_elements = head_elements * heads;
+  const auto rotating_threads = static_cast<int>(ceil_divide(2 * p.pairing.P, head_elements));
   const auto copying_threads =
-      static_cast<int>(ceil_divide(copied_elements_of_head(p), thread_elements));
+      static_cast<int>(ceil_divide(copied_elements_of_head(p), head_elements));
   const int head_threads = rotating_threads + copying_threads;
+  // Combined rows of more heads might exceed 48 KiB of shared memory.
+  const int max_threads = lookup == RowLookup::kAxes ? kSmallBlockThreads : kMaxBlockThreads;
   const int block_threads =
       choose(overrides.threads, choose_block_threads(p, device, head_threads, thread_elements));
   return {.arrangement = arrangement,
           .lookup = lookup,
-          .vector_tables = vector_tables,
           .keeps_tables = choose(overrides.keep, should_keep_tables(p, device)),
           .streams = choose(overrides.stream, should_stream(p, device)),
           .vector = vector,
+          .heads = heads,
+          .copies_wide = heads > 1 && copied_vector(p) >= 2 * vector,
+          .table_vector = entries,
           .rotating_threads = rotating_threads,
           .head_threads = head_threads,
           .full_head = full_head,
-          .block_threads = std::clamp(block_threads / kWarp * kWarp, kWarp, kMaxBlockThreads),
+          .block_threads = std::clamp(block_threads / kWarp * kWarp, kWarp, max_threads),
           .launch_threads = choose(overrides.work, kMaxLaunchThreads)};
 }
 

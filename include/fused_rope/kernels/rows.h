@@ -19,15 +19,16 @@ FUSED_ROPE_HOST_DEVICE bool is_row(int64_t index, int64_t rows) {
   return index >= 0 && index < rows;
 }
 
-// On the device it stays in L2: every thread waits for it, and the next layer reads it again.
-FUSED_ROPE_HOST_DEVICE int64_t load_index(const IndexParams& index, int64_t i) {
-  const char* at = static_cast<const char*>(index.data) + i * size_of(index);
+FUSED_ROPE_HOST_DEVICE int64_t load_index(const void* at, bool is_int64) {
 #if defined(__CUDA_ARCH__)
-  return index.is_int64 ? load_kept<int64_t>(at) : load_kept<int32_t>(at);
+  return load_index_early(at, is_int64).value();
 #else
-  return index.is_int64 ? *reinterpret_cast<const int64_t*>(at)
-                        : *reinterpret_cast<const int32_t*>(at);
+  return is_int64 ? *static_cast<const int64_t*>(at) : *static_cast<const int32_t*>(at);
 #endif
+}
+
+FUSED_ROPE_HOST_DEVICE int64_t load_index(const IndexParams& index, int64_t i) {
+  return load_index(static_cast<const char*>(index.data) + i * size_of(index), index.is_int64);
 }
 
 // A saturating sum: a position and an offset must not wrap around to a valid row.
@@ -41,10 +42,11 @@ FUSED_ROPE_HOST_DEVICE int64_t sequence_start(const RowParams& rows, int64_t n) 
   return load_index(rows.cu_seqlens, n * rows.cu_seqlens_stride);
 }
 
-// A sequence of a packed batch and the position of a token in it.
+// A sequence of a packed batch and the position of a token in it; padding is in sequence -1.
 struct SequencePosition {
   int64_t sequence, position;
 };
+constexpr SequencePosition kPadding = {-1, 0};
 
 // Finds the last sequence that starts at or before token t, which is never an empty one.
 FUSED_ROPE_HOST_DEVICE SequencePosition locate_token(const RowParams& rows, int64_t t) {
@@ -62,31 +64,85 @@ FUSED_ROPE_HOST_DEVICE SequencePosition locate_token(const RowParams& rows, int6
   return found;
 }
 
-// The row of a shared table that a token reads. A Token has b(), s() and position(), its entry of
-// `positions`; each is called only where needed. Gathered tables have no row to look up.
-// Consume each load in its own basic block; otherwise ptxas shares its scoreboard with the loads of
-// x, and the row waits for them.
+// The same for any token, padding too.
+FUSED_ROPE_HOST_DEVICE SequencePosition find_sequence(const RowParams& rows, int64_t t) {
+  const bool padding = rows.N == 0 || t >= sequence_start(rows, rows.N);
+  return padding ? kPadding : locate_token(rows, t);
+}
+
+#if defined(__CUDACC__)
+// The same by all threads of a warp, for one token of fewer than 2^31 sequences: they probe 32
+// places at a time.
+__device__ __forceinline__ SequencePosition find_sequence_in_warp(const RowParams& rows,
+                                                                  int64_t t) {
+  const auto N = static_cast<int32_t>(rows.N);
+  const auto lane = static_cast<int32_t>(threadIdx.x % 32);
+  int32_t found = -1;      // the last start that is known to be at or before t
+  uint32_t left = N + 1u;  // starts after it that may be, too
+  int64_t start = 0;
+  do {
+    const uint32_t step = (left + 31) / 32;
+    const uint32_t after = (lane + 1) * step;
+    const bool exists = after <= static_cast<uint32_t>(N - found);
+    const int64_t value = exists ? sequence_start(rows, found + static_cast<int64_t>(after)) : 0;
+    const uint32_t before = __popc(__ballot_sync(kAllLanes, exists && value <= t));
+    if (before > 0) start = from_lane(value, before - 1);
+    found += before * step;
+    left = min(step - 1, left - before * step);
+  } while (left > 0);
+  if (found == N) return kPadding;
+  return found < 0 ? SequencePosition{0, t - sequence_start(rows, 0)}
+                   : SequencePosition{found, t - start};
+}
+#else
+inline SequencePosition find_sequence_in_warp(const RowParams& rows, int64_t t) {
+  return find_sequence(rows, t);
+}
+#endif
+
+// What a call looks up, as bits of one byte.
+enum RowFlags : uint8_t {
+  kHasPositions = 1,
+  kLongPositions = 2,  // int64
+  kHasOffsets = 4,
+  kLongOffsets = 8,
+  kHasOutRows = 16,
+  kLongOutRows = 32,
+  kHasSequences = 64,
+  kGathered = 128,
+};
+
+inline uint8_t row_flags(const RowParams& rows) {
+  const auto flags = [](const IndexParams& index, int present, int is_long) {
+    return index.data == nullptr ? 0 : present | (index.is_int64 ? is_long : 0);
+  };
+  return static_cast<uint8_t>(flags(rows.positions, kHasPositions, kLongPositions) |
+                              flags(rows.offsets, kHasOffsets, kLongOffsets) |
+                              flags(rows.out_rows, kHasOutRows, kLongOutRows) |
+                              flags(rows.cu_seqlens, kHasSequences, 0) |
+                              (rows.gathered ? kGathered : 0));
+}
+
+// The row of a shared table that a token reads, with RowFlags and an offset for all tokens. A Token
+// has s(), its index; place(), its sequence and its index there; position(), its entry of
+// `positions`; and offset(sequence), that of `offsets`. Each is called only where needed. Gathered
+// tables have no row to look up.
 template <typename Token>
-FUSED_ROPE_HOST_DEVICE Row table_row(const RowParams& rows, const Token& token) {
-  if (rows.gathered) return {0, false};
-  const bool packed = rows.cu_seqlens.data != nullptr;
+FUSED_ROPE_HOST_DEVICE Row table_row(int flags, int64_t offset, const Token& token) {
+  if (flags & kGathered) return {0, false};
   SequencePosition here = {0, 0};
-  if (packed) {
-    const int64_t s = token.s();
-    if (rows.N == 0 || s >= sequence_start(rows, rows.N)) return {0, true};
-    here = locate_token(rows, s);
+  if (flags & kHasSequences) {
+    here = token.place();
+    if (here.sequence < 0) return {0, true};
   }
-  if (rows.positions.data != nullptr) {
+  if (flags & kHasPositions) {
     here.position = token.position();
     if (here.position == -1) return {0, true};
-  } else if (!packed) {
+  } else if (!(flags & kHasSequences)) {
     here.position = token.s();
   }
-  int64_t index = add_rows(here.position, rows.offset);
-  if (rows.offsets.data != nullptr) {
-    const int64_t sequence = packed ? here.sequence : token.b();
-    index = add_rows(index, load_index(rows.offsets, sequence * rows.offsets_stride));
-  }
+  int64_t index = add_rows(here.position, offset);
+  if (flags & kHasOffsets) index = add_rows(index, token.offset(here.sequence));
   return {index, false};
 }
 
@@ -95,17 +151,20 @@ struct Token {
   const RowParams& rows;
   int64_t b_index, s_index, axis;
 
-  FUSED_ROPE_HOST_DEVICE int64_t b() const { return b_index; }
   FUSED_ROPE_HOST_DEVICE int64_t s() const { return s_index; }
+  FUSED_ROPE_HOST_DEVICE SequencePosition place() const { return find_sequence(rows, s_index); }
   FUSED_ROPE_HOST_DEVICE int64_t position() const {
     return load_index(rows.positions, axis * rows.positions_a + b_index * rows.positions_b +
                                           s_index * rows.positions_s);
   }
+  FUSED_ROPE_HOST_DEVICE int64_t offset(int64_t sequence) const {
+    const int64_t i = rows.cu_seqlens.data != nullptr ? sequence : b_index;
+    return load_index(rows.offsets, i * rows.offsets_stride);
+  }
 };
 
-FUSED_ROPE_HOST_DEVICE Row table_row(const RowParams& rows, int64_t b, int64_t s,
-                                     int64_t axis = 0) {
-  return table_row(rows, Token{rows, b, s, axis});
+inline Row table_row(const RowParams& rows, int64_t b, int64_t s, int64_t axis = 0) {
+  return table_row(row_flags(rows), rows.offset, Token{rows, b, s, axis});
 }
 
 // The row of a scattered output that token (b, s) is written to, or -1 for none.

@@ -19,23 +19,26 @@ struct Tile {
   int64_t heads() const { return extent(0) * extent(1) * extent(2); }
 };
 
-// All heads of a tensor.
-inline Tile whole_tile(const RotateParams& p, const TensorParams& t) {
-  return {memory_order(p, t), {0, 0, 0}, {p.B, p.S, t.H}};
+// All heads of a tensor, in groups of `heads` where a thread has several; a tile counts groups.
+inline Tile whole_tile(const RotateParams& p, const TensorParams& t, int64_t heads = 1) {
+  return {memory_order(p, t), {0, 0, 0}, {p.B, p.S, (t.H + heads - 1) / heads}};
 }
 
 // Strides in bytes, by Axis; 0 along an axis of size 1, whose stride means nothing.
 using ByteStrides = std::array<int64_t, 3>;
 
-// What a thread addresses through the coordinates of its head.
-enum Operand { kIn, kOut, kCos, kSin, kPositions };
-using OperandStrides = std::array<ByteStrides, 5>;
+// What a thread addresses through the coordinates of its head. The last two are not memory, but the
+// index of the token in its sequence and that of the head in its token.
+enum Operand { kIn, kOut, kCos, kSin, kPositions, kOffsets, kOutRows, kToken, kHeadIndex };
+using OperandStrides = std::array<ByteStrides, 9>;
 
-// linear_rows: no table row is looked up, so a shared table has its rows along the sequence.
+// linear_rows: no table row is looked up, so a shared table has its rows along the sequence. heads:
+// of a group.
 inline OperandStrides operand_strides(const RotateParams& p, const TensorParams& t,
-                                      bool linear_rows) {
+                                      bool linear_rows, int64_t heads = 1) {
   const auto bytes = [&](int size, int64_t b, int64_t s, int64_t h) {
-    return ByteStrides{p.B > 1 ? b * size : 0, p.S > 1 ? s * size : 0, t.H > 1 ? h * size : 0};
+    return ByteStrides{p.B > 1 ? b * size : 0, p.S > 1 ? s * size : 0,
+                       t.H > heads ? h * size * heads : 0};
   };
   const auto table_bytes = [&](const TableParams& table) {
     const int64_t s = table.s + (linear_rows ? table.m : 0);
@@ -45,8 +48,16 @@ inline OperandStrides operand_strides(const RotateParams& p, const TensorParams&
   const Strides out = t.scattered ? Strides{0, 0, t.out_strides.h, 0} : t.out_strides;
   const RowParams& r = p.rows;
   const int size = size_of(p.dtype);
-  return {bytes(size, in.b, in.s, in.h), bytes(size, out.b, out.s, out.h), table_bytes(p.cos),
-          table_bytes(p.sin), bytes(size_of(r.positions), r.positions_b, r.positions_s, 0)};
+  const bool packed = r.cu_seqlens.data != nullptr;  // then offsets belong to sequences
+  return {bytes(size, in.b, in.s, in.h),
+          bytes(size, out.b, out.s, out.h),
+          table_bytes(p.cos),
+          table_bytes(p.sin),
+          bytes(size_of(r.positions), r.positions_b, r.positions_s, 0),
+          bytes(size_of(r.offsets), packed ? 0 : r.offsets_stride, 0, 0),
+          bytes(size_of(r.out_rows), r.out_rows_b, r.out_rows_s, 0),
+          bytes(1, 0, 1, 0),
+          bytes(1, 0, 0, 1)};
 }
 
 // Head i of a tile with extents n0, n1, n2: i, i / n0 and i / (n0 * n1).

@@ -2,6 +2,8 @@
 // after another. So the addressing is tested without a GPU or nvcc.
 #pragma once
 
+#include <algorithm>
+
 #include "fused_rope/kernels/numeric.h"
 
 #define __device__
@@ -19,7 +21,7 @@ struct Index {
 };
 inline Index blockIdx, blockDim, threadIdx;
 
-inline int __ffs(uint32_t bits) { return __builtin_ffs(static_cast<int>(bits)); }
+inline uint32_t min(uint32_t x, uint32_t y) { return std::min(x, y); }
 
 struct __nv_bfloat162 {
   fused_rope::kernels::BFloat16 x, y;
@@ -39,9 +41,28 @@ inline uint16_t __half_as_ushort(fused_rope::kernels::Float16 x) { return x.bits
 
 namespace fused_rope::kernels {
 
+// More than any launch asks for, as its rows and their entries are written where they are read.
+alignas(16) inline unsigned char block_memory[48 * 1024];
+inline void* shared_memory() { return block_memory; }
+
+// Each thread does the work of all, since it runs alone.
+template <typename F>
+bool share_in_block(uint32_t n, const F& f) {
+  bool any = false;
+  for (uint32_t i = 0; i < n; ++i) any |= f(i);
+  return any;
+}
+template <typename F>
+void share_in_warps(uint32_t n, uint32_t lanes, const F& f) {
+  for (uint32_t i = 0; i < n; ++i) {
+    for (uint32_t lane = 0; lane < lanes; ++lane) f(i, lane);
+  }
+}
+
 template <typename Params, typename Axes>
-cudaError_t enqueue(void (*kernel)(Params, Axes), unsigned blocks, int threads, cudaStream_t,
-                    const Params& params, const Axes& axes) {
+cudaError_t enqueue(void (*kernel)(Params, Axes), unsigned blocks, int threads, size_t shared_bytes,
+                    cudaStream_t, const Params& params, const Axes& axes) {
+  if (shared_bytes > sizeof(block_memory)) return cudaErrorInvalidValue;
   blockDim.x = static_cast<unsigned>(threads);
   for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
     for (threadIdx.x = 0; threadIdx.x < blockDim.x; ++threadIdx.x) kernel(params, axes);

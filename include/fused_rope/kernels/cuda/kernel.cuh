@@ -25,8 +25,8 @@ struct Variant {
   Precision precision;
   Arrangement arrangement;
   int vector;  // elements
+  int heads;   // of a thread
   RowLookup lookup;
-  bool vector_tables;
   bool full_head;
 };
 
@@ -37,45 +37,21 @@ struct KernelTraits {
   static constexpr Precision kPrecision = kVariant.precision;
   static constexpr Arrangement kArrangement = kVariant.arrangement;
   static constexpr int kVectorSize = kVariant.vector;
+  static constexpr int kHeads = kVariant.heads;
   static constexpr RowLookup kLookup = kVariant.lookup;
-  static constexpr bool kVectorTables = kVariant.vector_tables;
   static constexpr bool kFullHead = kVariant.full_head;
 
   static constexpr bool kAdjacent = kArrangement == Arrangement::kAdjacent;
-  static constexpr int kVectors = vectors_of_thread(kArrangement, kLookup);
-  static constexpr int kPairs = kVectorSize * kVectors / 2;
+  static constexpr int kVectors = vectors_of_thread(kArrangement, kLookup, kHeads);
+  static constexpr int kPairs = kVectorSize * kVectors / 2;  // of each head
   // Groups of consecutive pairs: one for both vectors, or one in each.
   static constexpr int kGroups = kAdjacent ? kVectors : 1;
   static constexpr int kGroupPairs = kPairs / kGroups;
   // Blocks that must fit on a multiprocessor. This limits registers, so that enough loads of x are
-  // in flight; with more, kAxes would spill.
-  static constexpr int kMinBlocks = kLookup == RowLookup::kAxes ? 4 : 6;
+  // in flight; with six, look-ups and whole pairs of several heads would spill.
+  static constexpr int kMinBlocks =
+      kHeads > 1 && (kAdjacent || kLookup != RowLookup::kLinear) ? 5 : 6;
 };
-
-// Loads kCount entries of a table row from `first` on, as the arithmetic of x sees them.
-template <typename Traits, int kCount>
-__device__ __forceinline__ void load_entries(const typename Traits::Table* row, uint32_t first,
-                                             int64_t stride, uint64_t policy,
-                                             Wide<typename Traits::Element>* to) {
-  using T = typename Traits::Element;
-  using Table = typename Traits::Table;
-  if constexpr (Traits::kVectorTables) {
-    constexpr int kLoad =
-        kCount * sizeof(Table) > kVectorBytes ? kVectorBytes / sizeof(Table) : kCount;
-#pragma unroll
-    for (int i = 0; i < kCount; i += kLoad) {
-      const auto loaded = load<kLoad>(row + first + i, policy, true);
-#pragma unroll
-      for (int j = 0; j < kLoad; ++j)
-        to[i + j] = rounded<T, Traits::kPrecision>(widen(loaded.element[j]));
-    }
-  } else {
-    const Table* entry = row + first * stride;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i, entry += stride)
-      to[i] = rounded<T, Traits::kPrecision>(widen(*entry));
-  }
-}
 
 // Widens one element. The upper bfloat16 of a register needs only a mask.
 template <typename T, int kSize>
@@ -107,43 +83,56 @@ __device__ __forceinline__ void narrow_two(Wide<T> x, Wide<T> y, T& to_x, T& to_
   }
 }
 
-// Pair 0 of the table rows of a token that is not copied.
+// Pair 0 of the table rows of a token.
 struct RowPointers {
   const char* cos;
   const char* sin;
-  bool copied;
 };
 
-// The vectors of a head that one thread moves, and how it rotates them.
+// A row of cos and sin whose entries come from several axes, in shared memory.
+template <typename T>
+struct CombinedRow {
+  const Wide<T>* cos;
+  const Wide<T>* sin;
+  const bool* copied;  // of each pair
+  bool any_copied;     // of any pair of the block
+};
+
+// What one thread moves of each of its heads, and how it rotates it.
 template <typename Traits>
 struct ThreadTile {
   using T = typename Traits::Element;
   using Table = typename Traits::Table;
   static constexpr int kVectorSize = Traits::kVectorSize;
+  static constexpr int kHeads = Traits::kHeads;
   static constexpr int kVectors = Traits::kVectors;
   static constexpr int kPairs = Traits::kPairs;
   static constexpr int kGroupPairs = Traits::kGroupPairs;
   static constexpr uint32_t kAllPairs = (1u << kPairs) - 1;
+  static constexpr size_t kEntryBytes =
+      kGroupPairs * sizeof(Table) < kVectorBytes ? kGroupPairs * sizeof(Table) : kVectorBytes;
   using Vectors = Vector<T, kVectorSize>[kVectors];
 
   bool rotates;
+  bool moves_wide;           // copies, and both vectors at once
   uint32_t start[kVectors];  // the first element of each vector
   uint32_t pair[Traits::kGroups];
   Wide<T> c[kPairs], s[kPairs];
 
   // thread: index in its head.
   __device__ __forceinline__ ThreadTile(const KernelParams& params, uint32_t thread)
-      : rotates(Traits::kFullHead || thread < params.rotating_threads) {
+      : rotates(Traits::kFullHead || thread < params.rotating_threads),
+        moves_wide(kHeads > 1 && !rotates && params.copies_wide) {
     if (!rotates) {
       thread -= params.rotating_threads;
-      spread(thread, params.copying_threads, params.copied_vectors);
-      const auto offset = static_cast<uint32_t>(params.pairing.offset);
-      const auto rotated = static_cast<uint32_t>(2 * params.pairing.P);
+      spread(thread, params.copying_threads, params.copied_elements);
+      if (moves_wide) start[0] = thread * (kVectors * kVectorSize);
 #pragma unroll
-      for (uint32_t& element : start) element += element < offset ? 0 : rotated;
+      for (uint32_t& element : start)
+        element += element < params.first_copied ? 0 : params.copied_gap;
     } else if constexpr (Traits::kAdjacent) {
       spread(thread, Traits::kFullHead ? params.head_threads : params.rotating_threads,
-             params.rotated_vectors);
+             params.rotated_elements);
 #pragma unroll
       for (int i = 0; i < kVectors; ++i) {
         pair[i] = start[i] / 2;
@@ -157,56 +146,101 @@ struct ThreadTile {
     }
   }
 
-  __device__ __forceinline__ void load_elements(const char* head, int64_t stride, uint64_t policy,
-                                                bool wanted, Vectors& x) const {
+  // heads: how many exist; head_step: bytes between them.
+  __device__ __forceinline__ void load_elements(const KernelParams& params, const char* head,
+                                                int64_t head_step, uint32_t heads, int64_t stride,
+                                                Vectors* x) const {
+    const auto load_all = [&]<int kSize>() {
 #pragma unroll
-    for (int i = 0; i < kVectors; ++i)
-      x[i] = load<kVectorSize>(reinterpret_cast<const T*>(head) + offset_of(i, stride), policy,
-                               wanted);
-  }
-
-  __device__ __forceinline__ void store_elements(char* head, int64_t stride, uint64_t policy,
-                                                 const Vectors& x) const {
+      for (int h = 0; h < kHeads; ++h) {
 #pragma unroll
-    for (int i = 0; i < kVectors; ++i)
-      store(reinterpret_cast<T*>(head) + offset_of(i, stride), x[i], policy);
-  }
-
-  // Loads the table entries of this thread's pairs.
-  __device__ __forceinline__ void load_rows(const KernelParams& params, const RowPointers& rows) {
-    const auto load_row = [&](const char* row, const TableParams& table, Wide<T>* entries) {
-#pragma unroll
-      for (int i = 0; i < Traits::kGroups; ++i) {
-        load_entries<Traits, kGroupPairs>(reinterpret_cast<const Table*>(row), pair[i], table.j,
-                                          params.table_policy, entries + i * kGroupPairs);
+        for (int i = 0; i < kVectors * kVectorSize / kSize; ++i) {
+          const T* from = reinterpret_cast<const T*>(head + h * head_step);
+          const auto vector =
+              load<kSize>(from + offset_of(start[i], stride), params.x_policy, h < heads);
+          std::memcpy(&x[h][i * (kSize / kVectorSize)], &vector, sizeof(vector));
+        }
       }
     };
-    load_row(rows.cos, params.cos, c);
-    load_row(rows.sin, params.sin, s);
-    if constexpr (Traits::kAdjacent) {
-      if (!params.inverse) return;
-#pragma unroll
-      for (Wide<T>& entry : s) entry = -entry;
+    if constexpr (kHeads > 1) {
+      if (moves_wide) return load_all.template operator()<kVectors * kVectorSize>();
     }
+    load_all.template operator()<kVectorSize>();
   }
 
-  // Calls f(axis, pairs) for each axis of this thread's pairs, with one bit for each pair that
-  // reads it.
-  template <typename F>
-  __device__ __forceinline__ void for_each_axis(const PairAxes& axes, const F& f) const {
-    uint64_t packed = 0;  // the axis of each pair, one per byte
+  __device__ __forceinline__ void store_elements(const KernelParams& params, char* head,
+                                                 int64_t head_step, uint32_t heads, int64_t stride,
+                                                 const Vectors* x) const {
+    const auto store_all = [&]<int kSize>() {
 #pragma unroll
-    for (int i = 0; i < Traits::kGroups; ++i)
-      packed |= axes.load<kGroupPairs>(pair[i]) << 8 * i * kGroupPairs;
-    for (uint32_t left = kAllPairs; left != 0;) {
-      const auto axis = static_cast<uint8_t>(packed >> 8 * (__ffs(left) - 1));
-      uint32_t pairs = 0;
+      for (int h = 0; h < kHeads; ++h) {
 #pragma unroll
-      for (int i = 0; i < kPairs; ++i)
-        pairs |= static_cast<uint32_t>(static_cast<uint8_t>(packed >> 8 * i) == axis) << i;
-      left &= ~pairs;
-      f(axis, pairs);
+        for (int i = 0; i < kVectors * kVectorSize / kSize; ++i) {
+          Vector<T, kSize> vector;
+          std::memcpy(&vector, &x[h][i * (kSize / kVectorSize)], sizeof(vector));
+          T* to = reinterpret_cast<T*>(head + h * head_step);
+          store(to + offset_of(start[i], stride), vector, params.x_policy, h < heads);
+        }
+      }
+    };
+    if constexpr (kHeads > 1) {
+      if (moves_wide) return store_all.template operator()<kVectors * kVectorSize>();
     }
+    store_all.template operator()<kVectorSize>();
+  }
+
+  // Loads the table entries of this thread's pairs: kBytes at a time or, for several heads, as many
+  // as the table allows.
+  template <size_t kBytes = kEntryBytes>
+  __device__ __forceinline__ void load_rows(const KernelParams& params, const RowPointers& rows) {
+    constexpr int kLoad = kBytes / sizeof(Table);
+    if constexpr (kHeads > 1 && kLoad > 1) {
+      if (params.table_vector < kBytes) return load_rows<kBytes / 2>(params, rows);
+    }
+    const auto load_row = [&](const char* row, int64_t stride, Wide<T>* entries) {
+#pragma unroll
+      for (int i = 0; i < kPairs; i += kLoad) {
+        const uint32_t j = pair[i / kGroupPairs] + i % kGroupPairs;
+        const Table* entry = reinterpret_cast<const Table*>(row) + (kLoad > 1 ? j : j * stride);
+        const auto loaded = load<kLoad>(entry, params.table_policy, true);
+#pragma unroll
+        for (int k = 0; k < kLoad; ++k)
+          entries[i + k] = rounded<T, Traits::kPrecision>(widen(loaded.element[k]));
+      }
+    };
+    load_row(rows.cos, params.cos_j, c);
+    load_row(rows.sin, params.sin_j, s);
+    invert(params);
+  }
+
+  // The same from a combined row.
+  __device__ __forceinline__ void load_combined(const KernelParams& params,
+                                                const CombinedRow<T>& row) {
+    constexpr int kWidestLoad = kVectorBytes / sizeof(Wide<T>);
+    constexpr int kLoad = kGroupPairs < kWidestLoad ? kGroupPairs : kWidestLoad;
+    const auto load_row = [&](const Wide<T>* from, Wide<T>* entries) {
+#pragma unroll
+      for (int i = 0; i < kPairs; i += kLoad) {
+        const Wide<T>* entry = from + pair[i / kGroupPairs] + i % kGroupPairs;
+        const auto loaded = *reinterpret_cast<const Vector<Wide<T>, kLoad>*>(entry);
+#pragma unroll
+        for (int j = 0; j < kLoad; ++j) entries[i + j] = loaded.element[j];
+      }
+    };
+    load_row(row.cos, c);
+    load_row(row.sin, s);
+    invert(params);
+  }
+
+  // One bit for each pair that a combined row does not copy.
+  __device__ __forceinline__ uint32_t rotated_pairs(const CombinedRow<T>& row) const {
+    uint32_t rotated = 0;
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      const bool copied = row.copied[pair[i / kGroupPairs] + i % kGroupPairs];
+      rotated |= static_cast<uint32_t>(!copied) << i;
+    }
+    return rotated;
   }
 
   // Rotates the pairs whose bit is set; kAll: every pair.
@@ -242,17 +276,26 @@ struct ThreadTile {
  private:
   // A thread's vectors are `threads` vectors apart, so that neighboring threads access neighboring
   // memory. If the second one does not exist, the first one is processed twice.
-  __device__ __forceinline__ void spread(uint32_t thread, uint32_t threads, uint32_t vectors) {
+  __device__ __forceinline__ void spread(uint32_t thread, uint32_t threads, uint32_t elements) {
     start[0] = thread * kVectorSize;
     if constexpr (kVectors == 2) {
-      const uint32_t other = thread + threads;
-      start[1] = (other < vectors ? other : thread) * kVectorSize;
+      const uint32_t other = (thread + threads) * kVectorSize;
+      start[1] = other < elements ? other : start[0];
     }
   }
 
   // Vectors have a stride of 1.
-  __device__ __forceinline__ int64_t offset_of(int i, int64_t stride) const {
-    return kVectorSize == 1 ? start[i] * stride : start[i];
+  __device__ __forceinline__ static int64_t offset_of(uint32_t element, int64_t stride) {
+    return kVectorSize == 1 ? element * stride : element;
+  }
+
+  // In kPair the elements were exchanged instead.
+  __device__ __forceinline__ void invert(const KernelParams& params) {
+    if constexpr (Traits::kAdjacent) {
+      if (!params.inverse) return;
+#pragma unroll
+      for (Wide<T>& entry : s) entry = -entry;
+    }
   }
 
   // Where the first or second element of the i-th pair is.
@@ -284,76 +327,195 @@ __device__ __forceinline__ TileBlock assign_block(const KernelParams& params, ui
   return {is_second, block - (is_second ? params.second_block : 0)};
 }
 
+template <typename Token>
+__device__ __forceinline__ Row find_row(const KernelParams& params, int flags, const Token& token) {
+  const Row row = table_row(flags, params.table.offset, token);
+  FUSED_ROPE_DEVICE_CHECK(row.copied || is_row(row.index, params.table.M));
+  return row;
+}
+
+__device__ __forceinline__ RowPointers pointers_to(const KernelParams& params,
+                                                   const TensorArgs& tensor, int64_t row) {
+  return {tensor.cos + row * params.table.cos_row,
+          tensor.cos + tensor.sin_after_cos + row * params.table.sin_row};
+}
+
+// The tokens of a block's heads. Either consecutive heads have one token, or each has its own.
+struct BlockTokens {
+  uint32_t heads;  // of a token
+  uint32_t first, count;
+  uint32_t own;  // this thread's
+
+  __device__ __forceinline__ BlockTokens(const KernelParams& params, const TensorArgs& tensor,
+                                         const LookupArgs& lookups, uint32_t block,
+                                         const LinearCoordinates& at)
+      : heads(lookups.token_heads) {
+    const FastDivmod& per_token = heads > 1 ? tensor.per_row : params.per_head;
+    const uint32_t first_thread = block * blockDim.x;
+    first = per_token.div(first_thread);
+    count = per_token.div(min(first_thread + blockDim.x, tensor.threads) - 1) - first + 1;
+    own = at.index[heads > 1 ? 1 : 0] - first;
+  }
+};
+
+// Looks up the rows of a block's tokens in shared memory: rows[kMaxAxes * token + axis], -1 where
+// the token is copied. All threads of the block must call it.
+__device__ __forceinline__ int64_t* look_up_rows(const KernelParams& params,
+                                                 const TensorArgs& tensor,
+                                                 const LookupArgs& lookups,
+                                                 const BlockTokens& tokens) {
+  auto* rows = static_cast<int64_t*>(shared_memory());
+  share_in_warps(tokens.count, params.axes, [&](uint32_t i, uint32_t axis) {
+    uint32_t thread = (tokens.first + i) * tokens.heads * params.head_threads;
+    const LinearCoordinates at = tensor.locate(params.head_threads, params.per_head, thread);
+    const TileToken token = {params, tensor, lookups, at, axis};
+    const int flags = params.row_flags;
+    SequencePosition place = {0, 0};
+    if (flags & kHasSequences) place = find_sequence_in_warp(params.rows, token.s());
+    if (axis >= params.axes) return;
+    const Row row = find_row(params, flags, PlacedToken{token, place});
+    rows[kMaxAxes * i + axis] = row.copied ? -1 : row.index;
+  });
+  return rows;
+}
+
+// Combines the rows of a block's tokens, each entry once. All threads of the block must call it;
+// returns the row of this thread's token.
+template <typename Traits>
+__device__ __forceinline__ CombinedRow<typename Traits::Element> combine_rows(
+    const KernelParams& params, const TensorArgs& tensor, const PairAxes& axes,
+    const BlockTokens& tokens, int64_t* rows) {
+  using T = typename Traits::Element;
+  using Table = typename Traits::Table;
+  const uint32_t entries = params.combined_entries;
+  auto* cos = reinterpret_cast<Wide<T>*>(rows + kMaxAxes * params.block_tokens);
+  Wide<T>* sin = cos + params.block_tokens * entries;
+  auto* copied = reinterpret_cast<bool*>(sin + params.block_tokens * entries);
+  const bool any_copied = share_in_block(tokens.count * params.pairs, [&](uint32_t i) {
+    const uint32_t token = params.per_row_of_pairs.div(i);
+    const uint32_t pair = i - token * params.pairs;
+    const uint32_t to = token * entries + pair;
+    const int64_t row = rows[kMaxAxes * token + axes.axis[pair]];
+    copied[to] = row < 0;
+    if (row >= 0) {
+      const RowPointers from = pointers_to(params, tensor, row);
+      const auto entry = [&](const char* start, int64_t stride) {
+        return rounded<T, Traits::kPrecision>(
+            widen(reinterpret_cast<const Table*>(start)[pair * stride]));
+      };
+      cos[to] = entry(from.cos, params.cos_j);
+      sin[to] = entry(from.sin, params.sin_j);
+    }
+    return row < 0;
+  });
+  const uint32_t own = tokens.own * entries;
+  return {cos + own, sin + own, copied + own, any_copied};
+}
+
 template <typename Traits>
 __global__ void __launch_bounds__(kMaxBlockThreads, Traits::kMinBlocks)
     rotate_kernel(const __grid_constant__ KernelParams params,
                   const __grid_constant__ AxesOf<Traits::kLookup> axes) {
-  using Table = typename Traits::Table;
+  using T = typename Traits::Element;
   constexpr RowLookup kLookup = Traits::kLookup;
   const TileBlock assigned = assign_block<kLookup>(params, blockIdx.x);
   const TensorArgs& tensor = params.tensors[assigned.is_second];
   const LookupArgs& lookups = params.lookups[assigned.is_second];
+  const int flags = is_linear(kLookup)                 ? 0
+                    : kLookup == RowLookup::kPositions ? int{kHasPositions}
+                                                       : params.row_flags;
   uint32_t index = assigned.block * blockDim.x + threadIdx.x;
   const bool in_tile = index < tensor.threads;
   const LinearCoordinates at = tensor.locate(params.head_threads, params.per_head, index);
   ThreadTile<Traits> tile(params, index);
 
-  // Issue the loads of x before waiting for positions or table rows, and before the branch of
-  // threads beyond the last head.
-  typename ThreadTile<Traits>::Vectors x;
-  tile.load_elements(tensor.in + tensor.in_offset.at(at), lookups.in_d, params.x_policy, in_tile,
-                     x);
+  // Issue the load of a position first, then those of x, before waiting for either and before the
+  // branch of threads beyond the last head.
+  TileToken token = {params, tensor, lookups, at, 0};
+  [[maybe_unused]] LoadedToken loaded;
+  if constexpr (kLookup == RowLookup::kPositions) loaded.index = token.load_position(in_tile);
+  uint32_t heads = in_tile ? Traits::kHeads : 0;
+  if (Traits::kHeads > 1 && in_tile) heads = lookups.heads_from(at, Traits::kHeads);
+  typename ThreadTile<Traits>::Vectors x[Traits::kHeads];
+  tile.load_elements(params, tensor.in + tensor.in_offset.at(at), lookups.in_head_step, heads,
+                     lookups.in_d, x);
+
+  // Where finding rows takes long, a block or a warp does it once for each token.
+  [[maybe_unused]] CombinedRow<T> combined;
+  if constexpr (kLookup == RowLookup::kAxes) {
+    const BlockTokens tokens(params, tensor, lookups, assigned.block, at);
+    int64_t* rows = look_up_rows(params, tensor, lookups, tokens);
+    combined = combine_rows<Traits>(params, tensor, axes, tokens, rows);
+  }
+  [[maybe_unused]] int64_t found = 0;
+  if constexpr (kLookup == RowLookup::kPacked) {
+    const BlockTokens tokens(params, tensor, lookups, assigned.block, at);
+    const int64_t* rows = look_up_rows(params, tensor, lookups, tokens);
+    if (in_tile) found = rows[kMaxAxes * tokens.own];
+  }
   if (!in_tile) return;
 
-  const TileToken token = {params, lookups, at};
-  const auto find_rows = [&](uint32_t axis) {
-    const Row row = table_row(params.rows, token.on(axis));
-    FUSED_ROPE_DEVICE_CHECK(row.copied || is_row(row.index, params.rows.M));
-    const auto bytes = row.index * static_cast<int64_t>(sizeof(Table));
-    return RowPointers{static_cast<const char*>(params.cos.data) + bytes * params.cos.m,
-                       static_cast<const char*>(params.sin.data) + bytes * params.sin.m,
-                       row.copied};
-  };
-  const auto choose_rows = [&]() -> RowPointers {
-    if constexpr (kLookup == RowLookup::kSections) {
-      return find_rows(axes.axis[tile.pair[0]]);
-    } else {
-      if (!is_linear(kLookup) && !params.rows.gathered) return find_rows(0);
-      const char* cos = tensor.cos + tensor.cos_offset.at(at);
-      if (is_linear(kLookup)) return {cos, cos + tensor.sin_after_cos, false};
-      const char* sin = tensor.cos + tensor.sin_after_cos + lookups.sin_offset.at(at);
-      return {cos, sin, false};
-    }
-  };
+  bool copies = !tile.rotates;
   if (tile.rotates) {
     if constexpr (kLookup == RowLookup::kAxes) {
-      tile.for_each_axis(axes, [&](uint32_t axis, uint32_t pairs) {
-        const RowPointers rows = find_rows(axis);
-        if (rows.copied) return;
-        tile.load_rows(params, rows);
-        tile.template rotate<false>(x, pairs);
-      });
+      tile.load_combined(params, combined);
+      const uint32_t pairs = combined.any_copied ? tile.rotated_pairs(combined) : tile.kAllPairs;
+      for (auto& head : x) {
+        combined.any_copied ? tile.template rotate<false>(head, pairs)
+                            : tile.template rotate<true>(head, pairs);
+      }
     } else {
-      const RowPointers rows = choose_rows();
-      tile.rotates = !rows.copied;
-      if (tile.rotates) {
+      RowPointers rows;
+      if (is_linear(kLookup) || (flags & kGathered)) {
+        rows.cos = tensor.cos + tensor.row_offset.at(at);
+        rows.sin = is_linear(kLookup)
+                       ? rows.cos + tensor.sin_after_cos
+                       : tensor.cos + tensor.sin_after_cos + lookups.sin_offset.at(at);
+      } else {
+        if constexpr (kLookup == RowLookup::kPositions) {
+          const Row row = find_row(params, flags, loaded);
+          found = row.copied ? -1 : row.index;
+        } else if constexpr (kLookup != RowLookup::kPacked) {
+          if constexpr (kLookup == RowLookup::kSections) token.axis = axes.axis[tile.pair[0]];
+          const Row row = find_row(params, flags, token);
+          found = row.copied ? -1 : row.index;
+        }
+        copies = found < 0;
+        if constexpr (kLookup == RowLookup::kPositions) {
+          rows.cos = tensor.cos + int64_t{static_cast<int32_t>(found)} *
+                                      static_cast<int32_t>(params.table.cos_row);
+          rows.sin = rows.cos + tensor.sin_after_cos;
+        } else {
+          rows = pointers_to(params, tensor, found);
+        }
+      }
+      if (!copies) {
         tile.load_rows(params, rows);
-        tile.template rotate<true>(x, tile.kAllPairs);
+#pragma unroll
+        for (int h = 0; h < Traits::kHeads; ++h) {
+          if (h > 0 && params.per_head_table) {
+            if (h >= heads) break;
+            rows.cos += lookups.cos_head_step;
+            rows.sin += lookups.sin_head_step;
+            tile.load_rows(params, rows);
+          }
+          tile.template rotate<true>(x[h], tile.kAllPairs);
+        }
       }
     }
   }
-  if (!tile.rotates && params.in_place) return;
+  if (copies && params.in_place) return;
 
   char* out = tensor.out + tensor.out_offset.at(at);
-  if (!is_linear(kLookup) && params.rows.out_rows.data != nullptr) {
-    const int64_t row = output_row(params.rows, token.b(), token.s());
-    FUSED_ROPE_DEVICE_CHECK(row == -1 || is_row(row, params.rows.out_rows_limit));
+  if (flags & kHasOutRows) {
+    const int64_t slot = token.out_row();
+    FUSED_ROPE_DEVICE_CHECK(slot == -1 || is_row(slot, params.rows.out_rows_limit));
     if (lookups.scattered) {
-      if (row < 0) return;
-      out += row * lookups.out_row * static_cast<int64_t>(sizeof(typename Traits::Element));
+      if (slot < 0) return;
+      out += slot * lookups.out_row * static_cast<int64_t>(sizeof(T));
     }
   }
-  tile.store_elements(out, lookups.out_d, params.x_policy, x);
+  tile.store_elements(params, out, lookups.out_head_step, heads, lookups.out_d, x);
 }
 
 }  // namespace fused_rope::kernels

@@ -1,5 +1,5 @@
-// The arguments of a launch. Threads read them from the constant bank, so the fields that a call
-// without look-ups needs come first, in few cache lines.
+// The arguments of a launch. Threads read them from the constant bank, where each launch finds cold
+// cache lines: the fields that a call without look-ups needs come first, then those of a look-up.
 #pragma once
 
 #include <algorithm>
@@ -14,16 +14,7 @@ namespace fused_rope::kernels {
 
 // The axis of each pair's position, passed by value so that a captured launch owns it.
 struct PairAxes {
-  alignas(8) uint8_t axis[kMaxAxisPairs];
-
-  // The axes of kPairs pairs, one per byte.
-  template <int kPairs>
-  __device__ __forceinline__ uint64_t load(uint32_t pair) const {
-    if constexpr (kPairs == 8) return *reinterpret_cast<const uint64_t*>(axis + pair);
-    if constexpr (kPairs == 4) return *reinterpret_cast<const uint32_t*>(axis + pair);
-    if constexpr (kPairs == 2) return *reinterpret_cast<const uint16_t*>(axis + pair);
-    return axis[pair];
-  }
+  uint8_t axis[kMaxAxisPairs];
 };
 struct NoAxes {};
 
@@ -44,8 +35,10 @@ struct TensorArgs {
   const char* in;
   const char* cos;        // the first token's row, or the start of a table whose rows are looked up
   int64_t sin_after_cos;  // bytes
-  LinearOffset cos_offset, out_offset;
+  LinearOffset row_offset;  // of a row of cos, or of a position that selects one
+  LinearOffset out_offset;
   char* out;  // when scattered, row 0
+  const char* positions;
 
   TensorArgs() = default;
 
@@ -58,9 +51,10 @@ struct TensorArgs {
         in(tile_start(t.in, strides[kIn], tile)),
         cos(table_start(p, p.cos, plan, strides[kCos], tile)),
         sin_after_cos(table_start(p, p.sin, plan, strides[kSin], tile) - cos),
-        cos_offset(strides[kCos], tile),
+        row_offset(strides[is_linear(plan.lookup) || p.rows.gathered ? kCos : kPositions], tile),
         out_offset(strides[kOut], tile),
-        out(const_cast<char*>(tile_start(t.out, strides[kOut], tile))) {}
+        out(const_cast<char*>(tile_start(t.out, strides[kOut], tile))),
+        positions(tile_start(p.rows.positions.data, strides[kPositions], tile)) {}
 
   // The head of thread `index`, which becomes the index of the thread in its head. The three
   // divisions are independent of each other.
@@ -80,37 +74,62 @@ struct TensorArgs {
   }
 };
 
-// Arguments of one tensor that only look-ups, strided elements and scattered outputs need.
+// Arguments of one tensor that few look-ups, strided elements and scattered outputs need.
 struct LookupArgs {
-  Axis order[2];
-  uint32_t extents[2];  // along the two fastest axes
   bool scattered;
   int64_t in_d, out_d, out_row;  // strides of elements and of scattered rows
-  int64_t first[3];              // by Axis
-  LinearOffset sin_offset, positions_offset;
-  const char* positions;
+  int64_t in_head_step, out_head_step, cos_head_step, sin_head_step;  // bytes between heads
+  LinearOffset offsets_offset, out_rows_offset, sin_offset, token_offset;
+  const char* offsets;
+  const char* out_rows;
+  int64_t first_token;
+  uint32_t token_heads;  // consecutive threads' heads, or groups of them, of one token
+  bool whole_groups;     // every thread has as many heads
+  LinearOffset head_offset;
+  int64_t heads;  // from the tile's first one on
 
   LookupArgs() = default;
 
-  LookupArgs(const RotateParams& p, const TensorParams& t, const OperandStrides& strides,
-             const Tile& tile)
-      : order{tile.order[0], tile.order[1]},
-        extents{static_cast<uint32_t>(tile.extent(0)), static_cast<uint32_t>(tile.extent(1))},
-        scattered(t.scattered),
+  LookupArgs(const RotateParams& p, const TensorParams& t, const Plan& plan,
+             const OperandStrides& strides, const Tile& tile)
+      : scattered(t.scattered),
         in_d(t.in_strides.d),
         out_d(t.out_strides.d),
         out_row(t.out_strides.s),
-        first{tile.first[0], tile.first[1], tile.first[2]},
+        in_head_step(t.in_strides.h * size_of(p.dtype)),
+        out_head_step(t.out_strides.h * size_of(p.dtype)),
+        cos_head_step(p.cos.h * size_of(p.table_dtype)),
+        sin_head_step(p.sin.h * size_of(p.table_dtype)),
+        offsets_offset(strides[kOffsets], tile),
+        out_rows_offset(strides[kOutRows], tile),
         sin_offset(strides[kSin], tile),
-        positions_offset(strides[kPositions], tile),
-        positions(tile_start(p.rows.positions.data, strides[kPositions], tile)) {}
+        token_offset(strides[kToken], tile),
+        offsets(tile_start(p.rows.offsets.data, strides[kOffsets], tile)),
+        out_rows(tile_start(p.rows.out_rows.data, strides[kOutRows], tile)),
+        first_token(tile.first[kSequence]),
+        token_heads(tile.order[0] == kHead ? static_cast<uint32_t>(tile.extent(0)) : 1),
+        whole_groups(t.H % plan.heads == 0),
+        head_offset(strides[kHeadIndex], tile),
+        heads(t.H - tile.first[kHead] * plan.heads) {}
 
-  // The coordinate along an axis, within the tile.
-  __device__ __forceinline__ uint32_t along(const LinearCoordinates& at, Axis axis) const {
-    return order[0] == axis   ? at.index[0] - at.index[1] * extents[0]
-           : order[1] == axis ? at.index[1] - at.index[2] * extents[1]
-                              : at.index[2];
+  // How many of the `most` heads of a thread exist, from the one at `at` on.
+  __device__ __forceinline__ uint32_t heads_from(const LinearCoordinates& at, uint32_t most) const {
+    if (whole_groups) return most;
+    const auto left = static_cast<uint32_t>(heads - head_offset.at(at));
+    return left < most ? left : most;
   }
+
+  __device__ __forceinline__ int64_t token(const LinearCoordinates& at) const {
+    return first_token + token_offset.at(at);
+  }
+};
+
+// What every look-up of a shared table reads: one cache line.
+struct SharedTableArgs {
+  int64_t offset;  // of all rows
+  int64_t M;
+  int64_t cos_row, sin_row;   // bytes between rows
+  int64_t positions_of_axis;  // bytes between the positions of two axes
 };
 
 // One launch: up to two tiles, one of q and one of k, or both of one tensor.
@@ -123,11 +142,22 @@ struct KernelParams {
   bool inverse;                        // in kPair, first_element and to_partner invert
   bool in_place;
   uint8_t alternate;  // kPerHead, 1: odd blocks process the second tile
+  uint8_t row_flags;  // RowFlags
   TensorArgs tensors[kMaxTensors];
+  SharedTableArgs table;
   uint32_t rotating_threads, copying_threads;  // of a head
-  uint32_t rotated_vectors, copied_vectors;    // of a head; the rotated ones for kAdjacent
-  Pairing pairing;
-  TableParams cos, sin;
+  uint32_t rotated_elements;                   // of a head: kPair: without partners
+  uint32_t copied_elements;                    // of a head
+  uint32_t first_copied, copied_gap;           // copied elements from the first on come after a gap
+  uint32_t table_vector;                       // bytes that are read at once
+  bool copies_wide;                            // copying threads move two vectors at once
+  bool per_head_table;                         // rows differ between the heads of a token
+  int64_t cos_j, sin_j;                        // strides of entries
+  uint32_t pairs;                              // P
+  FastDivmod per_row_of_pairs;
+  uint32_t axes;              // of positions: 1 without M-RoPE
+  uint32_t block_tokens;      // whose rows a block looks up in shared memory, at most
+  uint32_t combined_entries;  // kAxes: of a combined row
   RowParams rows;
   LookupArgs lookups[kMaxTensors];
 
@@ -144,14 +174,29 @@ struct KernelParams {
         inverse(p.inverse),
         in_place(p.in_place),
         alternate(0),
+        row_flags(kernels::row_flags(p.rows)),
+        table{p.rows.offset, p.rows.M, p.cos.m * size_of(p.table_dtype),
+              p.sin.m * size_of(p.table_dtype), p.rows.positions_a * size_of(p.rows.positions)},
         rotating_threads(static_cast<uint32_t>(plan.rotating_threads)),
         copying_threads(static_cast<uint32_t>(plan.head_threads - plan.rotating_threads)),
-        rotated_vectors(static_cast<uint32_t>(2 * p.pairing.P / plan.vector)),
-        copied_vectors(static_cast<uint32_t>((p.D - 2 * p.pairing.P) / plan.vector)),
-        pairing(p.pairing),
-        cos(p.cos),
-        sin(p.sin),
+        rotated_elements(static_cast<uint32_t>(
+            (plan.arrangement == Arrangement::kAdjacent ? 2 : 1) * p.pairing.P)),
+        copied_elements(static_cast<uint32_t>(p.D - 2 * p.pairing.P)),
+        first_copied(static_cast<uint32_t>(p.pairing.offset)),
+        copied_gap(static_cast<uint32_t>(2 * p.pairing.P)),
+        table_vector(static_cast<uint32_t>(plan.table_vector)),
+        copies_wide(plan.copies_wide),
+        per_head_table(p.per_head),
+        cos_j(p.cos.j),
+        sin_j(p.sin.j),
+        pairs(static_cast<uint32_t>(p.pairing.P)),
+        per_row_of_pairs(std::max<int64_t>(p.pairing.P, 1)),
+        axes(1),
+        block_tokens(0),
+        combined_entries(static_cast<uint32_t>(ceil_divide(p.pairing.P, 8) * 8)),
         rows(p.rows) {
+    for (int64_t j = 0; p.axes != nullptr && j < p.pairing.P; ++j)
+      axes = std::max(axes, static_cast<uint32_t>(p.axes[j]) + 1);
     // The inverse rotation of (a, b) is the rotation of (b, a): in kPair a thread takes the second
     // elements as the first ones.
     if (p.inverse && plan.arrangement == Arrangement::kPair) {
@@ -164,31 +209,72 @@ struct KernelParams {
   void set_tile(int i, const RotateParams& p, const TensorParams& t, const Plan& plan,
                 const OperandStrides& strides, const Tile& tile) {
     tensors[i] = TensorArgs(p, t, plan, strides, tile);
-    lookups[i] = LookupArgs(p, t, strides, tile);
+    lookups[i] = LookupArgs(p, t, plan, strides, tile);
+    const int64_t token_threads = int64_t{lookups[i].token_heads} * plan.head_threads;
+    const int64_t tokens = ceil_divide(plan.block_threads - 1, token_threads) + 1;
+    block_tokens = std::max(block_tokens, static_cast<uint32_t>(tokens));
+  }
+
+  // Bytes of shared memory of a block; entries of combined rows have `entry_bytes`.
+  size_t shared_bytes(RowLookup lookup, size_t entry_bytes) const {
+    if (lookup != RowLookup::kAxes && lookup != RowLookup::kPacked) return 0;
+    const size_t row = sizeof(int64_t) * kMaxAxes;
+    const size_t combined = size_t{combined_entries} * (2 * entry_bytes + sizeof(bool));
+    return block_tokens * (row + (lookup == RowLookup::kAxes ? combined : 0));
   }
 };
 
-// The token of a head, as table_row asks for it: computes coordinates only when they are needed.
+// The token of a head, as table_row asks for it, and an axis of its positions.
 struct TileToken {
   const KernelParams& params;
+  const TensorArgs& tensor;
   const LookupArgs& lookups;
   const LinearCoordinates& at;
-  uint32_t axis = 0;
+  uint32_t axis;
 
-  __device__ __forceinline__ TileToken on(uint32_t other) const {
-    return {params, lookups, at, other};
+  __device__ __forceinline__ int64_t s() const { return lookups.token(at); }
+  __device__ __forceinline__ SequencePosition place() const {
+    return find_sequence(params.rows, s());
   }
-  __device__ __forceinline__ int64_t b() const {
-    return lookups.first[kBatch] + lookups.along(at, kBatch);
+  __device__ __forceinline__ LoadedIndex load_position(bool wanted = true) const {
+    return load_index_early(tensor.positions + tensor.row_offset.at(at) +
+                                static_cast<int64_t>(axis) * params.table.positions_of_axis,
+                            params.row_flags & kLongPositions, wanted);
   }
-  __device__ __forceinline__ int64_t s() const {
-    return lookups.first[kSequence] + lookups.along(at, kSequence);
+  __device__ __forceinline__ int64_t position() const { return load_position().value(); }
+  __device__ __forceinline__ int64_t offset(int64_t sequence) const {
+    if (params.row_flags & kHasSequences)
+      return load_index(params.rows.offsets, sequence * params.rows.offsets_stride);
+    return load_index(lookups.offsets + lookups.offsets_offset.at(at),
+                      params.row_flags & kLongOffsets);
   }
-  __device__ __forceinline__ int64_t position() const {
-    const IndexParams here = {lookups.positions + lookups.positions_offset.at(at),
-                              params.rows.positions.is_int64};
-    return load_index(here, axis * params.rows.positions_a);
+  __device__ __forceinline__ int64_t out_row() const {
+    return load_index(lookups.out_rows + lookups.out_rows_offset.at(at),
+                      params.row_flags & kLongOutRows);
   }
+};
+
+// A token whose place in a packed batch is known.
+struct PlacedToken {
+  const TileToken& token;
+  SequencePosition found;
+
+  __device__ __forceinline__ int64_t s() const { return token.s(); }
+  __device__ __forceinline__ SequencePosition place() const { return found; }
+  __device__ __forceinline__ int64_t position() const { return token.position(); }
+  __device__ __forceinline__ int64_t offset(int64_t sequence) const {
+    return token.offset(sequence);
+  }
+};
+
+// A token that only has a position, which was loaded.
+struct LoadedToken {
+  LoadedIndex index;
+
+  __device__ __forceinline__ int64_t s() const { return 0; }
+  __device__ __forceinline__ SequencePosition place() const { return {0, 0}; }
+  __device__ __forceinline__ int64_t position() const { return index.value(); }
+  __device__ __forceinline__ int64_t offset(int64_t) const { return 0; }
 };
 
 }  // namespace fused_rope::kernels

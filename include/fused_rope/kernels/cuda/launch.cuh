@@ -6,39 +6,49 @@
 
 namespace fused_rope::kernels {
 
-constexpr Variant with_single_entries(Variant variant) {
-  variant.vector_tables = false;
-  return variant;
-}
-
-constexpr Variant with_full_heads(Variant variant, int vector) {
-  variant.full_head = true;
-  variant.vector = vector;
-  return variant;
-}
-
-// The instance for vectors of x. kBase has vectors of 16 bytes, of tables too; full heads have
-// instances of their own with such tables.
+// The instance with vectors of kVector elements, or of the shortest that are needed.
 template <typename T, typename Table, Variant kBase>
-auto choose_vectors(const Plan& plan) {
-  constexpr RowLookup kLookup = kBase.lookup;
-  constexpr int kWidest = kBase.vector;
-  if constexpr (kLookup != RowLookup::kPerHead) {
-    if (!plan.vector_tables)
-      return rotate_kernel<KernelTraits<T, Table, with_single_entries(kBase)>>;
-  }
-  if constexpr (kLookup != RowLookup::kAxes) {
-    if constexpr (kLookup == RowLookup::kLinear && sizeof(T) == 2) {
-      constexpr int kShortest = shortest_vector(kBase.arrangement, kLookup) / sizeof(T);
-      if (plan.vector == kShortest)
-        return rotate_kernel<KernelTraits<T, Table, with_full_heads(kBase, kShortest)>>;
-      if (kShortest < kWidest / 2 && plan.vector == kWidest / 2)
-        return rotate_kernel<KernelTraits<T, Table, with_full_heads(kBase, kWidest / 2)>>;
-    }
-    if (plan.full_head)
-      return rotate_kernel<KernelTraits<T, Table, with_full_heads(kBase, kWidest)>>;
+auto choose_vector(const Plan& plan) {
+  constexpr int kWidest = kVectorBytes / sizeof(T);
+  constexpr int kNext = kBase.vector / 2;
+  // Adjacent vectors hold whole pairs.
+  if constexpr (has_short_vectors(kBase.lookup) &&
+                kNext >= (kBase.arrangement == Arrangement::kAdjacent ? 2 : 1)) {
+    constexpr Variant kShorter = {.precision = kBase.precision,
+                                  .arrangement = kBase.arrangement,
+                                  .vector = kNext,
+                                  .heads = kWidest / kNext,
+                                  .lookup = kBase.lookup,
+                                  .full_head = false};
+    if (plan.vector < kBase.vector) return choose_vector<T, Table, kShorter>(plan);
   }
   return rotate_kernel<KernelTraits<T, Table, kBase>>;
+}
+
+// The instance of full heads, if the plan has them.
+template <typename T, typename Table, Variant kBase>
+auto choose_heads(const Plan& plan) {
+  if constexpr (has_full_heads(kBase.lookup)) {
+    constexpr Variant kFull = {.precision = kBase.precision,
+                               .arrangement = kBase.arrangement,
+                               .vector = kBase.vector,
+                               .heads = 1,
+                               .lookup = kBase.lookup,
+                               .full_head = true};
+    if constexpr (kBase.lookup == RowLookup::kLinear && sizeof(T) == 2) {
+      constexpr int kVectors = vectors_of_thread(kBase.arrangement, kBase.lookup, 1);
+      constexpr Variant kShort = {.precision = kBase.precision,
+                                  .arrangement = kBase.arrangement,
+                                  .vector = kShortChunkBytes / kVectors / int{sizeof(T)},
+                                  .heads = 1,
+                                  .lookup = kBase.lookup,
+                                  .full_head = true};
+      if (plan.full_head && plan.vector == kShort.vector)
+        return rotate_kernel<KernelTraits<T, Table, kShort>>;
+    }
+    if (plan.full_head) return rotate_kernel<KernelTraits<T, Table, kFull>>;
+  }
+  return choose_vector<T, Table, kBase>(plan);
 }
 
 template <typename T, typename Table, Precision kPrecision, RowLookup kLookup>
@@ -46,38 +56,25 @@ auto choose_kernel(const Plan& plan) {
   constexpr Variant kPair = {.precision = kPrecision,
                              .arrangement = Arrangement::kPair,
                              .vector = kVectorBytes / sizeof(T),
+                             .heads = 1,
                              .lookup = kLookup,
-                             .vector_tables = true,
                              .full_head = false};
-  // A thread with single elements has one pair, and so one axis.
-  if constexpr (kLookup != RowLookup::kAxes && kLookup != RowLookup::kPerHead) {
-    constexpr Variant kSingle = {.precision = kPrecision,
-                                 .arrangement = Arrangement::kPair,
-                                 .vector = 1,
+  constexpr Variant kAdjacent = {.precision = kPrecision,
+                                 .arrangement = Arrangement::kAdjacent,
+                                 .vector = kVectorBytes / sizeof(T),
+                                 .heads = 1,
                                  .lookup = kLookup,
-                                 .vector_tables = false,
                                  .full_head = false};
-    if (plan.vector == 1) return rotate_kernel<KernelTraits<T, Table, kSingle>>;
-  }
-  // So has one with a whole pair of float64.
-  if constexpr (kLookup != RowLookup::kAxes || sizeof(T) < sizeof(double)) {
-    constexpr Variant kAdjacent = {.precision = kPrecision,
-                                   .arrangement = Arrangement::kAdjacent,
-                                   .vector = kVectorBytes / sizeof(T),
-                                   .lookup = kLookup,
-                                   .vector_tables = true,
-                                   .full_head = false};
-    if (plan.arrangement == Arrangement::kAdjacent)
-      return choose_vectors<T, Table, kAdjacent>(plan);
-  }
-  return choose_vectors<T, Table, kPair>(plan);
+  return plan.arrangement == Arrangement::kAdjacent ? choose_heads<T, Table, kAdjacent>(plan)
+                                                    : choose_heads<T, Table, kPair>(plan);
 }
 
 #if defined(__CUDACC__)  // the tests' emulation on the host has its own
 template <typename Axes>
 cudaError_t enqueue(void (*kernel)(KernelParams, Axes), unsigned blocks, int threads,
-                    cudaStream_t stream, const KernelParams& params, const Axes& axes) {
-  kernel<<<blocks, static_cast<unsigned>(threads), 0, stream>>>(params, axes);
+                    size_t shared_bytes, cudaStream_t stream, const KernelParams& params,
+                    const Axes& axes) {
+  kernel<<<blocks, static_cast<unsigned>(threads), shared_bytes, stream>>>(params, axes);
   return cudaGetLastError();
 }
 #endif
@@ -88,26 +85,30 @@ cudaError_t launch_tiles(const RotateParams& p, const Plan& plan, cudaStream_t s
   const auto kernel = choose_kernel<T, Table, kPrecision, kLookup>(plan);
   AxesOf<kLookup> axes;
   if constexpr (has_axes(kLookup)) {
-    for (int64_t j = 0; j < p.pairing.P; ++j) axes.axis[j] = static_cast<uint8_t>(p.axes[j]);
+    for (int64_t j = 0; j < p.pairing.P; ++j)
+      axes.axis[j] = static_cast<uint8_t>(p.axes == nullptr ? 0 : p.axes[j]);
   }
   KernelParams params(p, plan);
   int tiles = 0;
   unsigned blocks[kMaxTensors] = {};  // of each tile
   cudaError_t error = cudaSuccess;
   const auto flush = [&] {
+    const size_t shared_bytes = params.shared_bytes(kLookup, sizeof(Wide<T>));
     params.second_block = blocks[0];
     params.alternate = plan.lookup == RowLookup::kPerHead && blocks[0] == blocks[1] ? 1 : 0;
     if (tiles > 0 && error == cudaSuccess)
-      error = enqueue(kernel, blocks[0] + blocks[1], plan.block_threads, stream, params, axes);
+      error = enqueue(kernel, blocks[0] + blocks[1], plan.block_threads, shared_bytes, stream,
+                      params, axes);
     tiles = 0;
+    params.block_tokens = 0;
     blocks[0] = blocks[1] = 0;
   };
   const int64_t max_heads = plan.launch_threads / plan.head_threads;
   for (int i = 0; i < p.count; ++i) {
     const TensorParams& t = p.tensors[i];
     if (t.H == 0) continue;
-    const OperandStrides strides = operand_strides(p, t, is_linear(plan.lookup));
-    for_each_tile(strides, whole_tile(p, t), max_heads, [&](const Tile& tile) {
+    const OperandStrides strides = operand_strides(p, t, is_linear(plan.lookup), plan.heads);
+    for_each_tile(strides, whole_tile(p, t, plan.heads), max_heads, [&](const Tile& tile) {
       if (tiles == kMaxTensors) flush();
       params.set_tile(tiles, p, t, plan, strides, tile);
       const int64_t threads = params.tensors[tiles].threads;
@@ -125,8 +126,12 @@ cudaError_t launch_lookup(const RotateParams& p, const Plan& plan, cudaStream_t 
       return launch_tiles<T, Table, kPrecision, RowLookup::kLinear>(p, plan, stream);
     case RowLookup::kPerHead:
       return launch_tiles<T, Table, kPrecision, RowLookup::kPerHead>(p, plan, stream);
+    case RowLookup::kPositions:
+      return launch_tiles<T, Table, kPrecision, RowLookup::kPositions>(p, plan, stream);
     case RowLookup::kIndexed:
       return launch_tiles<T, Table, kPrecision, RowLookup::kIndexed>(p, plan, stream);
+    case RowLookup::kPacked:
+      return launch_tiles<T, Table, kPrecision, RowLookup::kPacked>(p, plan, stream);
     case RowLookup::kSections:
       return launch_tiles<T, Table, kPrecision, RowLookup::kSections>(p, plan, stream);
     default:

@@ -43,17 +43,24 @@ struct Words {
       "}"                                                          \
       : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3]) \
       : "l"(from), "l"(policy), "r"(static_cast<uint32_t>(wanted)))
-#define FUSED_ROPE_STORE(type, registers)                                                  \
-  asm volatile("st.global.L2::cache_hint" type " [%4], " registers ", %5;" ::"r"(word[0]), \
-               "r"(word[1]), "r"(word[2]), "r"(word[3]), "l"(to), "l"(policy)              \
-               : "memory")
+#define FUSED_ROPE_STORE(type, registers)                             \
+  asm volatile(                                                       \
+      "{\n"                                                           \
+      ".reg .pred wanted;\n"                                          \
+      "setp.ne.u32 wanted, %6, 0;\n"                                  \
+      "@wanted st.global.L2::cache_hint" type " [%4], " registers     \
+      ", %5;\n"                                                       \
+      "}" ::"r"(word[0]),                                             \
+      "r"(word[1]), "r"(word[2]), "r"(word[3]), "l"(to), "l"(policy), \
+      "r"(static_cast<uint32_t>(wanted))                              \
+      : "memory")
 
   // Loads if `wanted`. The predicate costs no branch.
   __device__ __forceinline__ void load(const void* from, uint64_t policy, bool wanted) {
     FUSED_ROPE_WITH_REGISTERS(FUSED_ROPE_LOAD);
   }
 
-  __device__ __forceinline__ void store(void* to, uint64_t policy) const {
+  __device__ __forceinline__ void store(void* to, uint64_t policy, bool wanted) const {
     FUSED_ROPE_WITH_REGISTERS(FUSED_ROPE_STORE);
   }
 
@@ -65,7 +72,7 @@ struct Words {
 // The Words that a vector is moved as, or 0 where it cannot have a policy.
 template <typename T, int kSize>
 #if __CUDA_ARCH__ >= 800
-constexpr int kWords = kSize > 1 || sizeof(T) == 8 ? kSize * sizeof(T) / 4 : 0;
+constexpr int kWords = kSize * sizeof(T) / 4;
 #else
 constexpr int kWords = 0;
 #endif
@@ -85,36 +92,88 @@ __device__ __forceinline__ Vector<T, kSize> load(const T* from, uint64_t policy,
   return value;
 }
 
+// Stores a vector if it is `wanted`.
 template <typename T, int kSize>
-__device__ __forceinline__ void store(T* to, const Vector<T, kSize>& value, uint64_t policy) {
+__device__ __forceinline__ void store(T* to, const Vector<T, kSize>& value, uint64_t policy,
+                                      bool wanted) {
   using V = Vector<T, kSize>;
   if constexpr (kWords<T, kSize> > 0) {
     Words<kWords<T, kSize>> words{};
     std::memcpy(words.word, &value, sizeof(value));
-    words.store(to, policy);
-  } else {
+    words.store(to, policy, wanted);
+  } else if (wanted) {
     *reinterpret_cast<V*>(to) = value;
   }
 }
 
-// Loads an integer and keeps its cache line in L2.
+#if defined(__CUDACC__)  // the tests' emulation on the host has its own
+constexpr unsigned kAllLanes = 0xffffffffu;
+
 template <typename Int>
-__device__ __forceinline__ Int load_kept(const void* from) {
-#if __CUDA_ARCH__ >= 800
-  Int value;
-  if constexpr (sizeof(Int) == 8) {
-    asm volatile("ld.global.L2::cache_hint.s64 %0, [%1], %2;"
-                 : "=l"(value)
-                 : "l"(from), "l"(kEvictLast));
-  } else {
-    asm volatile("ld.global.L2::cache_hint.s32 %0, [%1], %2;"
-                 : "=r"(value)
-                 : "l"(from), "l"(kEvictLast));
-  }
-  return value;
-#else
-  return *static_cast<const Int*>(from);
+__device__ __forceinline__ Int from_lane(Int value, uint32_t lane) {
+  return __shfl_sync(kAllLanes, value, static_cast<int>(lane));
+}
+
+extern __shared__ int4 shared_vectors[];
+
+// The dynamic shared memory of a block.
+__device__ __forceinline__ void* shared_memory() { return shared_vectors; }
+
+// Calls f(i) for i in [0, n), each in one thread of the block, and waits for all of them. Whether
+// any of them returned true.
+template <typename F>
+__device__ __forceinline__ bool share_in_block(uint32_t n, const F& f) {
+  bool any = false;
+  for (uint32_t i = threadIdx.x; i < n; i += blockDim.x) any |= f(i);
+  return __syncthreads_or(any);
+}
+
+// Calls f(i, lane) for i in [0, n), each in the lanes of one warp, `lanes` of them or more, and
+// waits for all of them.
+template <typename F>
+__device__ __forceinline__ void share_in_warps(uint32_t n, uint32_t /*lanes*/, const F& f) {
+  for (uint32_t i = threadIdx.x / 32; i < n; i += blockDim.x / 32) f(i, threadIdx.x % 32);
+  __syncthreads();
+}
 #endif
+
+// An int32 or int64 in memory that is on its way to registers: value() waits for it.
+struct LoadedIndex {
+  int32_t low = 0;
+  int32_t high = 0;
+  bool is_int64 = false;
+
+  __device__ __forceinline__ int64_t value() const {
+    const int32_t upper = is_int64 ? high : low >> 31;
+    return static_cast<int64_t>(static_cast<uint64_t>(static_cast<uint32_t>(upper)) << 32 |
+                                static_cast<uint32_t>(low));
+  }
+};
+
+// Loads an index if it is `wanted` and keeps its cache line in L2: every thread waits for it, and
+// the next layer reads it again.
+__device__ __forceinline__ LoadedIndex load_index_early(const void* from, bool is_int64,
+                                                        bool wanted = true) {
+  LoadedIndex index;
+  index.is_int64 = is_int64;
+#if __CUDA_ARCH__ >= 800
+  // Two loads into two registers: the second of one register would wait for the first.
+  asm volatile(
+      "{\n"
+      ".reg .pred wanted, both;\n"
+      "setp.ne.u32 wanted, %5, 0;\n"
+      "setp.ne.and.u32 both, %4, 0, wanted;\n"
+      "@wanted ld.global.L2::cache_hint.u32 %0, [%2], %3;\n"
+      "@both ld.global.L2::cache_hint.u32 %1, [%2+4], %3;\n"
+      "}"
+      : "+r"(index.low), "+r"(index.high)
+      : "l"(from), "l"(kEvictLast), "r"(static_cast<uint32_t>(is_int64)),
+        "r"(static_cast<uint32_t>(wanted)));
+#else
+  if (wanted) index.low = static_cast<const int32_t*>(from)[0];
+  if (wanted && is_int64) index.high = static_cast<const int32_t*>(from)[1];
+#endif
+  return index;
 }
 
 }  // namespace fused_rope::kernels
