@@ -1,6 +1,5 @@
 // The arguments that follow the tensors in every schema. The dispatcher passes them as a flat list;
-// everything here takes them as one struct, and the list is written down only in this file, in
-// schema.cpp and in the Python binding.
+// everything else takes them as one struct.
 #pragma once
 
 #include <ATen/core/Tensor.h>
