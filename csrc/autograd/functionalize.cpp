@@ -47,6 +47,21 @@ void rotate_qk_(const Arguments& a, const at::Tensor& q, const at::Tensor& k, co
   k.copy_(k_rotated);
 }
 
+// The rotated tokens [T, H, D] of any layout.
+at::Tensor tokens_of(const at::Tensor& rotated, Layout layout) {
+  switch (layout) {
+    case Layout::kTHD:
+      return rotated;
+    case Layout::kBSHD:
+      return rotated.flatten(0, 1);
+    case Layout::kBHSD:
+      return rotated.transpose(1, 2).flatten(0, 1);
+    case Layout::kSBHD:
+      return rotated.transpose(0, 1).flatten(0, 1);
+  }
+  TORCH_INTERNAL_ASSERT(false, "unknown layout");
+}
+
 // Row rows[i] of out becomes token i. A token of row -1 repeats the write of one that has a row,
 // since to drop it would mean to ask the device how many are left.
 void scatter(const at::Tensor& out, const at::Tensor& tokens, const at::Tensor& out_rows) {
@@ -65,8 +80,7 @@ void scatter(const at::Tensor& out, const at::Tensor& tokens, const at::Tensor& 
 // The last of a call's outputs.
 void write(const Call& call, const at::Tensor& out, const at::Tensor& rotated) {
   if (call.arguments.out_rows.has_value()) {
-    const at::Tensor tokens = as_bshd(rotated, call.layout).flatten(0, 1);  // [T, H, D]
-    scatter(out, tokens, *call.arguments.out_rows);
+    scatter(out, tokens_of(rotated, call.layout), *call.arguments.out_rows);
   } else {
     out.copy_(rotated);
   }

@@ -8,8 +8,18 @@
 namespace fused_rope {
 namespace {
 
+// x as [B, S, H, D], a view.
 at::Tensor as_bshd(const Arguments& a, const at::Tensor& x) {
-  return fused_rope::as_bshd(x, parse_layout("rotate", a.layout));
+  switch (parse_layout("rotate", a.layout)) {
+    case Layout::kBHSD:
+      return x.transpose(1, 2);
+    case Layout::kSBHD:
+      return x.transpose(0, 1);
+    case Layout::kTHD:
+      return x.unsqueeze(0);
+    default:
+      return x;
+  }
 }
 
 // The distance between the elements of a pair; 1 where there is no pair.

@@ -1,5 +1,6 @@
 // The arguments that follow the tensors in every schema. The dispatcher passes them as a flat list;
-// everything else takes them as one struct.
+// everything here takes them as one struct, and the list is written down only in this file, in
+// schema.cpp and in the Python binding.
 #pragma once
 
 #include <ATen/core/Tensor.h>

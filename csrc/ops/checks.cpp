@@ -288,19 +288,6 @@ Extents extents(const at::Tensor& x, Layout layout) {
           {packed ? 0 : strides[axes[0]], strides[axes[1]], strides[axes[2]], strides.back()}};
 }
 
-at::Tensor as_bshd(const at::Tensor& x, Layout layout) {
-  switch (layout) {
-    case Layout::kBHSD:
-      return x.transpose(1, 2);
-    case Layout::kSBHD:
-      return x.transpose(0, 1);
-    case Layout::kTHD:
-      return x.unsqueeze(0);
-    default:
-      return x;
-  }
-}
-
 void check_metadata(const Call& call) {
   const Arguments& a = call.arguments;
   check_tensors(call);

@@ -59,9 +59,6 @@ struct Extents {
 
 Extents extents(const at::Tensor& x, Layout layout);
 
-// x as [B, S, H, D], a view.
-at::Tensor as_bshd(const at::Tensor& x, Layout layout);
-
 // Dtypes, ranks, devices and options: all that is known of meta tensors.
 void check_metadata(const Call& call);
 
