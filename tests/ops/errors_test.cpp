@@ -357,12 +357,12 @@ std::vector<Case> cases() {
        Forms::kInPlace},
       {"SameTensorTwiceInPlace",
        runtime,
-       {"apart from q"},
+       {"k and q not to share memory"},
        [](C c) { c.k = c.q; },
        Forms::kInPlacePair},
       {"OverlappingPairInPlace",
        runtime,
-       {"apart from q"},
+       {"k and q not to share memory"},
        [](C c) {
          const at::Tensor joint = c.randn({3, 5, 3, 16});
          c.q = joint.slice(0, 0, 2), c.k = joint.slice(0, 1, 3);
