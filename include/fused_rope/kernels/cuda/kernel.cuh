@@ -441,7 +441,7 @@ __global__ void __launch_bounds__(kMaxBlockThreads, Traits::kMinBlocks)
   tile.load_elements(params, tensor.in + tensor.in_offset.at(at), lookups.in_head_step, heads,
                      lookups.in_d, x);
 
-  // Where finding rows takes long, a block or a warp does it once for each token.
+  // Where finding rows takes long, a block does it once for each token.
   [[maybe_unused]] CombinedRow<T> combined;
   if constexpr (kLookup == RowLookup::kAxes) {
     const BlockTokens tokens(params, tensor, lookups, assigned.block, at);

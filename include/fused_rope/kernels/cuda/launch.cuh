@@ -6,7 +6,19 @@
 
 namespace fused_rope::kernels {
 
-// The instance with vectors of kVector elements, or of the shortest that are needed.
+constexpr Variant with_heads(Variant variant, int vector, int heads) {
+  variant.vector = vector;
+  variant.heads = heads;
+  return variant;
+}
+
+constexpr Variant with_full_heads(Variant variant, int vector) {
+  variant.vector = vector;
+  variant.full_head = true;
+  return variant;
+}
+
+// The instance with the plan's vectors, at most as wide as those of kBase.
 template <typename T, typename Table, Variant kBase>
 auto choose_vector(const Plan& plan) {
   constexpr int kWidest = kVectorBytes / sizeof(T);
@@ -14,13 +26,8 @@ auto choose_vector(const Plan& plan) {
   // Adjacent vectors hold whole pairs.
   if constexpr (has_short_vectors(kBase.lookup) &&
                 kNext >= (kBase.arrangement == Arrangement::kAdjacent ? 2 : 1)) {
-    constexpr Variant kShorter = {.precision = kBase.precision,
-                                  .arrangement = kBase.arrangement,
-                                  .vector = kNext,
-                                  .heads = kWidest / kNext,
-                                  .lookup = kBase.lookup,
-                                  .full_head = false};
-    if (plan.vector < kBase.vector) return choose_vector<T, Table, kShorter>(plan);
+    if (plan.vector < kBase.vector)
+      return choose_vector<T, Table, with_heads(kBase, kNext, kWidest / kNext)>(plan);
   }
   return rotate_kernel<KernelTraits<T, Table, kBase>>;
 }
@@ -29,44 +36,32 @@ auto choose_vector(const Plan& plan) {
 template <typename T, typename Table, Variant kBase>
 auto choose_heads(const Plan& plan) {
   if constexpr (has_full_heads(kBase.lookup)) {
-    constexpr Variant kFull = {.precision = kBase.precision,
-                               .arrangement = kBase.arrangement,
-                               .vector = kBase.vector,
-                               .heads = 1,
-                               .lookup = kBase.lookup,
-                               .full_head = true};
     if constexpr (kBase.lookup == RowLookup::kLinear && sizeof(T) == 2) {
       constexpr int kVectors = vectors_of_thread(kBase.arrangement, kBase.lookup, 1);
-      constexpr Variant kShort = {.precision = kBase.precision,
-                                  .arrangement = kBase.arrangement,
-                                  .vector = kShortChunkBytes / kVectors / int{sizeof(T)},
-                                  .heads = 1,
-                                  .lookup = kBase.lookup,
-                                  .full_head = true};
-      if (plan.full_head && plan.vector == kShort.vector)
-        return rotate_kernel<KernelTraits<T, Table, kShort>>;
+      constexpr int kShort = kShortChunkBytes / kVectors / int{sizeof(T)};
+      if (plan.full_head && plan.vector == kShort)
+        return rotate_kernel<KernelTraits<T, Table, with_full_heads(kBase, kShort)>>;
     }
-    if (plan.full_head) return rotate_kernel<KernelTraits<T, Table, kFull>>;
+    if (plan.full_head)
+      return rotate_kernel<KernelTraits<T, Table, with_full_heads(kBase, kBase.vector)>>;
   }
   return choose_vector<T, Table, kBase>(plan);
 }
 
 template <typename T, typename Table, Precision kPrecision, RowLookup kLookup>
 auto choose_kernel(const Plan& plan) {
-  constexpr Variant kPair = {.precision = kPrecision,
-                             .arrangement = Arrangement::kPair,
-                             .vector = kVectorBytes / sizeof(T),
-                             .heads = 1,
-                             .lookup = kLookup,
-                             .full_head = false};
-  constexpr Variant kAdjacent = {.precision = kPrecision,
-                                 .arrangement = Arrangement::kAdjacent,
-                                 .vector = kVectorBytes / sizeof(T),
-                                 .heads = 1,
-                                 .lookup = kLookup,
-                                 .full_head = false};
-  return plan.arrangement == Arrangement::kAdjacent ? choose_heads<T, Table, kAdjacent>(plan)
-                                                    : choose_heads<T, Table, kPair>(plan);
+  const auto choose = [&]<Arrangement kArrangement>() {
+    constexpr Variant kBase = {.precision = kPrecision,
+                               .arrangement = kArrangement,
+                               .vector = kVectorBytes / sizeof(T),
+                               .heads = 1,
+                               .lookup = kLookup,
+                               .full_head = false};
+    return choose_heads<T, Table, kBase>(plan);
+  };
+  return plan.arrangement == Arrangement::kAdjacent
+             ? choose.template operator()<Arrangement::kAdjacent>()
+             : choose.template operator()<Arrangement::kPair>();
 }
 
 #if defined(__CUDACC__)  // the tests' emulation on the host has its own
