@@ -13,10 +13,15 @@ struct Saved {
   // `inputs` is empty where no table needs a gradient; in place it is a copy of rotated elements.
   static void save(torch::autograd::AutogradContext* ctx, const Arguments& a, const at::Tensor& cos,
                    const at::Tensor& sin, at::TensorList inputs) {
-    const auto or_undefined = [](const OptionalTensor& t) { return t.value_or(at::Tensor()); };
-    torch::autograd::variable_list tensors = {cos, sin, or_undefined(a.positions),
-                                              or_undefined(a.offsets), or_undefined(a.cu_seqlens)};
+    torch::autograd::variable_list tensors;
+    tensors.reserve(5 + inputs.size());
+    tensors.push_back(cos);
+    tensors.push_back(sin);
+    for (const OptionalTensor* t : {&a.positions, &a.offsets, &a.cu_seqlens}) {
+      tensors.push_back(t->value_or(at::Tensor()));
+    }
     tensors.insert(tensors.end(), inputs.begin(), inputs.end());
+    while (!tensors.back().defined()) tensors.pop_back();  // each is a SavedVariable, even so
     ctx->save_for_backward(std::move(tensors));
     // Only options that differ from their defaults: each costs 60 ns.
     static const RotateOptions kDefaults;
@@ -35,6 +40,7 @@ struct Saved {
 
   explicit Saved(torch::autograd::AutogradContext* ctx) {
     torch::autograd::variable_list tensors = ctx->get_saved_variables();
+    if (tensors.size() < 5) tensors.resize(5);
     const auto optional = [](const at::Tensor& tensor) {
       return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
     };
