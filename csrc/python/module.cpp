@@ -2,6 +2,7 @@
 // that knows pybind11. Arguments are read by hand: pybind11's own reading of sixteen of them takes
 // as long as all that an operator does before its launch.
 #include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/core/grad_mode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -9,7 +10,10 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <array>
+#include <optional>
 #include <string>
+#include <tuple>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -188,9 +192,9 @@ PyObject* wrap(TensorPair&& tensors) {
   return pair.release();
 }
 
-// Entry<&f>::call is what Python calls for f(arguments, tensors...): with the tensors, then what
-// RowArguments and Options read. Where torch.func, a TorchFunctionMode or a subclass of Tensor may
-// intercept the call, it does nothing and returns NotImplemented.
+// Entry<&f>::call is what Python calls for f(arguments, tensors...): with a tuple of the tensors,
+// then what RowArguments and Options read. Where torch.func, a TorchFunctionMode or a subclass of
+// Tensor may intercept the call, it does nothing and returns NotImplemented.
 template <auto kFunction>
 struct Entry;
 
@@ -205,11 +209,15 @@ struct Entry<kFunction> {
     HANDLE_TH_ERRORS
     if (is_intercepted()) Py_RETURN_NOTIMPLEMENTED;
     Reader reader(method.ml_name, arguments, count);
+    Reader inputs = reader.tuple("tensors");
     const char* const* name = names.data();
-    const std::tuple<Tensors...> tensors{next<Tensors>(reader, name)...};
+    const std::tuple<Tensors...> tensors{next<Tensors>(inputs, name)...};
     const RowArguments rows(reader);
-    if (reader.has_subclass()) Py_RETURN_NOTIMPLEMENTED;
+    if (inputs.has_subclass() || reader.has_subclass()) Py_RETURN_NOTIMPLEMENTED;
     const Options options(reader.tuple("options"));
+    // Recording a call adds owners of the tensors. The first one next to Python takes the GIL.
+    std::optional<std::tuple<std::decay_t<Tensors>...>> owners;
+    if (at::GradMode::is_enabled() && requires_grad(tensors)) owners = tensors;
     const auto run = [&] {
       const py::gil_scoped_release no_gil;
       return std::apply([&](Tensors... t) { return kFunction(arguments_of(rows, options), t...); },
@@ -226,8 +234,12 @@ struct Entry<kFunction> {
 
  private:
   template <typename Tensor>
-  static Tensor next(Reader& reader, const char* const*& name) {
-    return reader.tensor(*name++);
+  static Tensor next(Reader& inputs, const char* const*& name) {
+    return inputs.tensor(*name++);
+  }
+
+  static bool requires_grad(const std::tuple<Tensors...>& tensors) {
+    return std::apply([](Tensors... t) { return (... || t.requires_grad()); }, tensors);
   }
 };
 
