@@ -20,6 +20,12 @@ __all__ = [
     "inplace_rope_embedding",
 ]
 
+# By table_layout.
+_OPTIONS = {
+    "half": functional.Options(layout="bhsd"),
+    "tiled": functional.Options(layout="bhsd", table_layout="tiled"),
+}
+
 
 def fast_rope_embedding(
     Q: Tensor,
@@ -54,12 +60,16 @@ def fast_rope_embedding(
         >>> Q, K = torch.randn(2, 4, 9, 64), torch.randn(2, 2, 9, 64)
         >>> Q, K = fast_rope_embedding(Q, K, angle.cos(), angle.sin())
     """
-    positions = rope_embedding_indices
-    if positions is not None and positions.numel() == Q.shape[0] * Q.shape[-2]:
-        positions = positions.reshape(Q.shape[0], Q.shape[-2])
-    cos, sin, table_layout = _tables(cos, sin, Q.shape[-1])
-    options = ("bhsd", None, 0, False, 1, False, "fp32", table_layout)
+    positions, shape, columns = rope_embedding_indices, Q.shape, cos.shape
+    if positions is not None:
+        B, S = shape[0], shape[-2]
+        if positions.shape != (B, S) and positions.numel() == B * S:
+            positions = positions.reshape(B, S)
+    table_layout = "tiled"
+    if len(columns) != 2 or columns[1] != shape[-1] or sin.dim() != 2:
+        cos, sin, table_layout = _tables(cos, sin, shape[-1])
     name = "rotate_qk_" if inplace else "rotate_qk"
+    options = _OPTIONS[table_layout]
     rotated = functional.call(name, (Q, K, cos, sin), positions, 0, None, options)
     return (Q, K) if inplace else rotated
 
@@ -115,9 +125,6 @@ class Fast_RoPE_Embedding_QK:
 
 def _tables(cos: Tensor, sin: Tensor, D: int) -> tuple[Tensor, Tensor, str]:
     """Views [M, D/2] or [M, D] of the tables, and their table_layout."""
-    shape = cos.shape
-    if len(shape) == 2 and shape[1] == D and sin.dim() == 2:  # fast path of the common form
-        return cos, sin, "tiled"
     cos, sin = _rows("cos", cos, D), _rows("sin", sin, D)
     return cos, sin, "tiled" if cos.shape[1] == D else "half"
 
@@ -130,4 +137,4 @@ def _rows(name: str, table: Tensor, D: int) -> Tensor:
             f"rotate_qk: expected {name} of [M, D/2] or [M, D] with D={D}, after any dimensions of "
             f"size 1, got {list(shape)}"
         )
-    return table.view(shape[-2:])
+    return table if len(shape) == 2 else table.view(shape[-2:])
