@@ -4,6 +4,7 @@
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/core/grad_mode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/macros/Macros.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/object_ptr.h>
@@ -91,7 +92,8 @@ class Reader {
 
  private:
   PyObject* peek(const char* name) const {
-    TORCH_CHECK_TYPE(next_ != end_, op_, ": expected ", name, ", got no such argument");
+    if (next_ == end_) [[unlikely]]
+      refuse_missing(name);
     return *next_;
   }
 
@@ -114,7 +116,12 @@ class Reader {
     return py::detail::cast_op<T>(std::move(caster));
   }
 
-  [[noreturn]] void refuse(const char* name, const char* expected, PyObject* object) const {
+  [[noreturn]] C10_NOINLINE void refuse_missing(const char* name) const {
+    TORCH_CHECK_TYPE(false, op_, ": expected ", name, ", got no such argument");
+  }
+
+  [[noreturn]] C10_NOINLINE void refuse(const char* name, const char* expected,
+                                        PyObject* object) const {
     TORCH_CHECK_TYPE(false, op_, ": expected ", name, " to be ", expected, ", got ",
                      Py_TYPE(object)->tp_name);
   }
