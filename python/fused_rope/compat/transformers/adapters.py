@@ -185,8 +185,11 @@ def without_position_ids(adapter: Adapter, index: int) -> Adapter:
     """The adapter with transformers 4's signature: argument `index`, position_ids, is unused."""
 
     def rotate(*args: Any, precision: str = "model", **kwargs: Any) -> Any:
-        kwargs.pop("position_ids", None)
-        return adapter(*args[:index], *args[index + 1 :], precision=precision, **kwargs)
+        if kwargs:
+            kwargs.pop("position_ids", None)
+        if len(args) > index:
+            args = args[:index] + args[index + 1 :]
+        return adapter(*args, precision=precision, **kwargs)
 
     return rotate
 
