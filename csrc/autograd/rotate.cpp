@@ -1,5 +1,5 @@
-// Autograd: backward calls the public operator with `inverse` flipped, so it is differentiable
-// again. Calls without gradients construct no Function.
+// Autograd: backward calls the public operator with `inverse` flipped, so it is itself
+// differentiable. Calls without gradients construct no Function.
 #include <ATen/FuncTorchTLS.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/_make_dual.h>
@@ -10,27 +10,43 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include <array>
 #include <vector>
 
 #include "autograd/saved.h"
 #include "autograd/table_gradient.h"
 #include "ops/checks.h"
+#include "ops/forms.h"
 
-namespace fused_rope::autograd {
+namespace fused_rope {
 namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-template <typename... Tensors>
-bool needs_grad(const Tensors&... tensors) {
-  return at::GradMode::is_enabled() && (... || (tensors.defined() && tensors.requires_grad()));
+// Whether `predicate` holds for any of the inputs and tables.
+template <typename F>
+bool any_of(const RawCall& c, F predicate) {
+  return predicate(*c.inputs[0]) || (c.count() == 2 && predicate(*c.inputs[1])) ||
+         predicate(c.cos) || predicate(c.sin);
 }
 
-template <typename... Tensors>
-bool has_tangent(const Tensors&... tensors) {
-  return (... || (tensors.defined() && tensors._fw_grad(0).defined()));
+bool requires_grad(const at::Tensor& x) { return x.requires_grad(); }
+bool has_tangent(const at::Tensor& x) { return x._fw_grad(/*level=*/0).defined(); }
+
+bool needs_grad(const RawCall& c) { return at::GradMode::is_enabled() && any_of(c, requires_grad); }
+
+bool tables_need_grad(const at::Tensor& cos, const at::Tensor& sin) {
+  return at::GradMode::is_enabled() && (cos.requires_grad() || sin.requires_grad());
+}
+
+RawCall call_of(const Arguments& a, const at::Tensor& x, const at::Tensor& cos,
+                const at::Tensor& sin) {
+  return {"rotate", {&x, nullptr}, cos, sin, a};
+}
+
+at::Tensor rotate_one(const Arguments& a, const at::Tensor& x, const at::Tensor& cos,
+                      const at::Tensor& sin) {
+  return std::get<0>(call_rotate(call_of(a, x, cos, sin)));
 }
 
 at::Tensor sum_or_either(const at::Tensor& x, const at::Tensor& y) {
@@ -44,15 +60,15 @@ struct Recorded {
   const at::Tensor& sin;
 };
 
-// The tables that a Function differentiates: both where one requires grad, else none. Each tensor
-// that Function::apply gets as an input costs a recorded call 70 ns.
+// The tables that a Function differentiates: both if one requires grad, else none. Each tensor that
+// Function::apply gets as an input costs a recorded call 70 ns.
 variable_list trained_tables(const at::Tensor& cos, const at::Tensor& sin) {
-  if (!needs_grad(cos, sin)) return {};
+  if (!tables_need_grad(cos, sin)) return {};
   return {cos, sin};
 }
 
 // The gradients of all that a Function takes. `elements` are the rotated elements of each input, or
-// none where no table needs a gradient.
+// none if no table needs a gradient.
 variable_list gradients(const AutogradContext& ctx, const Saved& saved,
                         const variable_list& elements, const variable_list& grads) {
   const size_t count = grads.size();
@@ -65,10 +81,10 @@ variable_list gradients(const AutogradContext& ctx, const Saved& saved,
   };
   if (is_needed(0) && is_needed(1)) {
     std::tie(result[0], result[1]) =
-        call_rotate_qk(inverse, grads[0], grads[1], saved.cos, saved.sin);
+        call_rotate({"rotate_qk", {&grads[0], &grads[1]}, saved.cos, saved.sin, inverse});
   } else {
     for (size_t i = 0; i < count; ++i) {
-      if (is_needed(i)) result[i] = call_rotate(inverse, grads[i], saved.cos, saved.sin);
+      if (is_needed(i)) result[i] = rotate_one(inverse, grads[i], saved.cos, saved.sin);
     }
   }
   if (elements.empty()) return result;
@@ -92,9 +108,11 @@ struct Rotate : public torch::autograd::Function<Rotate> {
     Saved::save(ctx, a, cos, sin, trained.empty() ? at::TensorList() : inputs);
     ctx->set_materialize_grads(false);
     const at::AutoDispatchBelowADInplaceOrView below;
-    if (inputs.size() == 1) return {call_rotate(a, inputs[0], cos, sin)};
-    auto [q_out, k_out] = call_rotate_qk(a, inputs[0], inputs[1], cos, sin);
-    return {std::move(q_out), std::move(k_out)};
+    const bool one = inputs.size() == 1;
+    auto [first, second] =
+        call_rotate({"rotate", {&inputs[0], one ? nullptr : &inputs[1]}, cos, sin, a});
+    if (one) return {std::move(first)};
+    return {std::move(first), std::move(second)};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
@@ -108,11 +126,12 @@ struct Rotate : public torch::autograd::Function<Rotate> {
 };
 
 // Records the rotation of one tensor that has been rotated in place. A Function with two outputs
-// refuses views, so q and k, often slices of one packed tensor, take one each after one launch.
+// refuses views, and q and k are often slices of one packed tensor. So one launch rotates both, and
+// each is recorded by itself.
 struct RotateInPlace : public torch::autograd::Function<RotateInPlace> {
   static constexpr bool is_traceable = true;
 
-  // `elements` are a copy of the rotated elements of x as they were before.
+  // `elements` is a copy of the rotated elements of x from before the rotation.
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x,
                             [[maybe_unused]] at::TensorList trained, const variable_list& elements,
                             const Recorded& recorded) {
@@ -129,7 +148,7 @@ struct RotateInPlace : public torch::autograd::Function<RotateInPlace> {
   }
 };
 
-// A tensor and its tangent at the only level there is.
+// A tensor and its tangent. PyTorch has only one level of forward AD.
 struct Dual {
   explicit Dual(const at::Tensor& x) {
     std::tie(primal, tangent) = at::_unpack_dual(x, /*level=*/0);
@@ -137,10 +156,10 @@ struct Dual {
   at::Tensor primal, tangent;
 };
 
-// The tangent of rotate: it is linear in x and in the table.
+// The tangent of rotate, which is linear in x and in the table.
 at::Tensor tangent_of(const Arguments& a, const Dual& x, const Dual& cos, const Dual& sin) {
   at::Tensor tangent;
-  if (x.tangent.defined()) tangent = call_rotate(a, x.tangent, cos.primal, sin.primal);
+  if (x.tangent.defined()) tangent = rotate_one(a, x.tangent, cos.primal, sin.primal);
   if (cos.tangent.defined() || sin.tangent.defined()) {
     const auto or_zeros = [](const Dual& table) {
       return table.tangent.defined() ? table.tangent : at::zeros_like(table.primal);
@@ -154,193 +173,154 @@ at::Tensor join(const at::Tensor& primal, const at::Tensor& tangent) {
   return tangent.defined() ? at::_make_dual(primal, tangent, /*level=*/0) : primal;
 }
 
-at::Tensor rotate(const Arguments& a, const at::Tensor& x, const at::Tensor& cos,
-                  const at::Tensor& sin) {
-  if (has_tangent(x, cos, sin)) {
-    const Dual dx(x), dcos(cos), dsin(sin);
-    const at::Tensor tangent = tangent_of(a, dx, dcos, dsin);
-    return join(call_rotate(a, dx.primal, dcos.primal, dsin.primal), tangent);
-  }
-  if (!needs_grad(x, cos, sin)) {
-    const at::AutoDispatchBelowAutograd below;
-    return call_rotate(a, x, cos, sin);
-  }
-  const variable_list trained = trained_tables(cos, sin);
-  return Rotate::apply(at::TensorList(x), at::TensorList(trained), Recorded{a, cos, sin})[0];
-}
-
-TensorPair rotate_qk(const Arguments& a, const at::Tensor& q, const at::Tensor& k,
-                     const at::Tensor& cos, const at::Tensor& sin) {
-  if (has_tangent(q, k, cos, sin)) {
-    const Dual dq(q), dk(k), dcos(cos), dsin(sin);
-    const auto [q_out, k_out] = call_rotate_qk(a, dq.primal, dk.primal, dcos.primal, dsin.primal);
-    return {join(q_out, tangent_of(a, dq, dcos, dsin)), join(k_out, tangent_of(a, dk, dcos, dsin))};
-  }
-  if (!needs_grad(q, k, cos, sin)) {
-    const at::AutoDispatchBelowAutograd below;
-    return call_rotate_qk(a, q, k, cos, sin);
-  }
-  const std::array<at::Tensor, 2> inputs = {q, k};
-  const variable_list trained = trained_tables(cos, sin);
-  variable_list out =
-      Rotate::apply(at::TensorList(inputs), at::TensorList(trained), Recorded{a, cos, sin});
-  // Compiled autograd does not support mark_non_differentiable.
-  if (trained.empty()) {
-    if (!q.requires_grad()) out[0].detach_();
-    if (!k.requires_grad()) out[1].detach_();
-  }
-  return {std::move(out[0]), std::move(out[1])};
+TensorPair rotate_duals(const RawCall& c) {
+  const bool two = c.count() == 2;
+  const Dual x(*c.inputs[0]), k(two ? *c.inputs[1] : *c.inputs[0]), cos(c.cos), sin(c.sin);
+  const auto [first, second] = call_rotate(
+      {c.op, {&x.primal, two ? &k.primal : nullptr}, cos.primal, sin.primal, c.arguments});
+  return {join(first, tangent_of(c.arguments, x, cos, sin)),
+          two ? join(second, tangent_of(c.arguments, k, cos, sin)) : at::Tensor()};
 }
 
 // In place with a tangent: the primal is a view of x, the tangent is replaced.
-void rotate_dual_(const Arguments& a, const at::Tensor& x, const at::Tensor& cos,
-                  const at::Tensor& sin) {
-  const Dual dx(x), dcos(cos), dsin(sin);
-  const at::Tensor tangent = tangent_of(a, dx, dcos, dsin);
-  call_rotate_(a, dx.primal, dcos.primal, dsin.primal);
-  if (dx.tangent.defined()) {
-    dx.tangent.copy_(tangent);
+void rotate_dual_(const Arguments& a, const at::Tensor& x, const Dual& cos, const Dual& sin) {
+  const Dual dual(x);
+  const at::Tensor tangent = tangent_of(a, dual, cos, sin);
+  call_rotate_(call_of(a, dual.primal, cos.primal, sin.primal));
+  if (!tangent.defined()) return;
+  if (dual.tangent.defined()) {
+    dual.tangent.copy_(tangent);
   } else {
     x._set_fw_grad(tangent, /*level=*/0, /*is_inplace_op=*/true);
   }
 }
 
-// Raises every error of an in-place call before memory is read or written, those of
-// RotateInPlace::apply included.
-void check_early(const Call& call) {
+// Raises every error of an in-place call before memory is read or written, including those of
+// RotateInPlace::apply.
+void check_before_writing(const RawCall& raw) {
   const auto& functorch = at::functorch::functorchTLSAccessor();
   if (functorch) functorch->checkSupportsCppAutogradFunction();
-  for (int i = 0; i < call.count(); ++i) {
-    torch::autograd::check_inplace(*call.inputs[i],
-                                   needs_grad(*call.inputs[i], call.cos, call.sin));
+  const bool tables = tables_need_grad(raw.cos, raw.sin);
+  for (int i = 0; i < raw.count(); ++i) {
+    const at::Tensor& x = *raw.inputs[i];
+    const bool recorded = tables || (at::GradMode::is_enabled() && x.requires_grad());
+    torch::autograd::check_inplace(x, recorded);
   }
+  const Call call(raw);
   check_metadata(call);
   if (call.inputs[0]->unsafeGetTensorImpl()->has_symbolic_sizes_strides()) return;
   check_sizes(call);
   check_in_place(call);
 }
 
-// Rotates `inputs` in place by `call` and records each of them.
-template <typename F>
-void record_in_place(const Arguments& a, at::TensorList inputs, const at::Tensor& cos,
-                     const at::Tensor& sin, F call) {
-  std::vector<variable_list> elements(inputs.size());
-  for (size_t i = 0; i < inputs.size() && needs_grad(cos, sin); ++i) {
-    // Autograd records the copy, so that the gradients of the tables are differentiable.
-    elements[i] = {rotated_elements(a, inputs[i], cos).clone()};
+struct AutogradLayer {
+  static TensorPair rotate(const RawCall& c) {
+    if (any_of(c, has_tangent)) return rotate_duals(c);
+    if (!needs_grad(c)) {
+      const at::AutoDispatchBelowAutograd below;
+      return call_rotate(c);
+    }
+    const Recorded recorded = {c.arguments, c.cos, c.sin};
+    const variable_list trained = trained_tables(c.cos, c.sin);
+    if (c.count() == 1) {
+      variable_list out =
+          Rotate::apply(at::TensorList(*c.inputs[0]), at::TensorList(trained), recorded);
+      return {std::move(out[0]), at::Tensor()};
+    }
+    const std::array<at::Tensor, 2> inputs = {*c.inputs[0], *c.inputs[1]};
+    variable_list out = Rotate::apply(at::TensorList(inputs), at::TensorList(trained), recorded);
+    // Compiled autograd does not support mark_non_differentiable.
+    for (size_t i = 0; i < inputs.size() && trained.empty(); ++i) {
+      if (!inputs[i].requires_grad()) out[i].detach_();
+    }
+    return {std::move(out[0]), std::move(out[1])};
   }
-  {
-    const at::AutoDispatchBelowADInplaceOrView below;
-    call();
-  }
-  const variable_list trained = trained_tables(cos, sin);
-  for (size_t i = 0; i < inputs.size(); ++i) {
-    RotateInPlace::apply(inputs[i], at::TensorList(trained), elements[i], Recorded{a, cos, sin});
-  }
-}
 
-void rotate_(const Arguments& a, const at::Tensor& x, const at::Tensor& cos,
-             const at::Tensor& sin) {
-  const bool dual = has_tangent(x, cos, sin);
-  if (!dual && !needs_grad(x, cos, sin)) {
+  static void rotate_(const RawCall& c) {
+    const bool dual = any_of(c, has_tangent);
+    if (!dual && !needs_grad(c)) {
+      const at::AutoDispatchBelowAutograd below;
+      return call_rotate_(c);
+    }
+    check_before_writing(c);
+    dual ? rotate_duals_(c) : record(c);
+  }
+
+  static void rotate_out(const RawCall& c, const Outputs& outputs) {
+    for (int i = 0; i < c.count(); ++i) {
+      refuse_grad(c.op, c.name(i), *c.inputs[i]);
+      refuse_grad(c.op, c.out_name(i), *outputs[i]);
+    }
+    refuse_grad(c.op, "cos", c.cos);
+    refuse_grad(c.op, "sin", c.sin);
     const at::AutoDispatchBelowAutograd below;
-    return call_rotate_(a, x, cos, sin);
+    call_rotate_out(c, outputs);
   }
-  check_early({"rotate_", {&x, nullptr}, cos, sin, a});
-  if (dual) return rotate_dual_(a, x, cos, sin);
-  record_in_place(a, x, cos, sin, [&] { call_rotate_(a, x, cos, sin); });
-}
 
-void rotate_qk_(const Arguments& a, const at::Tensor& q, const at::Tensor& k, const at::Tensor& cos,
-                const at::Tensor& sin) {
-  const bool dual = has_tangent(q, k, cos, sin);
-  if (!dual && !needs_grad(q, k, cos, sin)) {
-    const at::AutoDispatchBelowAutograd below;
-    return call_rotate_qk_(a, q, k, cos, sin);
+ private:
+  static void rotate_duals_(const RawCall& c) {
+    const Dual cos(c.cos), sin(c.sin);
+    for (int i = 0; i < c.count(); ++i) rotate_dual_(c.arguments, *c.inputs[i], cos, sin);
   }
-  check_early({"rotate_qk_", {&q, &k}, cos, sin, a});
-  if (dual) {
-    rotate_(a, q, cos, sin);
-    return rotate_(a, k, cos, sin);
+
+  // Rotates in one launch and records each tensor by itself.
+  static void record(const RawCall& c) {
+    std::array<variable_list, kernels::kMaxTensors> elements;
+    for (int i = 0; i < c.count() && tables_need_grad(c.cos, c.sin); ++i) {
+      // Autograd records the copy, so that the gradients of the tables are differentiable.
+      elements[i] = {rotated_elements(c.arguments, *c.inputs[i], c.cos).clone()};
+    }
+    {
+      const at::AutoDispatchBelowADInplaceOrView below;
+      call_rotate_(c);
+    }
+    const Recorded recorded = {c.arguments, c.cos, c.sin};
+    const variable_list trained = trained_tables(c.cos, c.sin);
+    for (int i = 0; i < c.count(); ++i) {
+      RotateInPlace::apply(*c.inputs[i], at::TensorList(trained), elements[i], recorded);
+    }
   }
-  const std::array<at::Tensor, 2> inputs = {q, k};
-  record_in_place(a, inputs, cos, sin, [&] { call_rotate_qk_(a, q, k, cos, sin); });
-}
 
-template <typename... Tensors>
-void refuse_grad(const char* op, const Tensors&... tensors) {
-  TORCH_CHECK(!needs_grad(tensors...) && !has_tangent(tensors...), op,
-              ": out= does not support autograd, but an input requires grad");
-}
-
-void rotate_out(const Arguments& a, const at::Tensor& x, const at::Tensor& cos,
-                const at::Tensor& sin, const at::Tensor& out) {
-  refuse_grad("rotate_out", x, cos, sin, out);
-  const at::AutoDispatchBelowAutograd below;
-  call_rotate_out(a, x, cos, sin, out);
-}
-
-void rotate_qk_out(const Arguments& a, const at::Tensor& q, const at::Tensor& k,
-                   const at::Tensor& cos, const at::Tensor& sin, const at::Tensor& q_out,
-                   const at::Tensor& k_out) {
-  refuse_grad("rotate_qk_out", q, k, cos, sin, q_out, k_out);
-  const at::AutoDispatchBelowAutograd below;
-  call_rotate_qk_out(a, q, k, cos, sin, q_out, k_out);
-}
-
-// Below autograd, on the path of calls without gradients and in inference mode: every tensor that
-// is written gets a new version.
-namespace versioned {
-
-template <typename F, typename... Tensors>
-void write(F call, const Tensors&... written) {
-  {
-    const at::AutoDispatchBelowADInplaceOrView below;
-    call();
+  static void refuse_grad(const char* op, const char* name, const at::Tensor& x) {
+    TORCH_CHECK(!(at::GradMode::is_enabled() && x.requires_grad()) && !has_tangent(x), op,
+                ": out= does not support autograd, but ", name, " requires grad");
   }
-  (torch::autograd::increment_version(written), ...);
-}
+};
 
-void rotate_(const Arguments& a, const at::Tensor& x, const at::Tensor& cos,
-             const at::Tensor& sin) {
-  write([&] { call_rotate_(a, x, cos, sin); }, x);
-}
+// Gives every written tensor a new version, also without gradients and in inference mode.
+struct VersionLayer {
+  static void rotate_(const RawCall& c) {
+    {
+      const at::AutoDispatchBelowADInplaceOrView below;
+      call_rotate_(c);
+    }
+    increment_versions(c.inputs);
+  }
 
-void rotate_qk_(const Arguments& a, const at::Tensor& q, const at::Tensor& k, const at::Tensor& cos,
-                const at::Tensor& sin) {
-  write([&] { call_rotate_qk_(a, q, k, cos, sin); }, q, k);
-}
+  static void rotate_out(const RawCall& c, const Outputs& outputs) {
+    {
+      const at::AutoDispatchBelowADInplaceOrView below;
+      call_rotate_out(c, outputs);
+    }
+    increment_versions(outputs);
+  }
 
-void rotate_out(const Arguments& a, const at::Tensor& x, const at::Tensor& cos,
-                const at::Tensor& sin, const at::Tensor& out) {
-  write([&] { call_rotate_out(a, x, cos, sin, out); }, out);
-}
+ private:
+  static void increment_versions(const Outputs& written) {
+    for (const at::Tensor* tensor : written) {
+      if (tensor != nullptr) torch::autograd::increment_version(*tensor);
+    }
+  }
+};
 
-void rotate_qk_out(const Arguments& a, const at::Tensor& q, const at::Tensor& k,
-                   const at::Tensor& cos, const at::Tensor& sin, const at::Tensor& q_out,
-                   const at::Tensor& k_out) {
-  write([&] { call_rotate_qk_out(a, q, k, cos, sin, q_out, k_out); }, q_out, k_out);
-}
-
-}  // namespace versioned
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fused_rope, Autograd, m) {
-  m.impl("rotate", TORCH_FN(Flat<&rotate>::call));
-  m.impl("rotate_", TORCH_FN(Flat<&rotate_>::call));
-  m.impl("rotate_qk", TORCH_FN(Flat<&rotate_qk>::call));
-  m.impl("rotate_qk_", TORCH_FN(Flat<&rotate_qk_>::call));
-  m.impl("rotate_out", TORCH_FN(FlatOut<&rotate_out>::call));
-  m.impl("rotate_qk_out", TORCH_FN(FlatOut<&rotate_qk_out>::call));
-  m.impl("cos_sin_table",
-         torch::CppFunction::makeFallthrough());  // frequencies are not trained through a table
+  Forms<AutogradLayer>::register_all(m);
+  // Frequencies are not trained through a table.
+  m.impl("cos_sin_table", torch::CppFunction::makeFallthrough());
 }
 
-TORCH_LIBRARY_IMPL(fused_rope, ADInplaceOrView, m) {
-  m.impl("rotate_", TORCH_FN(Flat<&versioned::rotate_>::call));
-  m.impl("rotate_qk_", TORCH_FN(Flat<&versioned::rotate_qk_>::call));
-  m.impl("rotate_out", TORCH_FN(FlatOut<&versioned::rotate_out>::call));
-  m.impl("rotate_qk_out", TORCH_FN(FlatOut<&versioned::rotate_qk_out>::call));
-}
+TORCH_LIBRARY_IMPL(fused_rope, ADInplaceOrView, m) { Forms<VersionLayer>::register_mutating(m); }
 
-}  // namespace fused_rope::autograd
+}  // namespace fused_rope

@@ -1,20 +1,25 @@
-// What forward keeps for backward.
+// What forward saves for backward.
 #pragma once
 
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <string>
+#include <type_traits>
 
-#include "ops/checks.h"
+#include "ops/dispatch.h"
+#include "ops/enums.h"
 
 namespace fused_rope {
 
 struct Saved {
-  // `inputs` is empty where no table needs a gradient; in place it is a copy of rotated elements.
+  enum Tensor : size_t { kCos, kSin, kPositions, kOffsets, kCuSeqlens, kInputs };
+
+  // `inputs` is empty unless a table needs a gradient; in place, it has copies of the rotated
+  // elements.
   static void save(torch::autograd::AutogradContext* ctx, const Arguments& a, const at::Tensor& cos,
                    const at::Tensor& sin, at::TensorList inputs) {
     torch::autograd::variable_list tensors;
-    tensors.reserve(5 + inputs.size());
+    tensors.reserve(kInputs + inputs.size());
     tensors.push_back(cos);
     tensors.push_back(sin);
     for (const OptionalTensor* t : {&a.positions, &a.offsets, &a.cu_seqlens}) {
@@ -23,54 +28,63 @@ struct Saved {
     tensors.insert(tensors.end(), inputs.begin(), inputs.end());
     while (!tensors.back().defined()) tensors.pop_back();  // each is a SavedVariable, even so
     ctx->save_for_backward(std::move(tensors));
-    // Only options that differ from their defaults: each costs 60 ns.
+    if (a.offset.maybe_as_int() != 0) ctx->saved_data["offset"] = a.offset;
     static const RotateOptions kDefaults;
     static const Arguments defaults = arguments_of(kDefaults);
-    auto& data = ctx->saved_data;
-    if (a.offset.maybe_as_int() != 0) data["offset"] = a.offset;
-    if (a.layout != defaults.layout) data["layout"] = a.layout;
-    if (a.axes.has_value()) data["axes"] = a.axes->vec();
-    if (a.rotary_offset != defaults.rotary_offset) data["rotary_offset"] = a.rotary_offset;
-    if (a.interleaved != defaults.interleaved) data["interleaved"] = a.interleaved;
-    if (a.blocks != defaults.blocks) data["blocks"] = a.blocks;
-    if (a.inverse != defaults.inverse) data["inverse"] = a.inverse;
-    if (a.precision != defaults.precision) data["precision"] = a.precision;
-    if (a.table_layout != defaults.table_layout) data["table_layout"] = a.table_layout;
+#define FUSED_ROPE_SAVE(type, name) save_option(ctx, #name, a.name, defaults.name);
+    FUSED_ROPE_OPTIONS(FUSED_ROPE_SAVE)
+#undef FUSED_ROPE_SAVE
   }
 
   explicit Saved(torch::autograd::AutogradContext* ctx) {
     torch::autograd::variable_list tensors = ctx->get_saved_variables();
-    if (tensors.size() < 5) tensors.resize(5);
+    if (tensors.size() < kInputs) tensors.resize(kInputs);
     const auto optional = [](const at::Tensor& tensor) {
       return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
     };
-    cos = tensors[0];
-    sin = tensors[1];
-    options.positions(optional(tensors[2]))
-        .offsets(optional(tensors[3]))
-        .cu_seqlens(optional(tensors[4]));
-    inputs.assign(tensors.begin() + 5, tensors.end());
-    const auto& data = ctx->saved_data;
-    const auto found = [&](const char* name) {
-      const auto field = data.find(name);
-      return field == data.end() ? nullptr : &field->second;
-    };
-    if (const auto* v = found("offset")) options.offset(v->toSymInt());
-    if (const auto* v = found("layout")) options.layout(parse_layout("rotate", v->toStringView()));
-    if (const auto* v = found("axes")) options.axes(v->toIntVector());
-    if (const auto* v = found("rotary_offset")) options.rotary_offset(v->toInt());
-    if (const auto* v = found("interleaved")) options.interleaved(v->toBool());
-    if (const auto* v = found("blocks")) options.blocks(v->toInt());
-    if (const auto* v = found("inverse")) options.inverse(v->toBool());
-    if (const auto* v = found("precision"))
-      options.precision(parse_precision("rotate", v->toStringView()));
-    if (const auto* v = found("table_layout"))
-      options.table_layout(parse_table_layout("rotate", v->toStringView()));
+    cos = tensors[kCos];
+    sin = tensors[kSin];
+    options.positions(optional(tensors[kPositions]))
+        .offsets(optional(tensors[kOffsets]))
+        .cu_seqlens(optional(tensors[kCuSeqlens]));
+    inputs.assign(tensors.begin() + kInputs, tensors.end());
+    load_option(ctx, "offset", options.offset());
+#define FUSED_ROPE_LOAD(type, name) load_option(ctx, #name, options.name());
+    FUSED_ROPE_OPTIONS(FUSED_ROPE_LOAD)
+#undef FUSED_ROPE_LOAD
   }
 
   at::Tensor cos, sin;
   RotateOptions options;
   torch::autograd::variable_list inputs;
+
+ private:
+  // Saves only what differs from the default: each entry costs 60 ns.
+  template <typename T>
+  static void save_option(torch::autograd::AutogradContext* ctx, const char* name, const T& option,
+                          const T& default_option) {
+    if constexpr (std::is_same_v<T, at::OptionalIntArrayRef>) {
+      if (option.has_value()) ctx->saved_data[name] = option->vec();
+    } else {
+      if (option != default_option) ctx->saved_data[name] = option;
+    }
+  }
+
+  template <typename T>
+  static void load_option(torch::autograd::AutogradContext* ctx, const char* name, T& option) {
+    const auto found = ctx->saved_data.find(name);
+    if (found == ctx->saved_data.end()) return;
+    const at::IValue& value = found->second;
+    if constexpr (std::is_enum_v<T>) {
+      option = parse<T>("rotate", value.toStringView());
+    } else if constexpr (std::is_same_v<T, std::optional<std::vector<int64_t>>>) {
+      option = value.toIntVector();
+    } else if constexpr (std::is_same_v<T, c10::SymInt>) {
+      option = value.toSymInt();
+    } else {
+      option = value.to<T>();
+    }
+  }
 };
 
 }  // namespace fused_rope

@@ -8,31 +8,23 @@
 namespace fused_rope {
 namespace {
 
-// x as [B, S, H, D], a view.
-at::Tensor as_bshd(const Arguments& a, const at::Tensor& x) {
-  switch (parse_layout("rotate", a.layout)) {
-    case Layout::kBHSD:
-      return x.transpose(1, 2);
-    case Layout::kSBHD:
-      return x.transpose(0, 1);
-    case Layout::kTHD:
-      return x.unsqueeze(0);
-    default:
-      return x;
-  }
+Layout layout_of(const Arguments& a) { return parse<Layout>("rotate", a.layout); }
+
+TableLayout table_layout_of(const Arguments& a) {
+  return parse<TableLayout>("rotate", a.table_layout);
 }
 
-// The distance between the elements of a pair; 1 where there is no pair.
-c10::SymInt pair_distance(const Arguments& a, const c10::SymInt& P) {
-  return a.interleaved || P == 0 ? c10::SymInt(1) : P / a.blocks;
+// The distance between the elements of a pair, not 0 if there are no pairs.
+c10::SymInt divisor(const Arguments& a, const c10::SymInt& P) {
+  return P == 0 ? c10::SymInt(1) : pair_distance(a, P);
 }
 
 // The first or second elements of all pairs of rotated elements, [B, S, H, P], in the dtype that
 // the rotation is computed in.
 at::Tensor members(const Arguments& a, const at::Tensor& elements, int64_t which) {
   const c10::SymInt P = elements.sym_size(-1) / 2;
-  const c10::SymInt distance = pair_distance(a, P);
-  const at::Tensor x = as_bshd(a, elements);
+  const c10::SymInt distance = divisor(a, P);
+  const at::Tensor x = as_bshd(elements, layout_of(a));
   const c10::SymInt B = x.sym_size(0), S = x.sym_size(1), H = x.sym_size(2);
   // Batched gradients support neither unflatten nor flatten.
   const at::Tensor pairs = x.reshape_symint({B, S, H, P / distance, 2, distance});
@@ -42,12 +34,12 @@ at::Tensor members(const Arguments& a, const at::Tensor& elements, int64_t which
 
 // P of a table.
 c10::SymInt pairs_of(const Arguments& a, const at::Tensor& table) {
-  return fused_rope::pairs_of(parse_table_layout("rotate", a.table_layout), table.sym_size(-1));
+  return fused_rope::pairs_of(table_layout_of(a), table.sym_size(-1));
 }
 
 // The gradient of a whole table [..., P or 2P] from that of the numbers that are read, [..., P].
 at::Tensor with_unread_columns(const Arguments& a, const at::Tensor& grad) {
-  switch (parse_table_layout("rotate", a.table_layout)) {
+  switch (table_layout_of(a)) {
     case TableLayout::kTiled:
       return at::cat({grad, at::zeros_like(grad)}, -1);
     case TableLayout::kRepeated: {
@@ -108,7 +100,7 @@ TensorPair table_gradient(const Arguments& a, const at::Tensor& elements, const 
   const at::Tensor ga = members(a, grad_elements, 0), gb = members(a, grad_elements, 1);
   const at::Tensor cos_term = ga * xa + gb * xb;
   const at::Tensor sin_term = a.inverse ? ga * xb - gb * xa : gb * xa - ga * xb;
-  if (cos.dim() == 2) {
+  if (is_shared(cos)) {
     const PairRows rows(a, xa);
     const auto reduce = [&](const at::Tensor& term) {
       const at::Tensor rotated = term.sum(2).masked_fill(rows.copied, 0);
@@ -118,7 +110,7 @@ TensorPair table_gradient(const Arguments& a, const at::Tensor& elements, const 
     return {reduce(cos_term), reduce(sin_term)};
   }
   const auto reduce = [&](const at::Tensor& term) {
-    const at::Tensor by_table = cos.dim() == 3 ? term.sum(2) : term;
+    const at::Tensor by_table = is_per_head(cos) ? term : term.sum(2);
     c10::SymDimVector sizes(cos.sym_sizes());
     sizes.back() = pairs_of(a, cos);
     return with_unread_columns(a, by_table.sum_to_size_symint(sizes).to(cos.scalar_type()));
@@ -128,17 +120,18 @@ TensorPair table_gradient(const Arguments& a, const at::Tensor& elements, const 
 
 at::Tensor table_tangent(const Arguments& a, const at::Tensor& x, const at::Tensor& cos_tangent,
                          const at::Tensor& sin_tangent) {
-  const at::Tensor rotated = call_rotate(a, x, cos_tangent, sin_tangent);
-  const at::Tensor elements = as_bshd(a, rotated_elements(a, rotated, cos_tangent));
+  const at::Tensor rotated =
+      std::get<0>(call_rotate({"rotate", {&x, nullptr}, cos_tangent, sin_tangent, a}));
+  const at::Tensor elements = as_bshd(rotated_elements(a, rotated, cos_tangent), layout_of(a));
   at::Tensor tangent = at::zeros_like(rotated);
-  at::Tensor target = as_bshd(a, rotated_elements(a, tangent, cos_tangent));
-  if (cos_tangent.dim() != 2) {
+  at::Tensor target = as_bshd(rotated_elements(a, tangent, cos_tangent), layout_of(a));
+  if (!is_shared(cos_tangent)) {
     target.copy_(elements);
     return tangent;
   }
   at::Tensor mask = PairRows(a, elements).copied.unsqueeze(2);  // [B, S, 1, P or 1]
   if (mask.sym_size(-1) != 1) {  // both elements of a pair, in the order of the elements
-    const c10::SymInt P = pairs_of(a, cos_tangent), distance = pair_distance(a, P);
+    const c10::SymInt P = pairs_of(a, cos_tangent), distance = divisor(a, P);
     mask = mask.unflatten_symint(-1, {P / distance, 1, distance});
     mask = mask.expand_symint({mask.sym_size(0), mask.sym_size(1), 1, P / distance, 2, distance})
                .flatten(-3);

@@ -1,7 +1,7 @@
 // Gradients and tangents with respect to the tables, composed from differentiable ATen operations.
 #pragma once
 
-#include "ops/arguments.h"
+#include "ops/dispatch.h"
 
 namespace fused_rope {
 

@@ -57,6 +57,6 @@ struct CpuBackend {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(fused_rope, CPU, m) { Forms<CpuBackend>::register_in(m); }
+TORCH_LIBRARY_IMPL(fused_rope, CPU, m) { Forms<DeviceLayer<CpuBackend>>::register_all(m); }
 
 }  // namespace fused_rope

@@ -25,6 +25,6 @@ struct CudaBackend {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(fused_rope, CUDA, m) { Forms<CudaBackend>::register_in(m); }
+TORCH_LIBRARY_IMPL(fused_rope, CUDA, m) { Forms<DeviceLayer<CudaBackend>>::register_all(m); }
 
 }  // namespace fused_rope

@@ -11,6 +11,6 @@ struct MetaBackend {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(fused_rope, Meta, m) { Forms<MetaBackend>::register_in(m); }
+TORCH_LIBRARY_IMPL(fused_rope, Meta, m) { Forms<DeviceLayer<MetaBackend>>::register_all(m); }
 
 }  // namespace fused_rope

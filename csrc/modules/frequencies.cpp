@@ -70,15 +70,16 @@ Series dynamic(int64_t R, double base, const RopeScaling& scaling, int64_t rows)
 Series yarn(int64_t rotary_dim, double base, const RopeScaling& scaling) {
   const double factor = need_factor(scaling), trained = need_trained(scaling);
   const auto R = static_cast<double>(rotary_dim);
-  const auto pair_that_turns = [&](double times) {
+  const auto pair_with_rotations = [&](double times) {
     return R * std::log(trained / (times * 2 * std::numbers::pi)) / (2 * std::log(base));
   };
-  double low = pair_that_turns(scaling.beta_fast());
-  double high = pair_that_turns(scaling.beta_slow());
+  double low = pair_with_rotations(scaling.beta_fast());
+  double high = pair_with_rotations(scaling.beta_slow());
   if (scaling.truncate()) low = std::floor(low), high = std::ceil(high);
   low = std::max(low, 0.0);
   high = std::min(high, R - 1);
-  const double width = high == low ? 0.001 : high - low;
+  constexpr double kMinWidth = 0.001;  // as in Transformers
+  const double width = high == low ? kMinWidth : high - low;
   Series inv_freq = series(rotary_dim, base);
   for (size_t j = 0; j < inv_freq.size(); ++j) {
     const double interpolated = std::clamp((static_cast<double>(j) - low) / width, 0.0, 1.0);
@@ -90,7 +91,8 @@ Series yarn(int64_t rotary_dim, double base, const RopeScaling& scaling) {
 double yarn_attention_factor(const RopeScaling& scaling) {
   const double factor = *scaling.factor();
   const auto mscale = [&](double weight) {
-    return factor <= 1 ? 1.0 : 0.1 * weight * std::log(factor) + 1.0;
+    constexpr double kSlope = 0.1;  // fitted in the YaRN paper
+    return factor <= 1 ? 1.0 : kSlope * weight * std::log(factor) + 1.0;
   };
   const double numerator = scaling.mscale().value_or(0);
   const double denominator = scaling.mscale_all_dim().value_or(0);
@@ -127,9 +129,9 @@ Series llama3(int64_t R, double base, const RopeScaling& scaling) {
   const double fast = need(scaling.high_freq_factor(), scaling, "high_freq_factor");
   Series inv_freq = series(R, base);
   for (double& f : inv_freq) {
-    const double turns = trained * f / (2 * std::numbers::pi);
-    const double kept = fast > slow ? std::clamp((turns - slow) / (fast - slow), 0.0, 1.0)
-                                    : static_cast<double>(turns >= slow);
+    const double rotations = trained * f / (2 * std::numbers::pi);
+    const double kept = fast > slow ? std::clamp((rotations - slow) / (fast - slow), 0.0, 1.0)
+                                    : static_cast<double>(rotations >= slow);
     f = (1 - kept) * f / factor + kept * f;
   }
   return inv_freq;
@@ -137,11 +139,11 @@ Series llama3(int64_t R, double base, const RopeScaling& scaling) {
 
 // p-RoPE (Gemma 4): rotates only the pairs of highest frequency, with the series of all R elements.
 Series proportional(int64_t R, double base, const RopeScaling& scaling) {
-  const auto turning =
+  const auto rotated =
       static_cast<size_t>(std::floor(scaling.partial_rotary_factor() * static_cast<double>(R) / 2));
   Series inv_freq = series(R, base);
   for (size_t j = 0; j < inv_freq.size(); ++j) {
-    inv_freq[j] = j < turning ? inv_freq[j] / scaling.factor().value_or(1) : 0;
+    inv_freq[j] = j < rotated ? inv_freq[j] / scaling.factor().value_or(1) : 0;
   }
   return inv_freq;
 }
@@ -154,10 +156,10 @@ int64_t quarter(int64_t R, const RopeScaling& scaling) {
 
 // modded-nanogpt: R/4 frequencies whose last is 1/base, and R/4 pairs that are not rotated.
 Series half_truncated(int64_t R, double base, const RopeScaling& scaling) {
-  const int64_t turning = quarter(R, scaling);
-  const double step = 1 / static_cast<double>(std::max<int64_t>(turning - 1, 1));
-  Series inv_freq(static_cast<size_t>(2 * turning));
-  for (int64_t j = 0; j < turning; ++j) {
+  const int64_t rotated = quarter(R, scaling);
+  const double step = 1 / static_cast<double>(std::max<int64_t>(rotated - 1, 1));
+  Series inv_freq(static_cast<size_t>(2 * rotated));
+  for (int64_t j = 0; j < rotated; ++j) {
     inv_freq[static_cast<size_t>(j)] = std::pow(1 / base, static_cast<double>(j) * step);
   }
   return inv_freq;

@@ -10,14 +10,11 @@
 
 #include "modules/tables.h"
 #include "modules/varying.h"
+#include "ops/checks.h"
 #include "ops/token_rows.h"
 
 namespace fused_rope {
 namespace {
-
-int64_t rotary_dim_of(const RotaryEmbeddingOptions& o) {
-  return o.rotary_dim().value_or(o.head_dim() - o.rotary_offset());
-}
 
 void check(const RotaryEmbeddingOptions& o) {
   const int64_t R = rotary_dim_of(o);
@@ -37,17 +34,6 @@ void check(const RotaryEmbeddingOptions& o) {
                       "RotaryEmbedding: expected axes of P=", R / 2, " ints, got ",
                       o.axes()->size());
   }
-}
-
-int64_t sequence_dim(Layout layout) {
-  return layout == Layout::kBSHD ? 1 : layout == Layout::kBHSD ? 2 : 0;
-}
-
-void check_indices(const std::optional<at::Tensor>& indices, const char* name) {
-  if (!indices.has_value()) return;
-  TORCH_CHECK_TYPE(indices->scalar_type() == at::kInt || indices->scalar_type() == at::kLong,
-                   "RotaryEmbedding: expected ", name, " of dtype int32 or int64, got ",
-                   indices->scalar_type());
 }
 
 }  // namespace
@@ -125,74 +111,68 @@ RotaryEmbeddingImpl::Rotation RotaryEmbeddingImpl::prepare(const at::Tensor& q,
                                                            const Where& where) const {
   TORCH_CHECK_VALUE(q.dim() > 0 && q.size(-1) == options.head_dim(),
                     "RotaryEmbedding: expected q with D=", options.head_dim(), ", got ", q.sizes());
-  const auto& positions = where.positions();
-  std::optional<int64_t> rows;
-  if (!positions.has_value() && !where.cu_seqlens().has_value() && !where.offsets().has_value()) {
-    rows = q.size(sequence_dim(options.layout())) + where.offset();
-  }
-
   auto rotation = RotateOptions()
                       .layout(options.layout())
+                      .positions(where.positions())
+                      .offset(where.offset())
+                      .offsets(where.offsets())
+                      .cu_seqlens(where.cu_seqlens())
                       .rotary_offset(options.rotary_offset())
                       .interleaved(options.interleaved())
                       .blocks(options.blocks())
                       .precision(options.precision());
-  if (positions.has_value() && positions_have_axes(*positions, q)) rotation.axes(options.axes());
-  if (needs_rows_of_its_own(q, rows, where)) {
-    return with_rows_of_its_own(q, where, std::move(rotation));
+  if (positions_have_axes(where.positions(), q)) rotation.axes(options.axes());
+  std::optional<int64_t> rows;
+  if (are_rows_known(arguments_of(rotation))) {
+    rows = q.size(dims_of(options.layout()).sequence) + where.offset();
   }
-  rotation.positions(positions)
-      .offset(where.offset())
-      .offsets(where.offsets())
-      .cu_seqlens(where.cu_seqlens());
+  if (needs_own_rows(q, rows, rotation)) return with_own_rows(q, std::move(rotation));
   return {tables_->take(q.device(), rows), std::move(rotation)};
 }
 
 // Whether the call must compute its own rows because no table has its frequencies. `rows` is given
 // if known on the host. Meta tensors need only shapes, and without Python they lack some of the
 // functions that compute rows. A trace must not record the frequencies of its example inputs.
-bool RotaryEmbeddingImpl::needs_rows_of_its_own(const at::Tensor& q, std::optional<int64_t> rows,
-                                                const Where& where) const {
-  const bool to_be_refused = where.cu_seqlens().has_value() && options.layout() != Layout::kTHD;
-  if (!varies(options.scaling()) || q.is_meta() || q.numel() == 0 || to_be_refused) return false;
+bool RotaryEmbeddingImpl::needs_own_rows(const at::Tensor& q, std::optional<int64_t> rows,
+                                         const RotateOptions& rotation) const {
+  const bool is_error = rotation.cu_seqlens().has_value() && options.layout() != Layout::kTHD;
+  if (!varies(options.scaling()) || q.is_meta() || q.numel() == 0 || is_error) return false;
   if (!rows.has_value() || at::tracer::impl::is_dispatch_enabled()) return true;
   return options.scaling().rope_type() == RopeType::kDynamic &&
          static_cast<double>(*rows) > *options.scaling().original_max_position_embeddings();
 }
 
 // Computes a table with one row per token (and axis) on the device, and positions that index it.
-RotaryEmbeddingImpl::Rotation RotaryEmbeddingImpl::with_rows_of_its_own(
-    const at::Tensor& q, const Where& where, RotateOptions rotation) const {
-  check_indices(where.positions(), "positions");
-  check_indices(where.offsets(), "offsets");
-  check_indices(where.cu_seqlens(), "cu_seqlens");
+RotaryEmbeddingImpl::Rotation RotaryEmbeddingImpl::with_own_rows(const at::Tensor& q,
+                                                                 RotateOptions rotation) const {
+  check_index_dtype("RotaryEmbedding", "positions", rotation.positions());
+  check_index_dtype("RotaryEmbedding", "offsets", rotation.offsets());
+  check_index_dtype("RotaryEmbedding", "cu_seqlens", rotation.cu_seqlens());
   const auto constants = tables_->constants(q.device());
-  const auto asked = RotateOptions(rotation)
-                         .positions(where.positions())
-                         .offset(where.offset())
-                         .offsets(where.offsets())
-                         .cu_seqlens(where.cu_seqlens());
   const at::Tensor positions =
-      token_rows(arguments_of(asked), q.size(sequence_dim(options.layout())), q.device());
+      token_rows(arguments_of(rotation), q.size(dims_of(options.layout()).sequence), q.device());
   const at::Tensor inv_freq = varying_frequencies(positions.max() + 1, constants->first,
                                                   constants->second, options.scaling());
   const at::Tensor angle = positions.reshape({-1, 1}).to(at::kDouble) * inv_freq;
   const at::Tensor numbers =
       at::arange(positions.numel(), positions.options()).view(positions.sizes());
-  rotation.positions(at::where(positions < 0, positions, numbers));
+  rotation.positions(at::where(positions < 0, positions, numbers))
+      .offset(0)
+      .offsets(std::nullopt)
+      .cu_seqlens(std::nullopt);
   const double scale = tables_->scale();
   return {std::make_shared<Table>((angle.cos() * scale).to(at::kFloat),
                                   (angle.sin() * scale).to(at::kFloat)),
           std::move(rotation)};
 }
 
-bool RotaryEmbeddingImpl::positions_have_axes(const at::Tensor& positions,
+bool RotaryEmbeddingImpl::positions_have_axes(const std::optional<at::Tensor>& positions,
                                               const at::Tensor& q) const {
-  if (!options.axes().has_value() || positions.dim() < 2) return false;
-  const Layout layout = options.layout();
-  const int64_t B = layout == Layout::kTHD ? 1 : q.size(layout == Layout::kSBHD ? 1 : 0);
+  if (!positions.has_value() || !options.axes().has_value() || positions->dim() < 2) return false;
+  const int batch = dims_of(options.layout()).batch;
+  const int64_t B = batch == kNoBatch ? 1 : q.size(batch);
   const bool one_for_all =
-      positions.dim() == 2 && (positions.size(0) == 1 || positions.size(0) == B);
+      positions->dim() == 2 && (positions->size(0) == 1 || positions->size(0) == B);
   return !one_for_all;
 }
 

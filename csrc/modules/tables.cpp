@@ -14,7 +14,7 @@
 #endif
 
 #include "modules/varying.h"
-#include "ops/transfer.h"
+#include "ops/table.h"
 
 namespace fused_rope {
 namespace {
@@ -54,11 +54,9 @@ void check_not_captured(at::Device device, const std::string& what, const std::s
               " before the capture");
 }
 
-constexpr int64_t kMaxRows = (int64_t{1} << 31) + 1;  // of cos_sin_table
-
 // Doubles the length, so that a series of growths costs only as much as the last one.
 int64_t grown_rows(int64_t needed, int64_t present) {
-  return needed <= present ? present : std::max(needed, std::min(2 * present, kMaxRows));
+  return needed <= present ? present : std::max(needed, std::min(2 * present, kMaxTableRows));
 }
 
 int64_t rows_of(const std::shared_ptr<const DevicePair>& pair) {
@@ -146,7 +144,7 @@ TableCache::TableCache(const RotaryEmbeddingOptions& options, at::Device device,
                        const TableCache* former)
     : state_{.device = with_index(device)} {
   const RopeScaling& scaling = options.scaling();
-  const int64_t R = options.rotary_dim().value_or(options.head_dim() - options.rotary_offset());
+  const int64_t R = rotary_dim_of(options);
   const int64_t blocks = options.blocks();
   const OutsideModes outside;
   at::Tensor inv_freq;
@@ -250,7 +248,7 @@ std::shared_ptr<const Table> TableCache::find_or_build(Lock& lock, at::Device de
       present->tables[regime]->rows() >= needed) {
     return present->tables[regime];
   }
-  TORCH_CHECK_VALUE(needed <= kMaxRows, "RotaryEmbedding: expected at most ", kMaxRows,
+  TORCH_CHECK_VALUE(needed <= kMaxTableRows, "RotaryEmbedding: expected at most ", kMaxTableRows,
                     " rows, got ", needed);
   const int64_t M = state_.rows[regime] > 0 ? state_.rows[regime] : state_.rows[kUsual];
   const int64_t wanted = grown_rows(needed, M);

@@ -20,6 +20,11 @@
 
 namespace fused_rope {
 
+// R of a module.
+inline int64_t rotary_dim_of(const RotaryEmbeddingOptions& o) {
+  return o.rotary_dim().value_or(o.head_dim() - o.rotary_offset());
+}
+
 // Two tensors on one device, readable from every stream.
 class DevicePair {
  public:

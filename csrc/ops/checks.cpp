@@ -4,40 +4,16 @@
 #include <ATen/MemoryOverlap.h>
 #include <c10/core/InferenceMode.h>
 
-#include <algorithm>
+#include <array>
+#include <limits>
+#include <string>
 
 namespace fused_rope {
 namespace {
 
-constexpr std::array<std::string_view, 4> kLayoutNames = {"bshd", "bhsd", "sbhd", "thd"};
-constexpr std::array<std::string_view, 2> kPrecisionNames = {"fp32", "model"};
-constexpr std::array<std::string_view, 3> kTableLayoutNames = {"half", "tiled", "repeated"};
-
-// Where batch, sequence and heads lie in each layout; packed tokens have no batch.
-constexpr int kAxes[4][3] = {{0, 1, 2}, {0, 2, 1}, {1, 0, 2}, {-1, 0, 1}};
-
-template <size_t kCount>
-size_t find_name(const char* op, const char* argument,
-                 const std::array<std::string_view, kCount>& names, std::string_view name) {
-  const auto found = std::find(names.begin(), names.end(), name);
-  TORCH_CHECK_VALUE(found != names.end(), op, ": expected ", argument, " to be one of ",
-                    at::ArrayRef(names), ", got '", name, "'");
-  return static_cast<size_t>(found - names.begin());
-}
-
-bool is_rotatable(at::ScalarType type) {
-  return type == at::kHalf || type == at::kBFloat16 || type == at::kFloat || type == at::kDouble;
-}
-
-// "float32", as Python has it. Torch's own names are views or strings, depending on its version.
-std::string dtype_name(const at::Tensor& x) {
-  return std::string(c10::getDtypeNames(x.scalar_type()).first);
-}
-
 void check_index(const Call& call, const char* name, const OptionalTensor& index) {
   if (!index.has_value()) return;
-  TORCH_CHECK_TYPE(index->scalar_type() == at::kInt || index->scalar_type() == at::kLong, call.op,
-                   ": expected ", name, " of dtype int32 or int64, got ", dtype_name(*index));
+  check_index_dtype(call.op, name, index);
   TORCH_CHECK_VALUE(index->device() == call.inputs[0]->device(), call.op, ": expected ", name,
                     " on device ", call.inputs[0]->device(), " as ", call.name(0), " is, got ",
                     index->device());
@@ -50,10 +26,11 @@ void check_tensors(const Call& call) {
     const at::Tensor& tensor = *call.inputs[i];
     TORCH_CHECK_TYPE(!tensor.is_nested(), call.op, ": expected ", call.name(i), " to be dense, ",
                      kNestedAdvice);
-    TORCH_CHECK_TYPE(is_rotatable(tensor.scalar_type()), call.op, ": expected ", call.name(i),
-                     " of dtype float16, bfloat16, float32 or float64, got ", dtype_name(tensor));
+    TORCH_CHECK_TYPE(is_supported(tensor.scalar_type()), call.op, ": expected ", call.name(i),
+                     " of dtype ", kFloatingDtypes, ", got ", dtype_name(tensor.scalar_type()));
     TORCH_CHECK_TYPE(tensor.scalar_type() == x.scalar_type(), call.op, ": expected ", call.name(i),
-                     " of q's dtype ", dtype_name(x), ", got ", dtype_name(tensor));
+                     " of q's dtype ", dtype_name(x.scalar_type()), ", got ",
+                     dtype_name(tensor.scalar_type()));
     TORCH_CHECK_VALUE(tensor.device() == x.device(), call.op, ": expected ", call.name(i),
                       " on device ", x.device(), " as q is, got ", tensor.device());
     TORCH_CHECK_VALUE(tensor.dim() == rank, call.op, ": expected ", call.name(i), " of ", rank,
@@ -65,14 +42,14 @@ void check_tensors(const Call& call) {
 void check_tables(const Call& call) {
   const at::Device device = call.inputs[0]->device();
   for (const auto& [name, table] : {std::pair{"cos", &call.cos}, std::pair{"sin", &call.sin}}) {
-    TORCH_CHECK_TYPE(is_rotatable(table->scalar_type()), call.op, ": expected ", name,
-                     " of dtype float16, bfloat16, float32 or float64, got ", dtype_name(*table));
+    TORCH_CHECK_TYPE(is_supported(table->scalar_type()), call.op, ": expected ", name, " of dtype ",
+                     kFloatingDtypes, ", got ", dtype_name(table->scalar_type()));
     TORCH_CHECK_VALUE(table->device() == device, call.op, ": expected ", name, " on device ",
                       device, " as ", call.name(0), " is, got ", table->device());
   }
   TORCH_CHECK_TYPE(call.cos.scalar_type() == call.sin.scalar_type(), call.op,
-                   ": expected sin of cos's dtype ", dtype_name(call.cos), ", got ",
-                   dtype_name(call.sin));
+                   ": expected sin of cos's dtype ", dtype_name(call.cos.scalar_type()), ", got ",
+                   dtype_name(call.sin.scalar_type()));
   TORCH_CHECK_VALUE(call.cos.dim() >= 2 && call.cos.dim() <= 4, call.op,
                     ": expected cos of shape [M, P], [B or 1, S, P] or [B or 1, S, H, P], got ",
                     call.cos.sym_sizes());
@@ -96,8 +73,8 @@ void check_options(const Call& call) {
                     ": expected positions with a leading axis A for axes, got none");
 }
 
-// Tables that are gathered per token leave nothing to choose rows by.
-void check_gathered(const Call& call) {
+// Per-token and per-head tables have no rows to select.
+void check_no_row_selection(const Call& call) {
   const Arguments& a = call.arguments;
   const char* extra = a.positions.has_value()    ? "positions"
                       : a.offsets.has_value()    ? "offset"
@@ -112,8 +89,8 @@ void check_gathered(const Call& call) {
   }
 }
 
-// What to do about a table with more columns than a head has room for.
-std::string advice_for_wide_table(const Call& call, const Extents& x) {
+// What to do about a table with too many columns for head_dim.
+std::string advice_for_wide_table(const Call& call, const Sizes<int64_t>& x) {
   const int64_t columns = call.cos.sizes().back();
   std::string advice;
   if (x.D % 2 == 1) {
@@ -127,7 +104,7 @@ std::string advice_for_wide_table(const Call& call, const Extents& x) {
   return advice;
 }
 
-void check_span(const Call& call, const Extents& x) {
+void check_span(const Call& call, const Sizes<int64_t>& x) {
   const Arguments& a = call.arguments;
   const int64_t P = call.P();
   const bool half = call.table_layout == TableLayout::kHalf;
@@ -144,14 +121,15 @@ void check_span(const Call& call, const Extents& x) {
                     ", got rotary_offset=", a.rotary_offset);
   TORCH_CHECK_VALUE(P % a.blocks == 0, call.op, ": expected blocks that divide P=", P,
                     ", got blocks=", a.blocks);
-  TORCH_CHECK_VALUE(x.D < int64_t{1} << 31, call.op, ": expected D < 2^31, got ", x.D);
+  constexpr int64_t kMaxHeadDim = std::numeric_limits<int32_t>::max();  // kernels index D by int
+  TORCH_CHECK_VALUE(x.D <= kMaxHeadDim, call.op, ": expected D < 2^31, got ", x.D);
 }
 
-void check_positions(const Call& call, const Extents& x) {
+void check_positions(const Call& call, const Sizes<int64_t>& x) {
   const Arguments& a = call.arguments;
   const int64_t P = call.P();
   const at::IntArrayRef sizes = a.positions->sizes();
-  const size_t leading = a.axes.has_value() ? 1 : 0;
+  const size_t leading = leading_dims(a);
   const bool fits = (sizes.size() == leading + 1 && sizes[leading] == x.S) ||
                     (sizes.size() == leading + 2 &&
                      (sizes[leading] == x.B || sizes[leading] == 1) && sizes[leading + 1] == x.S);
@@ -172,7 +150,7 @@ void check_positions(const Call& call, const Extents& x) {
   }
 }
 
-void check_shared(const Call& call, const Extents& x) {
+void check_shared(const Call& call, const Sizes<int64_t>& x) {
   const Arguments& a = call.arguments;
   if (a.positions.has_value()) check_positions(call, x);
   if (a.offsets.has_value()) {
@@ -182,7 +160,7 @@ void check_shared(const Call& call, const Extents& x) {
                       rows, "], got ", a.offsets->sizes());
     TORCH_CHECK_VALUE(a.offset == 0, call.op, ": expected one offset, got an int and a tensor");
   }
-  if (a.positions.has_value() || a.offsets.has_value() || a.cu_seqlens.has_value()) return;
+  if (!are_rows_known(a)) return;
   const int64_t offset = a.offset.guard_int(__FILE__, __LINE__);
   TORCH_CHECK_VALUE(offset >= 0, call.op, ": expected offset >= 0 without positions, got ", offset);
   TORCH_CHECK_VALUE(offset <= call.cos.size(0) && x.S <= call.cos.size(0) - offset, call.op,
@@ -191,17 +169,17 @@ void check_shared(const Call& call, const Extents& x) {
                     call.cos.sizes());
 }
 
-void check_per_token(const Call& call, const Extents& x) {
+void check_per_token(const Call& call, const Sizes<int64_t>& x) {
   const at::IntArrayRef sizes = call.cos.sizes();
-  const bool per_head = sizes.size() == 4;
+  const bool per_head = is_per_head(call.cos);
   TORCH_CHECK_VALUE(
       (sizes[0] == x.B || sizes[0] == 1) && sizes[1] == x.S && (!per_head || sizes[2] == x.H),
       call.op, ": expected cos of shape ", per_head ? "[B or 1, S, H, P]" : "[B or 1, S, P]",
       " with B=", x.B, ", S=", x.S, per_head ? c10::str(", H=", x.H) : "", ", got ", sizes);
 }
 
-// Whether two tensors provably share memory. Tensors without data, as tracers have them, are told
-// apart by their place in one storage.
+// Whether two tensors provably share memory. Functional tensors have no data: compare the ranges
+// that they cover in one storage.
 bool overlaps(const at::Tensor& x, const at::Tensor& y) {
   if (!at::functionalization::impl::isFunctionalTensor(x)) {
     const auto status = at::get_overlap_status(x, y);
@@ -220,72 +198,50 @@ bool overlaps(const at::Tensor& x, const at::Tensor& y) {
          precedes(a_begin, b_begin + b->sym_numel()) && precedes(b_begin, a_begin + a->sym_numel());
 }
 
-// What is written must have a place for every element, and must not be an inference tensor that
-// others still trust.
+// A written tensor needs its own memory for every element. An inference tensor written outside
+// inference mode would change without a new version.
 void check_writable(const Call& call, const char* name, const at::Tensor& tensor) {
   TORCH_CHECK(at::has_internal_overlap(tensor) != at::MemOverlap::Yes, call.op, ": expected ", name,
-              " whose elements have memory of their own, got strides ", tensor.sym_strides());
-  TORCH_CHECK(!tensor.is_inference() || c10::InferenceMode::is_enabled(), call.op, ": ", name,
-              " is an inference tensor: clone it, or call this under torch.inference_mode()");
+              " without elements that share memory, got strides ", tensor.sym_strides(),
+              ": clone it first");
+  TORCH_CHECK(!tensor.is_inference() || c10::InferenceMode::is_enabled(), call.op, ": expected ",
+              name, " not to be an inference tensor, got one: clone it, or call this under ",
+              "torch.inference_mode()");
 }
 
-void check_apart(const Call& call, const char* name, const at::Tensor& tensor,
-                 const char* other_name, const at::Tensor& other) {
-  TORCH_CHECK(!overlaps(tensor, other), call.op, ": expected ", name, " in memory apart from ",
-              other_name, ", got overlapping tensors");
+void check_no_overlap(const Call& call, const char* name, const at::Tensor& tensor,
+                      const char* other_name, const at::Tensor& other) {
+  TORCH_CHECK(!overlaps(tensor, other), call.op, ": expected ", name, " and ", other_name,
+              " not to share memory, got overlapping tensors");
 }
 
-// The i-th output, written by out_rows. Sizes may be symbols, as tracers have them.
+// Output i, written by out_rows. Under a tracer, sizes are symbolic.
 void check_scattered(const Call& call, int i, const at::Tensor& out) {
-  const auto& axes = kAxes[static_cast<int>(call.layout)];
-  const c10::SymIntArrayRef x = call.inputs[i]->sym_sizes();
+  const Sizes<c10::SymInt> x(call.inputs[i]->sym_sizes(), call.layout);
+  TORCH_CHECK_VALUE(out.sym_size(1) == x.H && out.sym_size(2) == x.D, call.op, ": expected ",
+                    call.out_name(i), " of shape [rows, H=", x.H, ", D=", x.D,
+                    "] with out_rows, got ", out.sym_sizes());
   const bool packed = call.layout == Layout::kTHD;
-  const c10::SymInt B = packed ? c10::SymInt(1) : x[axes[0]];
-  const c10::SymInt &S = x[axes[1]], &H = x[axes[2]], &D = x.back();
-  TORCH_CHECK_VALUE(out.sym_size(1) == H && out.sym_size(2) == D, call.op, ": expected ",
-                    call.out_name(i), " of shape [rows, H=", H, ", D=", D, "] with out_rows, got ",
-                    out.sym_sizes());
   const c10::SymIntArrayRef rows = call.arguments.out_rows->sym_sizes();
-  const bool fits = (rows.size() == 2 && rows[0] == B && rows[1] == S) ||
-                    (packed && rows.size() == 1 && rows[0] == S);
+  const bool fits = (rows.size() == 2 && rows[0] == x.B && rows[1] == x.S) ||
+                    (packed && rows.size() == 1 && rows[0] == x.S);
   TORCH_CHECK_VALUE(fits, call.op, ": expected out_rows of shape ", packed ? "[T]" : "[B, S]",
-                    " with B=", B, ", S=", S, ", got ", rows);
+                    " with B=", x.B, ", S=", x.S, ", got ", rows);
 }
 
 }  // namespace
 
-Layout parse_layout(const char* op, std::string_view layout) {
-  return static_cast<Layout>(find_name(op, "layout", kLayoutNames, layout));
+bool is_supported(at::ScalarType type) {
+  return type == at::kHalf || type == at::kBFloat16 || type == at::kFloat || type == at::kDouble;
 }
 
-Precision parse_precision(const char* op, std::string_view precision) {
-  return static_cast<Precision>(find_name(op, "precision", kPrecisionNames, precision));
-}
+std::string dtype_name(at::ScalarType type) { return std::string(c10::getDtypeNames(type).first); }
 
-TableLayout parse_table_layout(const char* op, std::string_view table_layout) {
-  return static_cast<TableLayout>(find_name(op, "table_layout", kTableLayoutNames, table_layout));
-}
-
-std::string_view name_of(Layout layout) { return kLayoutNames[static_cast<size_t>(layout)]; }
-
-std::string_view name_of(Precision precision) {
-  return kPrecisionNames[static_cast<size_t>(precision)];
-}
-
-std::string_view name_of(TableLayout table_layout) {
-  return kTableLayoutNames[static_cast<size_t>(table_layout)];
-}
-
-Extents extents(const at::Tensor& x, Layout layout) {
-  const auto& axes = kAxes[static_cast<int>(layout)];
-  const at::IntArrayRef sizes = x.sizes();
-  const at::IntArrayRef strides = x.strides();
-  const bool packed = layout == Layout::kTHD;
-  return {packed ? 1 : sizes[axes[0]],
-          sizes[axes[1]],
-          sizes[axes[2]],
-          sizes.back(),
-          {packed ? 0 : strides[axes[0]], strides[axes[1]], strides[axes[2]], strides.back()}};
+void check_index_dtype(const char* op, const char* name, const OptionalTensor& index) {
+  if (!index.has_value()) return;
+  const at::ScalarType type = index->scalar_type();
+  TORCH_CHECK_TYPE(type == at::kInt || type == at::kLong, op, ": expected ", name,
+                   " of dtype int32 or int64, got ", dtype_name(type));
 }
 
 void check_metadata(const Call& call) {
@@ -297,31 +253,31 @@ void check_metadata(const Call& call) {
   check_index(call, "cu_seqlens", a.cu_seqlens);
   check_index(call, "out_rows", a.out_rows);
   check_options(call);
-  if (call.cos.dim() > 2) check_gathered(call);
+  if (!is_shared(call.cos)) check_no_row_selection(call);
 }
 
 void check_sizes(const Call& call) {
-  const Extents x = extents(*call.inputs[0], call.layout);
+  const Sizes<int64_t> x(call.inputs[0]->sizes(), call.layout);
   TORCH_CHECK_VALUE(call.sin.sizes() == call.cos.sizes(), call.op, ": expected sin of cos's shape ",
                     call.cos.sizes(), ", got ", call.sin.sizes());
   check_span(call, x);
   for (int i = 0; i < call.count(); ++i) {
-    const Extents other = extents(*call.inputs[i], call.layout);
+    const Sizes<int64_t> other(call.inputs[i]->sizes(), call.layout);
     TORCH_CHECK_VALUE(other.B == x.B && other.S == x.S && other.D == x.D, call.op, ": expected ",
                       call.name(i), " with q's B=", x.B, ", S=", x.S, ", D=", x.D, ", got ",
                       call.inputs[i]->sizes());
-    if (call.cos.dim() > 2) check_per_token(call, other);
+    if (!is_shared(call.cos)) check_per_token(call, other);
   }
-  if (call.cos.dim() == 2) check_shared(call, x);
+  if (is_shared(call.cos)) check_shared(call, x);
 }
 
 void check_in_place(const Call& call) {
   for (int i = 0; i < call.count(); ++i) {
     check_writable(call, call.name(i), *call.inputs[i]);
-    check_apart(call, call.name(i), *call.inputs[i], "cos", call.cos);
-    check_apart(call, call.name(i), *call.inputs[i], "sin", call.sin);
+    check_no_overlap(call, call.name(i), *call.inputs[i], "cos", call.cos);
+    check_no_overlap(call, call.name(i), *call.inputs[i], "sin", call.sin);
   }
-  if (call.count() == 2) check_apart(call, "k", *call.inputs[1], "q", *call.inputs[0]);
+  if (call.count() == 2) check_no_overlap(call, "k", *call.inputs[1], "q", *call.inputs[0]);
 }
 
 void check_out_metadata(const Call& call, const Outputs& outputs) {
@@ -329,11 +285,11 @@ void check_out_metadata(const Call& call, const Outputs& outputs) {
     const at::Tensor& in = *call.inputs[i];
     const at::Tensor& out = *outputs[i];
     TORCH_CHECK_TYPE(out.scalar_type() == in.scalar_type(), call.op, ": expected ",
-                     call.out_name(i), " of dtype ", dtype_name(in), " as ", call.name(i),
-                     " is, got ", dtype_name(out));
+                     call.out_name(i), " of dtype ", dtype_name(in.scalar_type()), " as ",
+                     call.name(i), " is, got ", dtype_name(out.scalar_type()));
     TORCH_CHECK_VALUE(out.device() == in.device(), call.op, ": expected ", call.out_name(i),
                       " on device ", in.device(), " as ", call.name(i), " is, got ", out.device());
-    const bool scattered = i == call.count() - 1 && call.arguments.out_rows.has_value();
+    const bool scattered = call.is_scattered(i);
     TORCH_CHECK_VALUE(out.dim() == (scattered ? 3 : in.dim()), call.op, ": expected ",
                       call.out_name(i), " of shape ",
                       scattered ? "[rows, H, D] with out_rows" : c10::str(in.sym_sizes()), ", got ",
@@ -344,7 +300,7 @@ void check_out_metadata(const Call& call, const Outputs& outputs) {
 void check_out(const Call& call, const Outputs& outputs) {
   check_out_metadata(call, outputs);
   for (int i = 0; i < call.count(); ++i) {
-    if (i == call.count() - 1 && call.arguments.out_rows.has_value()) {
+    if (call.is_scattered(i)) {
       check_scattered(call, i, *outputs[i]);
     } else {
       TORCH_CHECK_VALUE(outputs[i]->sym_sizes() == call.inputs[i]->sym_sizes(), call.op,
@@ -353,11 +309,11 @@ void check_out(const Call& call, const Outputs& outputs) {
     }
     check_writable(call, call.out_name(i), *outputs[i]);
     for (int j = 0; j < call.count(); ++j)
-      check_apart(call, call.out_name(i), *outputs[i], call.name(j), *call.inputs[j]);
+      check_no_overlap(call, call.out_name(i), *outputs[i], call.name(j), *call.inputs[j]);
     for (int j = 0; j < i; ++j)
-      check_apart(call, call.out_name(i), *outputs[i], call.out_name(j), *outputs[j]);
-    check_apart(call, call.out_name(i), *outputs[i], "cos", call.cos);
-    check_apart(call, call.out_name(i), *outputs[i], "sin", call.sin);
+      check_no_overlap(call, call.out_name(i), *outputs[i], call.out_name(j), *outputs[j]);
+    check_no_overlap(call, call.out_name(i), *outputs[i], "cos", call.cos);
+    check_no_overlap(call, call.out_name(i), *outputs[i], "sin", call.sin);
   }
 }
 

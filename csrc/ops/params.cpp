@@ -30,6 +30,13 @@ at::ScalarType kernel_table_type(at::ScalarType table, at::ScalarType x) {
   return table == x ? x : x == at::kDouble ? at::kDouble : at::kFloat;
 }
 
+kernels::Strides strides_of(const at::Tensor& x, Layout layout) {
+  const LayoutDims dims = dims_of(layout);
+  const at::IntArrayRef strides = x.strides();
+  return {dims.batch == kNoBatch ? 0 : strides[dims.batch], strides[dims.sequence],
+          strides[dims.head], strides.back()};
+}
+
 TableParams table_params(const at::Tensor& table, TableLayout layout) {
   const at::IntArrayRef sizes = table.sizes();
   const at::IntArrayRef strides = table.strides();
@@ -60,12 +67,12 @@ void set_token_strides(const at::Tensor& index, int64_t leading, int64_t& b, int
 RowParams row_params(const Call& call, int64_t M) {
   const Arguments& a = call.arguments;
   RowParams rows = {};
-  rows.gathered = call.cos.dim() > 2;
+  rows.gathered = !is_shared(call.cos);
   rows.M = M;
   rows.offset = a.offset.guard_int(__FILE__, __LINE__);
   rows.positions = index_params(a.positions);
   if (a.positions.has_value()) {
-    const int64_t leading = a.axes.has_value() ? 1 : 0;
+    const int64_t leading = leading_dims(a);
     rows.positions_a = leading ? a.positions->stride(0) : 0;
     set_token_strides(*a.positions, leading, rows.positions_b, rows.positions_s);
   }
@@ -97,14 +104,16 @@ PreparedCall::PreparedCall(const Call& call, const Outputs& outputs) {
   kernels::RotateParams& p = params;
   p.count = call.count();
   for (int i = 0; i < p.count; ++i) {
-    const Extents e = extents(*call.inputs[i], call.layout);
-    p.B = e.B;
-    p.S = e.S;
-    p.D = e.D;
-    p.tensors[i] = {call.inputs[i]->const_data_ptr(), nullptr, e.strides, {}, e.H, false};
+    const at::Tensor& input = *call.inputs[i];
+    const Sizes<int64_t> sizes(input.sizes(), call.layout);
+    p.B = sizes.B;
+    p.S = sizes.S;
+    p.D = sizes.D;
+    p.tensors[i] = {
+        input.const_data_ptr(), nullptr, strides_of(input, call.layout), {}, sizes.H, false};
   }
   const int64_t P = call.P();
-  p.pairing = {P, a.rotary_offset, a.interleaved ? 1 : P / a.blocks};
+  p.pairing = {P, a.rotary_offset, pair_distance(a, P)};
   p.cos = table_params(*cos, call.table_layout);
   p.sin = table_params(*sin, call.table_layout);
   p.rows = row_params(call, call.cos.size(0));
@@ -113,7 +122,7 @@ PreparedCall::PreparedCall(const Call& call, const Outputs& outputs) {
   p.table_dtype = dtype_of(*cos);
   p.precision = call.precision;
   p.inverse = a.inverse;
-  p.per_head = call.cos.dim() == 4;
+  p.per_head = is_per_head(call.cos);
   set_outputs(call, outputs);
 }
 
@@ -122,9 +131,9 @@ void PreparedCall::set_outputs(const Call& call, const Outputs& outputs) {
   p.in_place = outputs[0] == call.inputs[0];
   for (int i = 0; i < p.count; ++i) {
     kernels::TensorParams& t = p.tensors[i];
-    t.scattered = i == p.count - 1 && call.arguments.out_rows.has_value();
+    t.scattered = call.is_scattered(i);
     t.out = outputs[i]->mutable_data_ptr();
-    t.out_strides = extents(*outputs[i], t.scattered ? Layout::kTHD : call.layout).strides;
+    t.out_strides = strides_of(*outputs[i], t.scattered ? Layout::kTHD : call.layout);
     if (t.scattered) p.rows.out_rows_limit = outputs[i]->size(0);
   }
 }

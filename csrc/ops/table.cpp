@@ -1,5 +1,7 @@
 // cos_sin_table: built on the host, so that tables are bitwise identical on every device, and
 // copied without synchronizing.
+#include "ops/table.h"
+
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/InferenceMode.h>
@@ -8,8 +10,7 @@
 #include <cmath>
 
 #include "fused_rope/ops.h"
-#include "ops/arguments.h"
-#include "ops/transfer.h"
+#include "ops/checks.h"
 
 namespace fused_rope {
 namespace {
@@ -31,16 +32,14 @@ Angle angle_of(double m, double f) {
 void check_table(const at::Tensor& inv_freq, int64_t rows, int64_t first, at::ScalarType dtype) {
   TORCH_CHECK_TYPE(at::isFloatingType(inv_freq.scalar_type()),
                    "cos_sin_table: expected inv_freq of a floating dtype, got ",
-                   inv_freq.scalar_type());
-  TORCH_CHECK_TYPE(
-      dtype == at::kHalf || dtype == at::kBFloat16 || dtype == at::kFloat || dtype == at::kDouble,
-      "cos_sin_table: expected dtype float16, bfloat16, float32 or float64, got ", dtype);
+                   dtype_name(inv_freq.scalar_type()));
+  TORCH_CHECK_TYPE(is_supported(dtype), "cos_sin_table: expected dtype ", kFloatingDtypes, ", got ",
+                   dtype_name(dtype));
   TORCH_CHECK_VALUE(inv_freq.dim() == 1, "cos_sin_table: expected inv_freq of shape [P], got ",
                     inv_freq.sym_sizes());
   TORCH_CHECK_VALUE(rows >= 0, "cos_sin_table: expected rows >= 0, got ", rows);
-  constexpr int64_t kMaxRow = int64_t{1} << 31;
-  TORCH_CHECK_VALUE(first >= 0 && first <= kMaxRow + 1 - rows,
-                    "cos_sin_table: expected first >= 0 and first + rows <= ", kMaxRow + 1,
+  TORCH_CHECK_VALUE(first >= 0 && first <= kMaxTableRows - rows,
+                    "cos_sin_table: expected first >= 0 and first + rows <= ", kMaxTableRows,
                     ", got first=", first, ", rows=", rows);
 }
 
@@ -61,7 +60,8 @@ TensorPair build(const at::Tensor& inv_freq, c10::SymInt sym_rows, c10::SymInt s
   const double* f = frequencies.const_data_ptr<double>();
   double* c = cos.mutable_data_ptr<double>();
   double* s = sin.mutable_data_ptr<double>();
-  at::parallel_for(0, rows * P, 1024, [&](int64_t begin, int64_t end) {
+  constexpr int64_t kGrain = 1024;  // less work per thread does not pay
+  at::parallel_for(0, rows * P, kGrain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const Angle angle = angle_of(static_cast<double>(first + i / P), f[i % P]);
       c[i] = angle.cos * scale;

@@ -37,7 +37,7 @@ at::Tensor token_rows(const Arguments& a, const c10::SymInt& S, at::Device devic
   rows = rows.unsqueeze(0);
   if (a.positions.has_value()) {
     const at::Tensor& positions = *a.positions;
-    const bool batched = positions.dim() == (a.axes.has_value() ? 3 : 2);
+    const bool batched = positions.dim() == leading_dims(a) + 2;
     rows = clamp_term(batched ? positions : positions.unsqueeze(-2));
     const at::Tensor marked = rows == -1;
     skipped = skipped.defined() ? skipped.logical_or(marked) : marked;

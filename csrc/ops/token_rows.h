@@ -2,7 +2,7 @@
 // rule in kernels/rows.h.
 #pragma once
 
-#include "ops/arguments.h"
+#include "ops/dispatch.h"
 
 namespace fused_rope {
 

@@ -1,4 +1,5 @@
-// Tensors that no kernel can read end here instead of in the dispatcher's message about backends.
+// Errors for tensors that no kernel can read. Without these, the dispatcher would only list
+// backends.
 #include <torch/library.h>
 
 #include <string>

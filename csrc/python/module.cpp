@@ -1,6 +1,6 @@
-// fused_rope._C: a short way from Python to the operators, and facts of the build. The only file
-// that knows pybind11. Arguments are read by hand: pybind11's own reading of sixteen of them takes
-// as long as all that an operator does before its launch.
+// fused_rope._C: the fast path from Python to the operators, and build information. The only file
+// that includes pybind11. Arguments are parsed by hand: pybind11 takes as long for all of them as
+// an operator does before its launch.
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/core/grad_mode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
@@ -11,22 +11,20 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <array>
-#include <optional>
 #include <string>
-#include <tuple>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
 #include "fused_rope/version.h"
-#include "ops/arguments.h"
+#include "ops/dispatch.h"
 
 namespace fused_rope {
 namespace {
 
 namespace py = pybind11;
 
-// The arguments of one call, taken in order, each by its name. TypeError for one of another type.
+// Takes the arguments of one call in order. `name` is for messages: TypeError for a wrong type.
 class Reader {
  public:
   Reader(const char* op, PyObject* const* arguments, Py_ssize_t count)
@@ -49,35 +47,41 @@ class Reader {
     return skip_none(name) ? std::nullopt : OptionalTensor(tensor(name));
   }
 
-  std::string_view text(const char* name) {
+  void read(const char* name, bool& option) {
+    PyObject* object = next(name);
+    option = object == Py_True || (object != Py_False && convert<bool>(name, "a bool", object));
+  }
+
+  template <typename Integer>
+    requires(std::is_same_v<Integer, int64_t> || std::is_same_v<Integer, c10::SymInt>)
+  void read(const char* name, Integer& option) {
+    PyObject* object = next(name);
+    if (!PyLong_CheckExact(object)) {
+      option = convert<Integer>(name, "an int", object);
+      return;
+    }
+    int overflow = 0;
+    option = PyLong_AsLongLongAndOverflow(object, &overflow);
+    TORCH_CHECK_VALUE(overflow == 0, op_, ": expected ", name, " of 64 bits, got ",
+                      std::string(py::str(object)));
+  }
+
+  void read(const char* name, at::OptionalIntArrayRef& option) {
+    if (skip_none(name)) return;
+    integers_ = convert<std::vector<int64_t>>(name, "a sequence of ints", next(name));
+    option = integers_;
+  }
+
+  void read(const char* name, std::string_view& option) {
     PyObject* object = next(name);
     if (!PyUnicode_Check(object)) refuse(name, "a str", object);
     Py_ssize_t length = 0;
     const char* text = PyUnicode_AsUTF8AndSize(object, &length);
     if (text == nullptr) throw python_error();
-    return {text, static_cast<size_t>(length)};
+    option = {text, static_cast<size_t>(length)};
   }
 
-  bool flag(const char* name) {
-    PyObject* object = next(name);
-    return object == Py_True || (object != Py_False && convert<bool>(name, "a bool", object));
-  }
-
-  template <typename Integer = int64_t>
-  Integer integer(const char* name) {
-    PyObject* object = next(name);
-    if (!PyLong_CheckExact(object)) return convert<Integer>(name, "an int", object);
-    int overflow = 0;
-    const int64_t number = PyLong_AsLongLongAndOverflow(object, &overflow);
-    TORCH_CHECK_VALUE(overflow == 0, op_, ": expected ", name, " of 64 bits, got ",
-                      std::string(py::str(object)));
-    return number;
-  }
-
-  std::optional<std::vector<int64_t>> optional_integers(const char* name) {
-    if (skip_none(name)) return std::nullopt;
-    return convert<std::vector<int64_t>>(name, "a sequence of ints", next(name));
-  }
+  bool at_end() const { return next_ == end_; }
 
   Reader tuple(const char* name) {
     PyObject* object = next(name);
@@ -85,7 +89,7 @@ class Reader {
     return {op_, PySequence_Fast_ITEMS(object), PyTuple_GET_SIZE(object)};
   }
 
-  // Python's own numbers first: isinstance is slow to say no.
+  // Check for int first: a failing isinstance check is slow.
   bool is_at_tensor(const char* name) const {
     return !PyLong_CheckExact(peek(name)) && THPVariable_Check(peek(name));
   }
@@ -116,6 +120,7 @@ class Reader {
     return py::detail::cast_op<T>(std::move(caster));
   }
 
+  // Out of line, so that reading is inlined.
   [[noreturn]] C10_NOINLINE void refuse_missing(const char* name) const {
     TORCH_CHECK_TYPE(false, op_, ": expected ", name, ", got no such argument");
   }
@@ -130,59 +135,45 @@ class Reader {
   PyObject* const* next_;
   PyObject* const* end_;
   bool has_subclass_ = false;
+  std::vector<int64_t> integers_;  // what an option that was read refers to
 };
 
-// Whether a TorchFunctionMode or a transformation of torch.func is active, neither of which the
-// direct way to an operator would reach.
+// Whether a TorchFunctionMode or a torch.func transform is active. The fast path bypasses both.
 bool is_intercepted() {
   return at::impl::torch_function_mode_enabled() ||
          c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
 }
 
-// Where tokens are: positions, offset (an int or a tensor), cu_seqlens, out_rows.
+// The arguments that select rows: positions, offset (an int or a tensor), cu_seqlens and out_rows.
 struct RowArguments {
-  explicit RowArguments(Reader& reader)
-      : positions(reader.optional_tensor("positions")),
-        offsets(reader.is_at_tensor("offset") ? OptionalTensor(reader.tensor("offset"))
-                                              : std::nullopt),
-        offset(offsets.has_value() ? c10::SymInt(0) : reader.integer<c10::SymInt>("offset")),
-        cu_seqlens(reader.optional_tensor("cu_seqlens")),
-        out_rows(reader.optional_tensor("out_rows")) {}
+  explicit RowArguments(Reader& reader) : positions(reader.optional_tensor("positions")) {
+    if (reader.is_at_tensor("offset")) {
+      offsets = reader.tensor("offset");
+    } else {
+      reader.read("offset", offset);
+    }
+    cu_seqlens = reader.optional_tensor("cu_seqlens");
+    out_rows = reader.optional_tensor("out_rows");
+  }
 
-  OptionalTensor positions, offsets;
-  c10::SymInt offset;
-  OptionalTensor cu_seqlens, out_rows;
+  OptionalTensor positions, offsets, cu_seqlens, out_rows;
+  c10::SymInt offset = 0;
 };
 
-// The tuple of layout, axes, rotary_offset, interleaved, blocks, inverse, precision,
-// table_layout.
-struct Options {
-  explicit Options(Reader reader)
-      : layout(reader.text("layout")),
-        axes(reader.optional_integers("axes")),
-        rotary_offset(reader.integer("rotary_offset")),
-        interleaved(reader.flag("interleaved")),
-        blocks(reader.integer("blocks")),
-        inverse(reader.flag("inverse")),
-        precision(reader.text("precision")),
-        table_layout(reader.text("table_layout")) {}
-
-  std::string_view layout;
-  std::optional<std::vector<int64_t>> axes;
-  int64_t rotary_offset;
-  bool interleaved;
-  int64_t blocks;
-  bool inverse;
-  std::string_view precision;
-  std::string_view table_layout;
-};
-
-Arguments arguments_of(const RowArguments& rows, const Options& o) {
-  at::OptionalIntArrayRef axes;
-  if (o.axes.has_value()) axes = at::IntArrayRef(*o.axes);
-  return {rows.positions, rows.offsets, rows.cu_seqlens, rows.out_rows, rows.offset,
-          o.layout,       axes,         o.rotary_offset, o.interleaved, o.blocks,
-          o.inverse,      o.precision,  o.table_layout};
+// Arguments with the options of a tuple, in the order of FUSED_ROPE_OPTIONS. Omitted last ones have
+// their defaults.
+Arguments read_arguments(const RowArguments& rows, Reader& options) {
+  static const RotateOptions kDefaults;
+  static const Arguments defaults = arguments_of(kDefaults);
+#define FUSED_ROPE_DEFAULT(type, name) , defaults.name
+#define FUSED_ROPE_READ(type, name) \
+  if (!options.at_end()) options.read(#name, result.name);
+  Arguments result = {rows.positions, rows.offsets, rows.cu_seqlens, rows.out_rows,
+                      rows.offset FUSED_ROPE_OPTIONS(FUSED_ROPE_DEFAULT)};
+  FUSED_ROPE_OPTIONS(FUSED_ROPE_READ)
+#undef FUSED_ROPE_DEFAULT
+#undef FUSED_ROPE_READ
+  return result;
 }
 
 PyObject* wrap(at::Tensor&& tensor) {
@@ -199,60 +190,65 @@ PyObject* wrap(TensorPair&& tensors) {
   return pair.release();
 }
 
-// Entry<&f>::call is what Python calls for f(arguments, tensors...): with a tuple of the tensors,
-// then what RowArguments and Options read. Where torch.func, a TorchFunctionMode or a subclass of
-// Tensor may intercept the call, it does nothing and returns NotImplemented.
-template <auto kFunction>
-struct Entry;
+enum class Form { kNew, kInPlace, kOut };
 
-template <typename Result, typename... Tensors, Result (*kFunction)(const Arguments&, Tensors...)>
-struct Entry<kFunction> {
-  using Names = std::array<const char*, sizeof...(Tensors)>;  // of the tensors
-
+// What Python calls for one operator: with a tuple of x, or q and k, cos, sin and the outputs; then
+// RowArguments and the tuple of options. Returns NotImplemented, and does nothing else, where
+// torch.func, a TorchFunctionMode or a subclass of Tensor may intercept the call.
+template <int kCount, Form kForm>
+struct Entry {
   inline static PyMethodDef method = {};
-  inline static Names names = {};
 
   static PyObject* call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     HANDLE_TH_ERRORS
     if (is_intercepted()) Py_RETURN_NOTIMPLEMENTED;
     Reader reader(method.ml_name, arguments, count);
-    Reader inputs = reader.tuple("tensors");
-    const char* const* name = names.data();
-    const std::tuple<Tensors...> tensors{next<Tensors>(inputs, name)...};
-    const RowArguments rows(reader);
-    if (inputs.has_subclass() || reader.has_subclass()) Py_RETURN_NOTIMPLEMENTED;
-    const Options options(reader.tuple("options"));
-    // Recording a call adds owners of the tensors. The first one next to Python takes the GIL.
-    std::optional<std::tuple<std::decay_t<Tensors>...>> owners;
-    if (at::GradMode::is_enabled() && requires_grad(tensors)) owners = tensors;
-    const auto run = [&] {
-      const py::gil_scoped_release no_gil;
-      return std::apply([&](Tensors... t) { return kFunction(arguments_of(rows, options), t...); },
-                        tensors);
-    };
-    if constexpr (std::is_void_v<Result>) {
-      run();
-      Py_RETURN_NONE;
-    } else {
-      return wrap(run());
+    Outputs inputs = {}, outputs = {};
+    Reader tensors = reader.tuple("tensors");
+    for (int i = 0; i < kCount; ++i) inputs[i] = &tensors.tensor(RawCall::input_name(kCount, i));
+    const at::Tensor& cos = tensors.tensor("cos");
+    const at::Tensor& sin = tensors.tensor("sin");
+    for (int i = 0; kForm == Form::kOut && i < kCount; ++i) {
+      outputs[i] = &tensors.tensor(RawCall::output_name(kCount, i));
     }
+    const RowArguments rows(reader);
+    if (tensors.has_subclass() || reader.has_subclass()) Py_RETURN_NOTIMPLEMENTED;
+    Reader options = reader.tuple("options");
+    return run({method.ml_name, inputs, cos, sin, read_arguments(rows, options)}, outputs);
     END_HANDLE_TH_ERRORS
   }
 
  private:
-  template <typename Tensor>
-  static Tensor next(Reader& inputs, const char* const*& name) {
-    return inputs.tensor(*name++);
+  static bool is_recorded(const RawCall& c) {
+    return at::GradMode::is_enabled() &&
+           (c.inputs[0]->requires_grad() || (kCount == 2 && c.inputs[1]->requires_grad()) ||
+            c.cos.requires_grad() || c.sin.requires_grad());
   }
 
-  static bool requires_grad(const std::tuple<Tensors...>& tensors) {
-    return std::apply([](Tensors... t) { return (... || t.requires_grad()); }, tensors);
+  static PyObject* run(const RawCall& call, [[maybe_unused]] const Outputs& outputs) {
+    // Recording a call adds owners of the tensors. The first one next to Python takes the GIL.
+    std::array<at::Tensor, 4> owners;
+    if (is_recorded(call)) {
+      owners = {*call.inputs[0], *call.inputs[kCount - 1], call.cos, call.sin};
+    }
+    if constexpr (kForm == Form::kNew) {
+      TensorPair rotated;
+      {
+        const py::gil_scoped_release no_gil;
+        rotated = call_rotate(call);
+      }
+      return kCount == 1 ? wrap(std::get<0>(std::move(rotated))) : wrap(std::move(rotated));
+    }
+    {
+      const py::gil_scoped_release no_gil;
+      kForm == Form::kInPlace ? call_rotate_(call) : call_rotate_out(call, outputs);
+    }
+    Py_RETURN_NONE;
   }
 };
 
 template <typename E>
-void def(py::module_& m, const char* name, const typename E::Names& tensors) {
-  E::names = tensors;
+void def(py::module_& m, const char* name) {
   E::method = {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&E::call)),
                METH_FASTCALL, nullptr};
   PyObject* function = PyCFunction_New(&E::method, nullptr);
@@ -262,7 +258,7 @@ void def(py::module_& m, const char* name, const typename E::Names& tensors) {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() =
-      "Low-overhead entry to the operators of fused_rope; use the functions of the package "
+      "Low-overhead entry to the operators of fused_rope; call the functions of the package "
       "instead.";
   m.attr("version") = FUSED_ROPE_VERSION;
 #if defined(FUSED_ROPE_WITH_CUDA)
@@ -270,12 +266,12 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("with_cuda") = false;
 #endif
-  def<Entry<&call_rotate>>(m, "rotate", {"x", "cos", "sin"});
-  def<Entry<&call_rotate_>>(m, "rotate_", {"x", "cos", "sin"});
-  def<Entry<&call_rotate_qk>>(m, "rotate_qk", {"q", "k", "cos", "sin"});
-  def<Entry<&call_rotate_qk_>>(m, "rotate_qk_", {"q", "k", "cos", "sin"});
-  def<Entry<&call_rotate_out>>(m, "rotate_out", {"x", "cos", "sin", "out"});
-  def<Entry<&call_rotate_qk_out>>(m, "rotate_qk_out", {"q", "k", "cos", "sin", "q_out", "k_out"});
+  def<Entry<1, Form::kNew>>(m, "rotate");
+  def<Entry<2, Form::kNew>>(m, "rotate_qk");
+  def<Entry<1, Form::kInPlace>>(m, "rotate_");
+  def<Entry<2, Form::kInPlace>>(m, "rotate_qk_");
+  def<Entry<1, Form::kOut>>(m, "rotate_out");
+  def<Entry<2, Form::kOut>>(m, "rotate_qk_out");
 }
 
 }  // namespace

@@ -128,11 +128,10 @@ class FUSED_ROPE_API RotaryEmbeddingImpl : public torch::nn::Cloneable<RotaryEmb
   using Where = RotaryEmbeddingForwardOptions;
 
   Rotation prepare(const at::Tensor& q, const Where& where) const;
-  bool needs_rows_of_its_own(const at::Tensor& q, std::optional<int64_t> rows,
-                             const Where& where) const;
-  Rotation with_rows_of_its_own(const at::Tensor& q, const Where& where,
-                                RotateOptions rotation) const;
-  bool positions_have_axes(const at::Tensor& positions, const at::Tensor& q) const;
+  bool needs_own_rows(const at::Tensor& q, std::optional<int64_t> rows,
+                      const RotateOptions& rotation) const;
+  Rotation with_own_rows(const at::Tensor& q, RotateOptions rotation) const;
+  bool positions_have_axes(const std::optional<at::Tensor>& positions, const at::Tensor& q) const;
 
   std::shared_ptr<TableCache> tables_;
 };

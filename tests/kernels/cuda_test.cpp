@@ -113,7 +113,7 @@ class Call {
     const int64_t P = p_.pairing.P;
     const int64_t row = chance(2) ? (P + 15) / 16 * 16 * step : P * step + random_.below(3);
     TableParams t = {nullptr, 0, 0, 0, 0, step};
-    const int64_t form = random_.below(3);
+    const int64_t form = std::max<int64_t>(random_.below(5) - 2, 0);  // shared, per token, per head
     int64_t H = 1;
     if (form == 0) {
       t.m = row;
@@ -142,20 +142,23 @@ class Call {
     rows.M = kRows;
     if (rows.gathered) return;
     rows.offset = random_.below(4);
-    const int64_t axes = chance(4) && p_.pairing.P > 0 ? 1 + random_.below(3) : 0;
-    if (axes > 0 || chance(3)) {
+    const bool only_positions = chance(4);
+    const bool has_axes = !only_positions && chance(4) && p_.pairing.P > 0;
+    const int64_t axes = has_axes ? 1 + random_.below(3) : 0;
+    if (axes > 0 || only_positions || chance(3)) {
       rows.positions = integers(std::max<int64_t>(axes, 1) * p_.B * p_.S, -1, 12);
       rows.positions_a = p_.B * p_.S;
       rows.positions_b = chance(4) ? 0 : p_.S;
       rows.positions_s = 1;
     }
+    if (only_positions) return;
     if (axes > 0) {
       const int64_t group = chance(2) ? 16 : 1 + random_.below(3);  // consecutive pairs of one axis
       for (int64_t j = 0; j < p_.pairing.P; ++j) axes_.push_back(j / group % axes);
       p_.axes = axes_.data();
     }
-    if (p_.B == 1 && chance(2)) {
-      rows.N = chance(2) ? 2 : kFewSequences + 1 + random_.below(30);
+    if (p_.B == 1 && !chance(3)) {
+      rows.N = chance(4) ? 2 : kFewSequences + 1 + random_.below(30);
       std::vector<int64_t> starts(rows.N + 1);
       for (int64_t& start : starts) start = random_.below(p_.S + 1);
       std::sort(starts.begin(), starts.end());
@@ -297,7 +300,7 @@ void expect_fewest_threads(const RotateParams& p, const Plan& plan) {
 
 template <typename T, typename Table, Precision kPrecision>
 void check(std::map<std::string, int>& seen) {
-  constexpr uint64_t kCalls = 6000;
+  constexpr uint64_t kCalls = 8000;
   for (uint64_t seed = 0; seed < kCalls; ++seed) {
     SCOPED_TRACE(::testing::Message() << "seed " << seed);
     Call<T, Table, kPrecision> call(seed);

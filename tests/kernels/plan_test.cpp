@@ -191,6 +191,9 @@ TEST(RowLookupOfPlan, IsIndexedWhenDeviceMemorySelectsRows) {
   EXPECT_EQ(rows([](RotateParams& p) { p.sin.s += 8; }), RowLookup::kIndexed);
   EXPECT_EQ(rows([](RotateParams& p) { p.sin.h += 8; }), RowLookup::kIndexed);
   EXPECT_EQ(rows([&](RotateParams& p) { p.rows.positions = numbers; }), RowLookup::kPositions);
+  EXPECT_EQ(rows([&](RotateParams& p) { p.rows.positions = numbers, p.S = 1 << 20; }),
+            RowLookup::kIndexed)
+      << "more threads than are resident";
   EXPECT_EQ(rows([&](RotateParams& p) { p.rows.positions = numbers, p.sin.m += 8; }),
             RowLookup::kIndexed);
   EXPECT_EQ(rows([&](RotateParams& p) { p.rows.positions = numbers, p.rows.M = 1L << 31; }),

@@ -10,19 +10,11 @@ using testing::OnDevice;
 constexpr int64_t kMin = std::numeric_limits<int64_t>::min();
 constexpr int64_t kMax = std::numeric_limits<int64_t>::max();
 
-// What selects rows in `o`, borrowed from it.
-Arguments row_arguments(const RotateOptions& o) {
-  at::OptionalIntArrayRef axes;
-  if (o.axes().has_value()) axes = at::IntArrayRef(*o.axes());
-  return {o.positions(), o.offsets(), o.cu_seqlens(), kNoTensor, o.offset(), "bshd", axes, 0,
-          false,         1,           false,          "fp32",    "half"};
-}
-
 class TokenRowsTest : public OnDevice {
  protected:
   void expect_rows(const RotateOptions& o, int64_t S, at::IntArrayRef sizes,
                    at::ArrayRef<int64_t> expected) const {
-    expect_equal(token_rows(row_arguments(o), S, GetParam()), sizes, expected);
+    expect_equal(token_rows(arguments_of(o), S, GetParam()), sizes, expected);
   }
 
   static void expect_equal(const at::Tensor& got, at::IntArrayRef sizes,
@@ -89,7 +81,7 @@ TEST_P(TokenRowsTest, NegativeSumsAreNotMinusOne) {
 TEST_P(TokenRowsTest, SumsDoNotOverflow) {
   const at::Tensor extremes = integers({kMin, kMax});
   const auto is_row = [&](const RotateOptions& o) {
-    const at::Tensor rows = token_rows(row_arguments(o), 2, GetParam());
+    const at::Tensor rows = token_rows(arguments_of(o), 2, GetParam());
     return (rows >= -1).logical_and(rows < int64_t{1} << 61).any().item<bool>();
   };
   for (const int64_t offset : {kMin, kMax}) {
@@ -105,7 +97,7 @@ TEST_P(TokenRowsTest, EachAxisHasRows) {
                      .positions(integers({4, -1, 2, 0, 9, -1}).view({2, 3}))
                      .offsets(integers({1, 5}))
                      .axes(std::vector<int64_t>{1, 0, 1});
-  const Arguments a = row_arguments(o);
+  const Arguments a = arguments_of(o);
   expect_equal(token_rows(a, 3, GetParam()), {2, 2, 3}, {5, -1, 3, 9, -1, 7, 1, 10, -1, 5, 14, -1});
   expect_equal(token_rows_by_pair(a, 3, GetParam()), {2, 3, 3},
                {1, 5, 1, 10, -1, 10, -1, 3, -1, 5, 9, 5, 14, -1, 14, -1, 7, -1});
@@ -114,10 +106,9 @@ TEST_P(TokenRowsTest, EachAxisHasRows) {
 TEST_P(TokenRowsTest, AxesOfNoPairs) {
   const auto o =
       RotateOptions().positions(integers({4, -1, 2, 0}).view({2, 2})).axes(std::vector<int64_t>());
-  EXPECT_EQ(token_rows_by_pair(row_arguments(o), 2, GetParam()).sizes(),
-            at::IntArrayRef({1, 2, 0}));
+  EXPECT_EQ(token_rows_by_pair(arguments_of(o), 2, GetParam()).sizes(), at::IntArrayRef({1, 2, 0}));
   const RotateOptions none;
-  EXPECT_EQ(token_rows_by_pair(row_arguments(none), 2, GetParam()).sizes(),
+  EXPECT_EQ(token_rows_by_pair(arguments_of(none), 2, GetParam()).sizes(),
             at::IntArrayRef({1, 2, 1}));
 }
 

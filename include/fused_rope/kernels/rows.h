@@ -71,8 +71,8 @@ FUSED_ROPE_HOST_DEVICE SequencePosition find_sequence(const RowParams& rows, int
 }
 
 #if defined(__CUDACC__)
-// The same by all threads of a warp, for one token of fewer than 2^31 sequences: they probe 32
-// places at a time.
+// The same by all threads of a warp, for one token among fewer than 2^31 sequences: they compare 32
+// starts at a time.
 __device__ __forceinline__ SequencePosition find_sequence_in_warp(const RowParams& rows,
                                                                   int64_t t) {
   const auto N = static_cast<int32_t>(rows.N);

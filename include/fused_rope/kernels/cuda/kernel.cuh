@@ -156,8 +156,8 @@ struct ThreadTile {
 #pragma unroll
         for (int i = 0; i < kVectors * kVectorSize / kSize; ++i) {
           const T* from = reinterpret_cast<const T*>(head + h * head_step);
-          const auto vector =
-              load<kSize>(from + offset_of(start[i], stride), params.x_policy, h < heads);
+          const auto vector = load<kSize>(from + offset_of(start[i], stride), params.x_policy,
+                                          static_cast<uint32_t>(h) < heads);
           std::memcpy(&x[h][i * (kSize / kVectorSize)], &vector, sizeof(vector));
         }
       }
@@ -179,7 +179,8 @@ struct ThreadTile {
           Vector<T, kSize> vector;
           std::memcpy(&vector, &x[h][i * (kSize / kVectorSize)], sizeof(vector));
           T* to = reinterpret_cast<T*>(head + h * head_step);
-          store(to + offset_of(start[i], stride), vector, params.x_policy, h < heads);
+          store(to + offset_of(start[i], stride), vector, params.x_policy,
+                static_cast<uint32_t>(h) < heads);
         }
       }
     };
@@ -494,7 +495,7 @@ __global__ void __launch_bounds__(kMaxBlockThreads, Traits::kMinBlocks)
 #pragma unroll
         for (int h = 0; h < Traits::kHeads; ++h) {
           if (h > 0 && params.per_head_table) {
-            if (h >= heads) break;
+            if (static_cast<uint32_t>(h) >= heads) break;
             rows.cos += lookups.cos_head_step;
             rows.sin += lookups.sin_head_step;
             tile.load_rows(params, rows);

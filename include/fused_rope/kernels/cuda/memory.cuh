@@ -137,7 +137,7 @@ __device__ __forceinline__ void share_in_warps(uint32_t n, uint32_t /*lanes*/, c
 }
 #endif
 
-// An int32 or int64 in memory that is on its way to registers: value() waits for it.
+// An int32 or int64 whose load is in flight: value() waits for it.
 struct LoadedIndex {
   int32_t low = 0;
   int32_t high = 0;

@@ -1,0 +1,150 @@
+// The operators as typed functions: how the dispatcher calls ours, and how we call the dispatcher.
+//
+// FUSED_ROPE_OPTIONS, the schemas (schema.cpp) and RotateOptions (ops.h) are the only lists of the
+// options. Everything else that passes, saves or reads options expands this macro.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/SymInt.h>
+
+#include <array>
+#include <optional>
+#include <string_view>
+
+#include "fused_rope/kernels/params.h"
+#include "fused_rope/ops.h"
+#include "ops/enums.h"
+
+namespace fused_rope {
+
+// The options at the end of every schema, in its order: M(type in a kernel's signature, name).
+#define FUSED_ROPE_OPTIONS(M)      \
+  M(std::string_view, layout)      \
+  M(at::OptionalIntArrayRef, axes) \
+  M(int64_t, rotary_offset)        \
+  M(bool, interleaved)             \
+  M(int64_t, blocks)               \
+  M(bool, inverse)                 \
+  M(std::string_view, precision)   \
+  M(std::string_view, table_layout)
+
+using OptionalTensor = std::optional<at::Tensor>;
+using TensorPair = std::tuple<at::Tensor, at::Tensor>;
+
+inline const OptionalTensor kNoTensor = std::nullopt;
+
+// All arguments after the tensors of a call, borrowed from the caller.
+struct Arguments {
+  const OptionalTensor& positions;
+  const OptionalTensor& offsets;
+  const OptionalTensor& cu_seqlens;
+  const OptionalTensor& out_rows;
+  c10::SymInt offset;
+#define FUSED_ROPE_FIELD(type, name) type name;
+  FUSED_ROPE_OPTIONS(FUSED_ROPE_FIELD)
+#undef FUSED_ROPE_FIELD
+};
+
+// The type in a kernel's signature of each type in RotateOptions.
+inline bool borrow(bool option) { return option; }
+inline int64_t borrow(int64_t option) { return option; }
+template <typename Enum>
+  requires std::is_enum_v<Enum>
+std::string_view borrow(Enum option) {
+  return name_of(option);
+}
+inline at::OptionalIntArrayRef borrow(const std::optional<std::vector<int64_t>>& axes) {
+  return axes.has_value() ? at::OptionalIntArrayRef(*axes) : std::nullopt;
+}
+
+// Borrowed from `o`.
+inline Arguments arguments_of(const RotateOptions& o) {
+#define FUSED_ROPE_BORROWED(type, name) , borrow(o.name())
+  return {o.positions(), o.offsets(), o.cu_seqlens(), o.out_rows(),
+          o.offset() FUSED_ROPE_OPTIONS(FUSED_ROPE_BORROWED)};
+#undef FUSED_ROPE_BORROWED
+}
+
+// Whether the host knows which row of a shared table each token reads.
+inline bool are_rows_known(const Arguments& a) {
+  return !a.positions.has_value() && !a.offsets.has_value() && !a.cu_seqlens.has_value();
+}
+
+// The dimensions of `positions` before [S] or [B, S]: one of A with axes.
+inline int leading_dims(const Arguments& a) { return a.axes.has_value() ? 1 : 0; }
+
+// The distance between the elements of a pair. Int is int64_t or SymInt.
+template <typename Int>
+Int pair_distance(const Arguments& a, const Int& P) {
+  return a.interleaved ? Int(1) : P / a.blocks;
+}
+
+// One call of rotate or rotate_qk, or of one of their forms, before any check.
+struct RawCall {
+  const char* op;
+  std::array<const at::Tensor*, kernels::kMaxTensors> inputs;  // the second is null for rotate
+  const at::Tensor& cos;
+  const at::Tensor& sin;
+  const Arguments& arguments;
+
+  int count() const { return inputs[1] == nullptr ? 1 : 2; }
+  const char* name(int i) const { return input_name(count(), i); }
+  const char* out_name(int i) const { return output_name(count(), i); }
+
+  static const char* input_name(int count, int i) { return count == 1 ? "x" : i == 0 ? "q" : "k"; }
+  static const char* output_name(int count, int i) {
+    return count == 1 ? "out" : i == 0 ? "q_out" : "k_out";
+  }
+};
+
+// As many tensors as a call has inputs.
+using Outputs = std::array<const at::Tensor*, kernels::kMaxTensors>;
+
+// Call rotate for one input and rotate_qk for two, or their in-place or out forms, through the
+// dispatcher. The second result is undefined for one input.
+TensorPair call_rotate(const RawCall& call);
+void call_rotate_(const RawCall& call);
+void call_rotate_out(const RawCall& call, const Outputs& outputs);
+
+// An operator as a function f(arguments, tensors...): `kernel` is what the dispatcher calls for f,
+// with the arguments one by one, and operator() calls the dispatcher. OutRows is
+// const OptionalTensor& for schemas with out_rows.
+template <typename Function, typename... OutRows>
+class Operator;
+
+template <typename Result, typename... Tensors, typename... OutRows>
+class Operator<Result (*)(const Arguments&, Tensors...), OutRows...> {
+ public:
+#define FUSED_ROPE_PARAMETER(type, name) , type name
+#define FUSED_ROPE_VALUE(type, name) , name
+#define FUSED_ROPE_MEMBER(type, name) , a.name
+  template <Result (*kFunction)(const Arguments&, Tensors...)>
+  static Result kernel(Tensors... tensors, const OptionalTensor& positions,
+                       const OptionalTensor& offsets, const OptionalTensor& cu_seqlens,
+                       OutRows... out_rows,
+                       c10::SymInt offset FUSED_ROPE_OPTIONS(FUSED_ROPE_PARAMETER)) {
+    return kFunction({positions, offsets, cu_seqlens, std::get<0>(std::tie(out_rows..., kNoTensor)),
+                      std::move(offset) FUSED_ROPE_OPTIONS(FUSED_ROPE_VALUE)},
+                     tensors...);
+  }
+
+  explicit Operator(const char* name)
+      : handle_(c10::Dispatcher::singleton()
+                    .findSchemaOrThrow(name, "")
+                    .typed<decltype(kernel<nullptr>)>()) {}
+
+  Result operator()(const Arguments& a, Tensors... tensors) const {
+    return handle_.call(tensors..., a.positions, a.offsets, a.cu_seqlens,
+                        static_cast<OutRows>(a.out_rows)...,
+                        a.offset FUSED_ROPE_OPTIONS(FUSED_ROPE_MEMBER));
+  }
+#undef FUSED_ROPE_PARAMETER
+#undef FUSED_ROPE_VALUE
+#undef FUSED_ROPE_MEMBER
+
+ private:
+  c10::TypedOperatorHandle<decltype(kernel<nullptr>)> handle_;
+};
+
+}  // namespace fused_rope
