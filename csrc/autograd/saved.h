@@ -18,10 +18,15 @@ struct Saved {
   // elements.
   static void save(torch::autograd::AutogradContext* ctx, const Arguments& a, const at::Tensor& cos,
                    const at::Tensor& sin, at::TensorList inputs) {
-    const auto or_undefined = [](const OptionalTensor& t) { return t.value_or(at::Tensor()); };
-    torch::autograd::variable_list tensors = {cos, sin, or_undefined(a.positions),
-                                              or_undefined(a.offsets), or_undefined(a.cu_seqlens)};
+    torch::autograd::variable_list tensors;
+    tensors.reserve(kInputs + inputs.size());
+    tensors.push_back(cos);
+    tensors.push_back(sin);
+    for (const OptionalTensor* t : {&a.positions, &a.offsets, &a.cu_seqlens}) {
+      tensors.push_back(t->value_or(at::Tensor()));
+    }
     tensors.insert(tensors.end(), inputs.begin(), inputs.end());
+    while (!tensors.back().defined()) tensors.pop_back();  // each is a SavedVariable, even so
     ctx->save_for_backward(std::move(tensors));
     if (a.offset.maybe_as_int() != 0) ctx->saved_data["offset"] = a.offset;
     static const RotateOptions kDefaults;
@@ -33,6 +38,7 @@ struct Saved {
 
   explicit Saved(torch::autograd::AutogradContext* ctx) {
     torch::autograd::variable_list tensors = ctx->get_saved_variables();
+    if (tensors.size() < kInputs) tensors.resize(kInputs);
     const auto optional = [](const at::Tensor& tensor) {
       return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
     };

@@ -2,12 +2,15 @@
 // that includes pybind11. Arguments are parsed by hand: pybind11 takes as long for all of them as
 // an operator does before its launch.
 #include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/core/grad_mode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/macros/Macros.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/object_ptr.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <array>
 #include <string>
 #include <type_traits>
 #include <utility>
@@ -93,7 +96,8 @@ class Reader {
 
  private:
   PyObject* peek(const char* name) const {
-    TORCH_CHECK_TYPE(next_ != end_, op_, ": expected ", name, ", got no such argument");
+    if (next_ == end_) [[unlikely]]
+      refuse_missing(name);
     return *next_;
   }
 
@@ -116,7 +120,13 @@ class Reader {
     return py::detail::cast_op<T>(std::move(caster));
   }
 
-  [[noreturn]] void refuse(const char* name, const char* expected, PyObject* object) const {
+  // Out of line, so that reading is inlined.
+  [[noreturn]] C10_NOINLINE void refuse_missing(const char* name) const {
+    TORCH_CHECK_TYPE(false, op_, ": expected ", name, ", got no such argument");
+  }
+
+  [[noreturn]] C10_NOINLINE void refuse(const char* name, const char* expected,
+                                        PyObject* object) const {
     TORCH_CHECK_TYPE(false, op_, ": expected ", name, " to be ", expected, ", got ",
                      Py_TYPE(object)->tp_name);
   }
@@ -182,7 +192,7 @@ PyObject* wrap(TensorPair&& tensors) {
 
 enum class Form { kNew, kInPlace, kOut };
 
-// What Python calls for one operator: with x, or q and k; cos and sin; the outputs; then
+// What Python calls for one operator: with a tuple of x, or q and k, cos, sin and the outputs; then
 // RowArguments and the tuple of options. Returns NotImplemented, and does nothing else, where
 // torch.func, a TorchFunctionMode or a subclass of Tensor may intercept the call.
 template <int kCount, Form kForm>
@@ -194,21 +204,33 @@ struct Entry {
     if (is_intercepted()) Py_RETURN_NOTIMPLEMENTED;
     Reader reader(method.ml_name, arguments, count);
     Outputs inputs = {}, outputs = {};
-    for (int i = 0; i < kCount; ++i) inputs[i] = &reader.tensor(RawCall::input_name(kCount, i));
-    const at::Tensor& cos = reader.tensor("cos");
-    const at::Tensor& sin = reader.tensor("sin");
+    Reader tensors = reader.tuple("tensors");
+    for (int i = 0; i < kCount; ++i) inputs[i] = &tensors.tensor(RawCall::input_name(kCount, i));
+    const at::Tensor& cos = tensors.tensor("cos");
+    const at::Tensor& sin = tensors.tensor("sin");
     for (int i = 0; kForm == Form::kOut && i < kCount; ++i) {
-      outputs[i] = &reader.tensor(RawCall::output_name(kCount, i));
+      outputs[i] = &tensors.tensor(RawCall::output_name(kCount, i));
     }
     const RowArguments rows(reader);
-    if (reader.has_subclass()) Py_RETURN_NOTIMPLEMENTED;
+    if (tensors.has_subclass() || reader.has_subclass()) Py_RETURN_NOTIMPLEMENTED;
     Reader options = reader.tuple("options");
     return run({method.ml_name, inputs, cos, sin, read_arguments(rows, options)}, outputs);
     END_HANDLE_TH_ERRORS
   }
 
  private:
+  static bool is_recorded(const RawCall& c) {
+    return at::GradMode::is_enabled() &&
+           (c.inputs[0]->requires_grad() || (kCount == 2 && c.inputs[1]->requires_grad()) ||
+            c.cos.requires_grad() || c.sin.requires_grad());
+  }
+
   static PyObject* run(const RawCall& call, [[maybe_unused]] const Outputs& outputs) {
+    // Recording a call adds owners of the tensors. The first one next to Python takes the GIL.
+    std::array<at::Tensor, 4> owners;
+    if (is_recorded(call)) {
+      owners = {*call.inputs[0], *call.inputs[kCount - 1], call.cos, call.sin};
+    }
     if constexpr (kForm == Form::kNew) {
       TensorPair rotated;
       {

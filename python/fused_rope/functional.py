@@ -24,6 +24,7 @@ from torch._C._functorch import TransformType
 from . import _C, _functorch
 
 _ops = torch.ops.fused_rope
+_entries = vars(_C)
 _in_dynamo = torch.compiler.is_dynamo_compiling
 # fused_rope.distributed sets this: it adapts the other arguments of a call to DTensors.
 adapt_to_dtensors: Callable[..., Any] | None = None
@@ -399,7 +400,7 @@ def call(
     if out_rows is not None and not name.endswith("_out"):
         raise ValueError(f"{name}: expected out with out_rows, got out=None: pass both")
     if not _in_dynamo():
-        done = getattr(_C, name)(*tensors, positions, offset, cu_seqlens, out_rows, options)
+        done = _entries[name](tensors, positions, offset, cu_seqlens, out_rows, options)
         if done is not NotImplemented:
             return done
         transform = torch._C._functorch.peek_interpreter_stack()
