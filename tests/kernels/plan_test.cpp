@@ -24,7 +24,8 @@ constexpr DeviceFacts kLargeCache = {INT64_MAX / 2, 132};
 struct VectorCase {
   const char* name;
   void (*change)(RotateParams&);
-  int vector;  // of bfloat16
+  int vector;   // of bfloat16
+  bool staged;  // in shared memory
 };
 
 void PrintTo(const VectorCase& c, std::ostream* out) { *out << c.name; }
@@ -36,93 +37,140 @@ TEST_P(VectorWidth, FollowsAlignmentAndStrides) {
   GetParam().change(p);
   const Plan plan = make_plan(p, kLargeCache);
   EXPECT_EQ(plan.vector, GetParam().vector);
-  EXPECT_EQ(plan.vector * plan.heads, 8) << "a thread moves as many bytes of more heads";
+  EXPECT_EQ(plan.staged, GetParam().staged);
 }
 
 TEST(VectorWidth, IsLimitedByAnOverride) {
   const RotateParams p = call(2, 3, 4, 64, 32);
   for (const auto& [bytes, vector] :
-       {std::pair{0, 1}, {2, 1}, {4, 2}, {7, 2}, {8, 4}, {15, 4}, {16, 8}, {99, 8}})
+       {std::pair{0, 1}, {2, 1}, {4, 2}, {7, 2}, {8, 2}, {15, 2}, {16, 8}, {99, 8}})
     EXPECT_EQ(make_plan(p, kLargeCache, {.vector = bytes}).vector, vector) << bytes;
 }
 
-TEST(CopiedElements, MoveTwoVectorsAtOnceWhereTheirPlaceAllows) {
-  const auto copies_wide = [](int64_t D, int64_t R, int64_t offset) {
-    RotateParams p = call(2, 3, 4, D, R);
-    p.pairing.offset = offset;
-    return make_plan(p, kLargeCache).copies_wide;
+TEST(StagedPlan, LooksUpRowsWhereChunksDoNotStartOrEndAtVectors) {
+  const auto lookup = [](int64_t H, int64_t D, auto change) {
+    RotateParams p = call(2, 3, H, D, D);
+    change(p);
+    const Plan plan = make_plan(p, kLargeCache);
+    EXPECT_TRUE(plan.staged);
+    return plan.lookup;
   };
-  EXPECT_FALSE(copies_wide(128, 64, 0)) << "vectors of 16 bytes are the widest";
-  EXPECT_TRUE(copies_wide(96, 24, 0)) << "8 bytes rotate, 16 are copied";
-  EXPECT_TRUE(copies_wide(80, 20, 0)) << "4 and 8";
-  EXPECT_FALSE(copies_wide(96, 24, 4)) << "copied elements start after 8 and 56 bytes";
+  const auto unchanged = [](RotateParams&) {};
+  EXPECT_EQ(lookup(4, 72, unchanged), RowLookup::kLinear);
+  EXPECT_EQ(lookup(4, 100, unchanged), RowLookup::kLinear) << "four heads are a chunk";
+  EXPECT_EQ(lookup(3, 100, unchanged), RowLookup::kAxes);
+  EXPECT_EQ(lookup(4, 72, [](RotateParams& p) { p.tensors[0].in = memory + 2; }), RowLookup::kAxes);
+  EXPECT_EQ(lookup(4, 72, [](RotateParams& p) { p.rows.positions = {memory, true}; }),
+            RowLookup::kAxes);
+  EXPECT_EQ(lookup(4, 72, [](RotateParams& p) { p.sin.m += 4; }), RowLookup::kAxes);
+}
+
+TEST(StagedPlan, FillsBlocksWithChunksOfContiguousHeads) {
+  const auto plan = [](int64_t S, int64_t H, int64_t D, auto change) {
+    RotateParams p = call(2, S, H, D, D);
+    change(p);
+    return make_plan(p, kLargeCache);
+  };
+  const auto unchanged = [](RotateParams&) {};
+  EXPECT_EQ(plan(3, 4, 72, unchanged).chunk_heads, 4);
+  EXPECT_EQ(plan(3, 6, 72, unchanged).chunk_heads, 2);
+  EXPECT_EQ(plan(3, 16, 72, unchanged).block_units, 7) << "of 576 bytes, in 256 vectors";
+  EXPECT_EQ(plan(3, 16, 72, unchanged).block_vectors, 254);
+  EXPECT_EQ(plan(3, 4, 4, unchanged).block_units, kMaxChunks);
+  EXPECT_EQ(plan(3, 16, 900, unchanged).block_units, 1) << "more than 256 vectors";
+  EXPECT_EQ(plan(3, 16, 72, [](RotateParams& p) { p.per_head = true; }).chunk_heads, 1);
+  const auto positions = [](RotateParams& p) { p.rows.positions = {memory, true}; };
+  EXPECT_EQ(plan(3, 16, 72, positions).block_units, 7);
+  EXPECT_EQ(plan(1 << 20, 16, 72, positions).block_units, 14) << "more blocks follow";
+}
+
+TEST(StagedPlan, NeedsContiguousHeadsInRunsThatOccupyABlock) {
+  const auto staged = [](int64_t H, int64_t D, auto change) {
+    RotateParams p = call(2, 3, H, D, D);
+    change(p);
+    return make_plan(p, kLargeCache).staged;
+  };
+  const auto apart = [](RotateParams& p) {
+    p.tensors[0].in_strides.s += 4;
+    p.tensors[0].in_strides.b += 12;
+  };
+  EXPECT_TRUE(staged(8, 72, apart));
+  EXPECT_FALSE(staged(4, 72, apart)) << "576 bytes";
+  EXPECT_FALSE(staged(8, 72, [](RotateParams& p) { p.tensors[0].in_strides.d = 2; }));
+  EXPECT_FALSE(staged(8, 72, [](RotateParams& p) {
+    p.in_place = true;
+    p.pairing.P = p.pairing.distance = 18;
+  })) << "half of each head";
+  EXPECT_TRUE(staged(1, 19000, [](RotateParams& p) { p.dtype = DType::kBFloat16; }));
+  EXPECT_FALSE(staged(1, 20004, [](RotateParams& p) { p.dtype = DType::kBFloat16; }))
+      << "more than shared memory";
 }
 
 const VectorCase kVectorCases[] = {
-    {"Contiguous", [](RotateParams&) {}, 8},
-    {"MisalignedInput", [](RotateParams& p) { p.tensors[0].in = memory + 2; }, 1},
-    {"HalfAlignedInput", [](RotateParams& p) { p.tensors[0].in = memory + 8; }, 4},
-    {"MisalignedOutput", [](RotateParams& p) { p.tensors[0].out = memory + 4; }, 2},
-    {"OddInputRowStride", [](RotateParams& p) { p.tensors[0].in_strides.s += 1; }, 1},
-    {"OddOutputHeadStride", [](RotateParams& p) { p.tensors[0].out_strides.h += 4; }, 4},
-    {"WideInputRowStride", [](RotateParams& p) { p.tensors[0].in_strides.s += 8; }, 8},
-    {"OddBatchStride", [](RotateParams& p) { p.tensors[0].in_strides.b += 1; }, 1},
+    {"Contiguous", [](RotateParams&) {}, 8, false},
+    {"MisalignedInput", [](RotateParams& p) { p.tensors[0].in = memory + 2; }, 1, true},
+    {"HalfAlignedInput", [](RotateParams& p) { p.tensors[0].in = memory + 8; }, 2, true},
+    {"MisalignedOutput", [](RotateParams& p) { p.tensors[0].out = memory + 4; }, 2, true},
+    {"OddInputRowStride", [](RotateParams& p) { p.tensors[0].in_strides.s += 1; }, 1, false},
+    {"OddOutputHeadStride", [](RotateParams& p) { p.tensors[0].out_strides.h += 4; }, 1, false},
+    {"WideInputRowStride", [](RotateParams& p) { p.tensors[0].in_strides.s += 8; }, 8, false},
+    {"OddBatchStride", [](RotateParams& p) { p.tensors[0].in_strides.b += 1; }, 1, true},
     {"OddBatchStrideOfOneBatch",
      [](RotateParams& p) {
        p.B = 1;
        p.tensors[0].in_strides.b = p.tensors[0].out_strides.b = 13;
      },
-     8},
+     8, false},
     {"OddTokenStrideOfOneToken",
      [](RotateParams& p) {
        p.S = 1;
        p.tensors[0].in_strides.s = p.tensors[0].out_strides.s = 13;
      },
-     8},
+     8, false},
     {"OddHeadStrideOfOneHead",
      [](RotateParams& p) {
        p.tensors[0].H = 1;
        p.tensors[0].in_strides.h = p.tensors[0].out_strides.h = 13;
      },
-     8},
-    {"ExpandedInput", [](RotateParams& p) { p.tensors[0].in_strides.h = 0; }, 8},
-    {"StridedElements", [](RotateParams& p) { p.tensors[0].in_strides.d = 2; }, 1},
-    {"StridedOutputElements", [](RotateParams& p) { p.tensors[0].out_strides.d = 64; }, 1},
-    {"OddOffset", [](RotateParams& p) { p.pairing.offset = 4; }, 4},
-    {"AlignedOffset", [](RotateParams& p) { p.pairing.offset = 32; }, 8},
-    {"ShortHalf", [](RotateParams& p) { p.pairing.P = p.pairing.distance = 12; }, 4},
-    {"Blocks", [](RotateParams& p) { p.pairing.distance = 8; }, 8},
-    {"ShortBlocks", [](RotateParams& p) { p.pairing.distance = 4; }, 4},
-    {"Interleaved", [](RotateParams& p) { p.pairing.distance = 1; }, 8},
-    {"InterleavedShort", [](RotateParams& p) { p.pairing = {12, 0, 1}; }, 8},
-    {"InterleavedOddSpan", [](RotateParams& p) { p.pairing = {6, 0, 1}; }, 4},
-    {"OddHead", [](RotateParams& p) { p.D = 60; }, 4},
+     8, false},
+    {"ExpandedInput", [](RotateParams& p) { p.tensors[0].in_strides.h = 0; }, 8, false},
+    {"StridedElements", [](RotateParams& p) { p.tensors[0].in_strides.d = 2; }, 1, false},
+    {"StridedOutputElements", [](RotateParams& p) { p.tensors[0].out_strides.d = 64; }, 1, false},
+    {"OddOffset", [](RotateParams& p) { p.pairing.offset = 4; }, 2, true},
+    {"AlignedOffset", [](RotateParams& p) { p.pairing.offset = 32; }, 8, false},
+    {"ShortHalf", [](RotateParams& p) { p.pairing.P = p.pairing.distance = 12; }, 2, true},
+    {"Blocks", [](RotateParams& p) { p.pairing.distance = 8; }, 8, false},
+    {"ShortBlocks", [](RotateParams& p) { p.pairing.distance = 4; }, 2, true},
+    {"Interleaved", [](RotateParams& p) { p.pairing.distance = 1; }, 8, false},
+    {"InterleavedShort", [](RotateParams& p) { p.pairing = {12, 0, 1}; }, 8, false},
+    {"InterleavedOddSpan", [](RotateParams& p) { p.pairing = {6, 0, 1}; }, 4, true},
+    {"OddHead", [](RotateParams& p) { p.D = 60; }, 1, false},
     {"OddHeadInPlace",
      [](RotateParams& p) {
        p.D = 60;
        p.in_place = true;
      },
-     8},
+     8, false},
     {"ScatteredOutput",
      [](RotateParams& p) {
        p.tensors[0].scattered = true;
        p.tensors[0].out_strides = {0, 256, 64, 1};
      },
-     8},
+     8, false},
     {"ScatteredOutputOfOneTokenWithOddRows",
      [](RotateParams& p) {
        p.S = 1;
        p.tensors[0].scattered = true;
        p.tensors[0].out_strides = {0, 257, 64, 1};
      },
-     1},
+     1, false},
     {"MisalignedKey",
      [](RotateParams& p) {
        p.count = 2;
        p.tensors[1] = p.tensors[0];
        p.tensors[1].in = memory + 2;
      },
-     1},
+     1, true},
     {"MisalignedKeyWithoutHeads",
      [](RotateParams& p) {
        p.count = 2;
@@ -130,7 +178,7 @@ const VectorCase kVectorCases[] = {
        p.tensors[1].in = memory + 2;
        p.tensors[1].H = 0;
      },
-     8},
+     8, false},
 };
 
 INSTANTIATE_TEST_SUITE_P(Memory, VectorWidth, ::testing::ValuesIn(kVectorCases),
@@ -148,12 +196,11 @@ TEST(VectorWidthOfType, IsSixteenBytes) {
 }
 
 TEST(TableVector, IsAsWideAsAlignmentAndStridesAllow) {
-  const auto plan = [](auto change) {
+  const auto bytes = [](auto change) {
     RotateParams p = call(2, 3, 4, 64, 32);
     change(p);
-    return make_plan(p, kLargeCache);
+    return std::min(table_vector(p.cos, p.table_dtype), table_vector(p.sin, p.table_dtype));
   };
-  const auto bytes = [&](auto change) { return plan(change).table_vector; };
   EXPECT_EQ(bytes([](RotateParams&) {}), 16);
   EXPECT_EQ(bytes([](RotateParams& p) { p.cos.m = 2 * p.cos.m; }), 16) << "half of a joint table";
   EXPECT_EQ(bytes([](RotateParams& p) { p.cos = {memory, 0, 0, 16, 0, 1}; }), 16) << "per token";
@@ -162,8 +209,9 @@ TEST(TableVector, IsAsWideAsAlignmentAndStridesAllow) {
   EXPECT_EQ(bytes([](RotateParams& p) { p.sin.m += 1; }), 4);
   EXPECT_EQ(bytes([](RotateParams& p) { p.sin.j = 2; }), 4) << "of a complex table";
   EXPECT_EQ(bytes([](RotateParams& p) { p.cos = {memory, 0, 0, 16, 2, 1}; }), 8) << "per head";
-  EXPECT_EQ(plan([](RotateParams& p) { p.sin.j = 2; }).vector, 4)
-      << "vectors of 16 bytes need table vectors as wide";
+  RotateParams p = call(2, 3, 4, 64, 32);
+  p.sin.j = 2;
+  EXPECT_TRUE(make_plan(p, kLargeCache).staged) << "vectors of 16 bytes need entries as wide";
 }
 
 TEST(Arrangement, IsAdjacentForInterleavedVectors) {
@@ -203,14 +251,17 @@ TEST(RowLookupOfPlan, IsIndexedWhenDeviceMemorySelectsRows) {
             RowLookup::kIndexed);
   EXPECT_EQ(
       rows([&](RotateParams& p) { p.rows.positions = numbers, p.tensors[0].in = memory + 2; }),
-      RowLookup::kIndexed)
-      << "short vectors";
+      RowLookup::kAxes)
+      << "staged";
   EXPECT_EQ(rows([&](RotateParams& p) { p.rows.offsets = numbers; }), RowLookup::kIndexed);
   const auto packed = [&](int64_t N) {
     return rows([&](RotateParams& p) { p.rows.cu_seqlens = numbers, p.rows.N = N; });
   };
-  EXPECT_EQ(packed(kFewSequences), RowLookup::kIndexed);
-  EXPECT_EQ(packed(kFewSequences + 1), RowLookup::kPacked);
+  EXPECT_EQ(packed(1), RowLookup::kPacked);
+  EXPECT_EQ(packed(INT32_MAX), RowLookup::kIndexed) << "a warp searches with 32 bits";
+  EXPECT_EQ(rows([&](RotateParams& p) { p.rows.positions = numbers, p.rows.M = 0; }),
+            RowLookup::kIndexed)
+      << "no row is the nearest one";
   EXPECT_EQ(rows([&](RotateParams& p) { p.rows.out_rows = numbers; }), RowLookup::kIndexed);
 }
 
@@ -230,7 +281,7 @@ TEST(RowLookupOfPlan, TellsWhetherThePairsOfAThreadHaveOneAxis) {
   EXPECT_EQ(rows(32, 32), RowLookup::kSections) << "one axis";
   EXPECT_EQ(rows(1, 12), RowLookup::kSections) << "four whole pairs in a vector";
   EXPECT_EQ(rows(1, 10), RowLookup::kAxes);
-  EXPECT_EQ(rows(32, 8, 1), RowLookup::kAxes) << "short vectors";
+  EXPECT_EQ(rows(32, 8, 1), RowLookup::kAxes) << "staged";
 }
 
 TEST(Plan, GivesAThreadTwoVectorsOfWholePairsOnlyToShareALookup) {
@@ -248,8 +299,6 @@ TEST(Plan, GivesAThreadTwoVectorsOfWholePairsOnlyToShareALookup) {
   EXPECT_EQ(threads(1, false), 8);
   EXPECT_EQ(threads(1, true), 4);
   EXPECT_EQ(threads(1, true, axes), 8) << "one axis";
-  axes[1] = 1;
-  EXPECT_EQ(threads(1, true, axes), 4);
 }
 
 struct TableCase {
@@ -389,7 +438,6 @@ TEST_P(VectorBytes, AreFewInShortChunks) {
   for (const DeviceFacts& device : {kSmallCache, kLargeCache}) {
     const Plan plan = make_plan(p, device);
     EXPECT_EQ(plan.vector * size_of(p.dtype), GetParam().bytes);
-    EXPECT_EQ(plan.heads, GetParam().name == std::string("SingleEntries") ? 2 : 1);
   }
 }
 
@@ -433,7 +481,7 @@ const VectorBytesCase kVectorBytesCases[] = {
     {"PerHead", [](RotateParams& p) { p.per_head = true; }, 16},
     {"ShortEntries", [](RotateParams& p) { p.table_dtype = DType::kBFloat16; }, 16},
     {"Streams", [](RotateParams& p) { p.S = 1 << 16, p.tensors[0].H = 1; }, 16},
-    {"SingleEntries", [](RotateParams& p) { p.cos.j = p.sin.j = 2; }, 8},
+    {"SingleEntries", [](RotateParams& p) { p.cos.j = p.sin.j = 2; }, 4},
     {"Chunks", in_chunks, 4},
     {"ChunksAtOnce", [](RotateParams& p) { in_chunks(p), p.S -= 4; }, 16},
     {"ChunksAtTheEnd", [](RotateParams& p) { in_chunks(p), p.pairing.offset = 96; }, 4},
@@ -487,7 +535,7 @@ TEST(RowLookupOfPlan, IsPerHeadForVectorsOfPerHeadTables) {
   p.cos.j = 2;
   EXPECT_EQ(make_plan(p, kLargeCache).lookup, RowLookup::kLinear) << "one entry at a time";
   p.rows.out_rows = {memory, true};
-  EXPECT_EQ(make_plan(p, kLargeCache).lookup, RowLookup::kIndexed);
+  EXPECT_EQ(make_plan(p, kLargeCache).lookup, RowLookup::kAxes);
 }
 
 TEST(Plan, HasFullHeadsWhenAllElementsRotateInOneBlock) {

@@ -9,6 +9,7 @@
 #include <numeric>
 
 #include "fused_rope/kernels/rows.h"
+#include "fused_rope/kernels/tiling.h"
 
 namespace fused_rope::kernels {
 
@@ -26,35 +27,38 @@ enum class RowLookup {
                // and k alternate, so that the second of them finds the rows in cache
   kPositions,  // a position for each token selects a row, and is loaded before x
   kIndexed,    // any indices in device memory select rows of the table or of the output
-  kPacked,     // the same in a packed batch of many sequences: a block looks up the rows of its
-               // tokens once, in shared memory
+  kPacked,     // the same in a packed batch, whose sequences a warp searches together
   kSections,   // the same with several axes of positions, one of which serves all pairs of a thread
-  kAxes,       // the same for any order of axes: the block combines rows, too
+  kAxes,       // any of these, or any order of axes: the staged kernel looks up the rows of a block
 };
 
+// Whether the staged kernel has it.
+constexpr bool is_staged(RowLookup lookup) {
+  return lookup == RowLookup::kLinear || lookup == RowLookup::kAxes;
+}
 FUSED_ROPE_HOST_DEVICE constexpr bool is_linear(RowLookup lookup) {
   return lookup == RowLookup::kLinear || lookup == RowLookup::kPerHead;
 }
-// The others are general, so that these need fewer instances.
-constexpr bool has_short_vectors(RowLookup lookup) {
+// Whether elements without a stride of 1 have an instance: one pair per thread. The others are
+// general, so that these need fewer instances.
+constexpr bool has_single_pairs(RowLookup lookup) {
   return lookup == RowLookup::kLinear || lookup == RowLookup::kIndexed ||
-         lookup == RowLookup::kAxes;
+         lookup == RowLookup::kSections;
 }
 // Whether full heads have instances of their own. They gain 7 % with kSections, 0.6 % with
 // kPerHead.
-constexpr bool has_full_heads(RowLookup lookup) {
-  return lookup != RowLookup::kAxes && lookup != RowLookup::kPerHead;
-}
-FUSED_ROPE_HOST_DEVICE constexpr bool has_axes(RowLookup lookup) {
+constexpr bool has_full_heads(RowLookup lookup) { return lookup != RowLookup::kPerHead; }
+constexpr bool has_axes(RowLookup lookup) {
   return lookup == RowLookup::kSections || lookup == RowLookup::kAxes;
 }
 
 // Vectors of each head that a thread moves. kPair needs two. With kAdjacent one vector spreads the
 // bytes in flight more evenly; two share the cost of a look-up. Two vectors of kSections would
-// rarely have one axis. Threads with several heads have short vectors.
-constexpr int vectors_of_thread(Arrangement arrangement, RowLookup lookup, int heads) {
-  const bool shares_row = !is_linear(lookup) && lookup != RowLookup::kSections;
-  return arrangement == Arrangement::kPair || shares_row || heads > 1 ? 2 : 1;
+// rarely have one axis.
+constexpr int vectors_of_thread(Arrangement arrangement, RowLookup lookup) {
+  const bool shares_row = lookup == RowLookup::kPositions || lookup == RowLookup::kIndexed ||
+                          lookup == RowLookup::kPacked;
+  return arrangement == Arrangement::kPair || shares_row ? 2 : 1;
 }
 
 struct DeviceFacts {
@@ -75,16 +79,17 @@ struct PlanOverrides {
 struct Plan {
   Arrangement arrangement;
   RowLookup lookup;
+  bool staged;           // blocks stage x in shared memory
   bool keeps_tables;     // table vectors get the L2 policy evict_last
   bool streams;          // vectors of x get the L2 policy evict_first
-  int vector;            // elements that a rotating thread moves at once: 16, 8, 4 or 2 bytes
-  int heads;             // of a thread: as many as move 16 bytes in place of each vector
-  bool copies_wide;      // copying threads move two vectors at once
-  int table_vector;      // bytes of cos and sin that are read at once
-  int rotating_threads;  // threads of one head that rotate
-  int head_threads;      // threads of one head: those that rotate, then those that copy
+  int vector;            // elements that a rotating thread moves at once
+  int rotating_threads;  // threads of one head that rotate; staged: threads of one chunk
+  int head_threads;      // threads of one head: those that rotate, then those that copy; staged: 1
+  int chunk_heads;       // staged: heads of a chunk, otherwise 1
+  int block_vectors;     // staged: vectors of 16 bytes that a block touches, at most
   bool full_head;        // every thread rotates, one head, and pairs form a single block
   int block_threads;
+  int block_units;     // what a block processes: as many threads' vectors, staged: as many chunks
   int launch_threads;  // at most
 };
 
@@ -92,22 +97,33 @@ constexpr int kVectorBytes = 16;     // the widest access of a thread
 constexpr int kShortChunk = 64;      // bytes: half a cache line
 constexpr int kShortChunkBytes = 8;  // of all vectors of a thread that moves short chunks
 constexpr int kWarp = 32;
-constexpr int kFewSequences = 64;  // each thread searches so many itself, in less time than a block
 constexpr int kSmallBlockThreads = 128;     // of a block, unless all blocks are resident at once
 constexpr int kMaxBlockThreads = 256;       // the kernel's launch bound
 constexpr int kResidentThreads = 1536;      // of a multiprocessor: six blocks of kMaxBlockThreads
 constexpr int kKeptShare = 4;               // tables of up to 1/4 of the L2 cache are kept in it
 constexpr int kHeavyShare = 10;             // tables of more than 1/10 of a large x make x stream
 constexpr int kMaxLaunchThreads = 1 << 30;  // FastDivmod needs thread indices below 2^31
+constexpr int kStagedThreads = 128;
+constexpr int kStagedLoads =
+    2;  // vectors in flight in a staged thread without look-ups; 3 are slower
+constexpr int kStagedCopies = 4;         // and with look-ups, which take longer; 2 and 3 are slower
+constexpr int kMinStagedBlocks = 16;     // of a multiprocessor: 32 registers
+constexpr int kStagedPairs = 2;          // of a head that a staged thread rotates, at most
+constexpr int kMaxChunkHeads = 4;        // share the entries of a staged thread
+constexpr int kSharedBytes = 48 * 1024;  // of a block, without an opt-in
+constexpr int kMinRunBytes = 1024;       // of a staged block, to occupy its threads
+constexpr int kMaxChunks = 64;           // of a staged block, to limit its rows
+constexpr int kRowBytes = 16;            // of pointers to rows of cos and sin
 
 constexpr int64_t ceil_divide(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
 // The largest power of two that divides n, or 16 for 0.
 constexpr int64_t alignment(int64_t n) { return n == 0 ? kVectorBytes : n & -n; }
 
-// The most elements, up to 16 bytes of them, that a thread can move at once in every head of every
-// tensor where vectors start at multiples of all `spans`.
-inline int64_t common_vector(const RotateParams& p, std::initializer_list<int64_t> spans) {
+// The most elements, up to 16 bytes of them, that a thread can move at once in every group of
+// `heads` heads of every tensor, where vectors start at multiples of all `spans`.
+inline int64_t common_vector(const RotateParams& p, std::initializer_list<int64_t> spans,
+                             int64_t heads = 1) {
   const int size = size_of(p.dtype);
   int64_t bytes = kVectorBytes;
   const auto limit = [&](int64_t n) { bytes = std::min(bytes, alignment(n)); };
@@ -115,7 +131,7 @@ inline int64_t common_vector(const RotateParams& p, std::initializer_list<int64_
     limit(static_cast<int64_t>(reinterpret_cast<uintptr_t>(data)));
     if (p.B > 1) limit(strides.b * size);
     if (S > 1) limit(strides.s * size);
-    if (H > 1) limit(strides.h * size);
+    if (H > heads) limit(strides.h * heads * size);
     if (strides.d != 1) bytes = size;
   };
   for (const int64_t span : spans) limit(span * size);
@@ -134,11 +150,6 @@ inline int rotated_vector(const RotateParams& p) {
   const bool interleaved = p.pairing.distance == 1;
   const int64_t span = interleaved ? 2 * p.pairing.P : p.pairing.distance;
   return static_cast<int>(common_vector(p, {p.pairing.offset, span, p.in_place ? 0 : p.D}));
-}
-
-// The widest vectors of the elements before and after the rotated ones.
-inline int copied_vector(const RotateParams& p) {
-  return static_cast<int>(common_vector(p, {p.pairing.offset, p.pairing.end(), p.D}));
 }
 
 // The most bytes of a table that can be read at once: 16, 8 or 4, or one entry.
@@ -238,29 +249,75 @@ inline bool are_resident(const RotateParams& p, const DeviceFacts& device) {
   return threads_per_multiprocessor(p, device, thread_elements) <= kResidentThreads;
 }
 
+inline bool has_linear_rows(const RotateParams& p) {
+  return !has_lookups(p.rows) && have_same_strides(p.cos, p.sin);
+}
+
 // Whether positions alone select rows, and rows and their stride fit 32 bits.
 inline bool has_only_positions(const RotateParams& p) {
   return (row_flags(p.rows) & ~kLongPositions) == kHasPositions &&
-         have_same_strides(p.cos, p.sin) && p.rows.M <= INT32_MAX &&
-         std::abs(p.cos.m) <= INT32_MAX / size_of(p.table_dtype);
+         have_same_strides(p.cos, p.sin) && p.rows.M > 0 && p.rows.M <= INT32_MAX && p.cos.m >= 0 &&
+         p.cos.m <= INT32_MAX / size_of(p.table_dtype);
 }
 
-// widest: vectors of x, and of tables, have 16 bytes.
-inline RowLookup choose_lookup(const RotateParams& p, const DeviceFacts& device,
-                               Arrangement arrangement, bool widest) {
-  const bool packed = p.rows.cu_seqlens.data != nullptr;
-  if (p.axes != nullptr) {
-    const int vector = kVectorBytes / size_of(p.dtype);
-    const int pairs = arrangement == Arrangement::kAdjacent ? vector / 2 : vector;
-    return widest && has_sections_of(p, pairs) ? RowLookup::kSections : RowLookup::kAxes;
+// The heads of a chunk: several only where they follow one another in memory and share a row.
+inline int64_t chunk_heads(const RotateParams& p) {
+  int64_t heads = p.per_head ? 1 : kMaxChunkHeads;
+  for (int i = 0; i < p.count; ++i) {
+    const TensorParams& t = p.tensors[i];
+    if (t.H == 0) continue;
+    const bool contiguous = t.in_strides.h == p.D && t.out_strides.h == p.D;
+    heads = contiguous ? std::gcd(heads, t.H) : 1;
   }
-  if (packed && widest && p.rows.N > kFewSequences && p.rows.N < INT32_MAX)
+  return heads;
+}
+
+inline int64_t chunk_bytes(const RotateParams& p, int64_t heads) {
+  return heads * p.D * size_of(p.dtype);
+}
+
+// Chunks of a tile that follow one another in the memory of input and output.
+inline int64_t run_of(const OperandStrides& strides, const Tile& tile, int64_t chunk_bytes) {
+  int64_t run = 1;
+  for (int i = 0; i < 3; ++i) {
+    const Axis axis = tile.order[i];
+    const int64_t next = run * chunk_bytes;
+    if (tile.size[axis] == 1) continue;
+    if (strides[kIn][axis] != next || strides[kOut][axis] != next) break;
+    run *= tile.size[axis];
+  }
+  return run;
+}
+
+// Whether heads are contiguous, enough of them follow one another, and a block's fit in shared
+// memory.
+inline bool can_stage(const RotateParams& p) {
+  if (moved_elements_of_head(p) != p.D) return false;
+  const int64_t heads = chunk_heads(p);
+  const int64_t bytes = chunk_bytes(p, heads);
+  const int64_t rows = kMaxChunks * kMaxAxes * kRowBytes + kMaxAxisPairs;
+  if (bytes + 2 * kVectorBytes + rows > kSharedBytes) return false;
+  for (int i = 0; i < p.count; ++i) {
+    const TensorParams& t = p.tensors[i];
+    if (t.H == 0) continue;
+    if (t.in_strides.d != 1 || t.out_strides.d != 1) return false;
+    const Tile whole = whole_tile(p, t, heads);
+    const int64_t run = run_of(operand_strides(p, t, false, heads), whole, bytes);
+    if (run < whole.heads() && run * bytes < kMinRunBytes) return false;
+  }
+  return true;
+}
+
+// The lookup of threads that move vectors themselves; single: one pair each.
+inline RowLookup choose_lookup(const RotateParams& p, const DeviceFacts& device, bool single) {
+  if (p.axes != nullptr) return RowLookup::kSections;
+  if (p.rows.cu_seqlens.data != nullptr && p.rows.N < INT32_MAX && !single)
     return RowLookup::kPacked;
   // An early position brings decode of 256 sequences from 1.16 to 1.10 times that without
   // positions; where later threads hide the look-up, x had better come first.
-  if (widest && has_only_positions(p) && are_resident(p, device)) return RowLookup::kPositions;
-  if (has_lookups(p.rows) || !have_same_strides(p.cos, p.sin)) return RowLookup::kIndexed;
-  return p.per_head && widest ? RowLookup::kPerHead : RowLookup::kLinear;
+  if (has_only_positions(p) && are_resident(p, device) && !single) return RowLookup::kPositions;
+  if (!has_linear_rows(p)) return RowLookup::kIndexed;
+  return p.per_head && !single ? RowLookup::kPerHead : RowLookup::kLinear;
 }
 
 // Every layer reads the tables again: keep them in L2 where they are a small part of it.
@@ -275,13 +332,15 @@ inline bool should_stream(const RotateParams& p, const DeviceFacts& device) {
   return table_bytes(p) * kHeavyShare > x_bytes && x_bytes > static_cast<double>(device.l2_bytes);
 }
 
-// Whether a call moves short contiguous chunks whose stride is at least twice their size. Only
-// looks at the first tensor that has heads.
-inline bool moves_short_chunks(const RotateParams& p) {
+// Whether a call moves short contiguous chunks whose stride is at least twice their size, more of
+// them than are resident at once. They are faster with fewer bytes in flight: 13 to 16 % in place
+// with R = D/4. Only looks at the first tensor that has heads.
+inline bool moves_short_chunks(const RotateParams& p, const DeviceFacts& device) {
   const TensorParams& t = p.tensors[0].H > 0 ? p.tensors[0] : p.tensors[1];
   const int64_t chunk = 2 * p.pairing.P;
-  return p.in_place && chunk * size_of(p.dtype) <= kShortChunk &&
-         in_strides_of(t)[memory_order(p, t)[0]] >= 2 * chunk;
+  return p.in_place && size_of(p.dtype) == 2 && chunk * size_of(p.dtype) <= kShortChunk &&
+         in_strides_of(t)[memory_order(p, t)[0]] >= 2 * chunk && has_linear_rows(p) &&
+         !p.per_head && !are_resident(p, device);
 }
 
 // Small blocks keep a multiprocessor busy when one ends and the next begins. Where all blocks are
@@ -297,61 +356,109 @@ inline int choose_block_threads(const RotateParams& p, const DeviceFacts& device
   return static_cast<int>(std::max(whole, threads / whole * whole));
 }
 
-inline Plan make_plan(const RotateParams& p, const DeviceFacts& device,
-                      const PlanOverrides& overrides = {}) {
-  const auto choose = [](int override, auto choice) {
-    return override >= 0 ? static_cast<decltype(choice)>(override) : choice;
-  };
-  const int size = size_of(p.dtype);
-  const int widest = kVectorBytes / size;
-  const int limit = std::max(choose(overrides.vector, kVectorBytes) / size, 1);
-  const auto entries = static_cast<int>(
-      std::min(table_vector(p.cos, p.table_dtype), table_vector(p.sin, p.table_dtype)));
-  // Whether the table entries of as many elements can be read in vectors.
-  const auto fits_table = [&](int elements) {
-    const int pairs = p.pairing.distance == 1 && elements > 1 ? elements / 2 : elements;
-    return entries >= std::min(pairs * size_of(p.table_dtype), kVectorBytes);
-  };
-  int vector =
-      static_cast<int>(std::bit_floor(static_cast<unsigned>(std::min(rotated_vector(p), limit))));
-  if (vector == widest && !fits_table(widest)) vector /= 2;
-  const bool adjacent = p.pairing.distance == 1 && vector > 1;
+template <typename T>
+T choose(int override, T choice) {
+  return override >= 0 ? static_cast<T>(override) : choice;
+}
+
+// The plan of a call whose threads move vectors of `vector` elements themselves, or single pairs.
+inline Plan plan_direct(const RotateParams& p, const DeviceFacts& device,
+                        const PlanOverrides& overrides, int vector) {
+  const bool single = vector == 1;
+  const bool adjacent = p.pairing.distance == 1 && !single;
   const Arrangement arrangement = adjacent ? Arrangement::kAdjacent : Arrangement::kPair;
-  const RowLookup lookup = choose_lookup(p, device, arrangement, vector == widest);
-
-  const bool full_heads = rotates_full_heads(p) && has_full_heads(lookup) && overrides.full != 0;
-  // Short chunks are faster with fewer bytes in flight: 13 to 16 % in place with R = D/4.
-  const int shortest = kShortChunkBytes / size / vectors_of_thread(arrangement, lookup, 1);
-  const bool in_chunks = lookup == RowLookup::kLinear && size == 2 && vector >= shortest &&
-                         full_heads && fits_table(shortest) && moves_short_chunks(p) &&
-                         !are_resident(p, device);
-  if (in_chunks) vector = shortest;
-  const int heads = in_chunks ? 1 : widest / vector;
-  const bool full_head = full_heads && heads == 1;
-
-  const int64_t head_elements = int64_t{vectors_of_thread(arrangement, lookup, heads)} * vector;
-  const int64_t thread_elements = head_elements * heads;
-  const auto rotating_threads = static_cast<int>(ceil_divide(2 * p.pairing.P, head_elements));
+  const RowLookup lookup = choose_lookup(p, device, single);
+  const int vectors = vectors_of_thread(arrangement, lookup);
+  const int64_t thread_elements = int64_t{vectors} * vector;
+  const auto rotating_threads = static_cast<int>(ceil_divide(2 * p.pairing.P, thread_elements));
   const auto copying_threads =
-      static_cast<int>(ceil_divide(copied_elements_of_head(p), head_elements));
+      static_cast<int>(ceil_divide(copied_elements_of_head(p), thread_elements));
   const int head_threads = rotating_threads + copying_threads;
-  // Combined rows of more heads might exceed 48 KiB of shared memory.
-  const int max_threads = lookup == RowLookup::kAxes ? kSmallBlockThreads : kMaxBlockThreads;
-  const int block_threads =
+  const int wanted =
       choose(overrides.threads, choose_block_threads(p, device, head_threads, thread_elements));
+  const int block_threads = std::clamp(wanted / kWarp * kWarp, kWarp, kMaxBlockThreads);
   return {.arrangement = arrangement,
           .lookup = lookup,
+          .staged = false,
           .keeps_tables = choose(overrides.keep, should_keep_tables(p, device)),
           .streams = choose(overrides.stream, should_stream(p, device)),
           .vector = vector,
-          .heads = heads,
-          .copies_wide = heads > 1 && copied_vector(p) >= 2 * vector,
-          .table_vector = entries,
           .rotating_threads = rotating_threads,
           .head_threads = head_threads,
-          .full_head = full_head,
-          .block_threads = std::clamp(block_threads / kWarp * kWarp, kWarp, max_threads),
+          .chunk_heads = 1,
+          .block_vectors = 0,
+          .full_head =
+              rotates_full_heads(p) && has_full_heads(lookup) && !single && overrides.full != 0,
+          .block_threads = block_threads,
+          .block_units = block_threads,
           .launch_threads = choose(overrides.work, kMaxLaunchThreads)};
+}
+
+// The plan of a call whose blocks stage x in shared memory. They copy it in vectors of 16 bytes,
+// and rotate it in vectors of `vector` elements, as its own place and that of its pairs allow.
+inline Plan plan_staged(const RotateParams& p, const DeviceFacts& device,
+                        const PlanOverrides& overrides, int vector) {
+  const bool adjacent = p.pairing.distance == 1 && vector > 1;
+  vector = std::min(vector, adjacent ? 2 * kStagedPairs : kStagedPairs);
+  const int64_t heads = chunk_heads(p);
+  const bool whole = common_vector(p, {heads * p.D}, heads) * size_of(p.dtype) == kVectorBytes;
+  const bool linear = whole && has_linear_rows(p) && p.axes == nullptr;
+  const int64_t bytes = chunk_bytes(p, heads);
+  const int64_t rotating_threads = ceil_divide(p.pairing.P, adjacent ? vector / 2 : vector);
+  const int wanted = choose(overrides.threads, kStagedThreads);
+  const int threads = std::clamp(wanted / kWarp * kWarp, kWarp, kStagedThreads);
+  const bool few = linear || are_resident(p, device);
+  const int64_t loads = int64_t{few ? kStagedLoads : kStagedCopies} * threads;
+  const int64_t chunks =
+      std::min(loads * kVectorBytes / bytes, loads / std::max<int64_t>(rotating_threads, 1));
+  const int64_t block_units = std::clamp<int64_t>(chunks, 1, kMaxChunks);
+  return {.arrangement = adjacent ? Arrangement::kAdjacent : Arrangement::kPair,
+          .lookup = linear ? RowLookup::kLinear : RowLookup::kAxes,
+          .staged = true,
+          .keeps_tables = choose(overrides.keep, should_keep_tables(p, device)),
+          .streams = choose(overrides.stream, should_stream(p, device)),
+          .vector = vector,
+          .rotating_threads = static_cast<int>(rotating_threads),
+          .head_threads = 1,
+          .chunk_heads = static_cast<int>(heads),
+          .block_vectors = static_cast<int>(ceil_divide(block_units * bytes, kVectorBytes) + 2),
+          .full_head = false,
+          .block_threads = threads,
+          .block_units = static_cast<int>(block_units),
+          .launch_threads = choose(overrides.work, kMaxLaunchThreads)};
+}
+
+// Whether vectors of `elements` are whole pairs, or parts of a block of pairs, whose table entries
+// can be read in vectors and have one axis.
+inline bool fits_vectors(const RotateParams& p, int elements) {
+  const int pairs = p.pairing.distance == 1 ? elements / 2 : elements;
+  const int64_t entries =
+      std::min(table_vector(p.cos, p.table_dtype), table_vector(p.sin, p.table_dtype));
+  return rotated_vector(p) >= elements &&
+         entries >= std::min(pairs * size_of(p.table_dtype), kVectorBytes) &&
+         (p.axes == nullptr || has_sections_of(p, pairs));
+}
+
+// Vectors of 16 bytes where x and its tables allow them; otherwise chunks, if elements are
+// contiguous and fit in shared memory.
+inline Plan make_plan(const RotateParams& p, const DeviceFacts& device,
+                      const PlanOverrides& overrides = {}) {
+  const int size = size_of(p.dtype);
+  const int limit = choose(overrides.vector, kVectorBytes) / size;
+  const int widest = kVectorBytes / size;
+  const int shortest = kShortChunkBytes / size / (p.pairing.distance == 1 ? 1 : 2);
+  const bool full = rotates_full_heads(p) && overrides.full != 0;
+  if (full && moves_short_chunks(p, device) && fits_vectors(p, shortest))
+    return plan_direct(p, device, overrides, shortest);
+  if (widest <= limit && fits_vectors(p, widest)) return plan_direct(p, device, overrides, widest);
+  if (can_stage(p)) {
+    const unsigned vector = std::max(std::min(rotated_vector(p), limit), 1);
+    return plan_staged(p, device, overrides, static_cast<int>(std::bit_floor(vector)));
+  }
+  const bool linear = has_linear_rows(p) && p.axes == nullptr && !p.per_head;
+  if (full && linear && size == 2 && fits_vectors(p, shortest))
+    return plan_direct(p, device, overrides, shortest);
+  return plan_direct(p, device, overrides, 1);
 }
 
 }  // namespace fused_rope::kernels

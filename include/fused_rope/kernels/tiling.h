@@ -19,21 +19,21 @@ struct Tile {
   int64_t heads() const { return extent(0) * extent(1) * extent(2); }
 };
 
-// All heads of a tensor, in groups of `heads` where a thread has several; a tile counts groups.
+// All heads of a tensor, in chunks of `heads` where it is staged; a tile counts chunks.
 inline Tile whole_tile(const RotateParams& p, const TensorParams& t, int64_t heads = 1) {
-  return {memory_order(p, t), {0, 0, 0}, {p.B, p.S, (t.H + heads - 1) / heads}};
+  return {memory_order(p, t), {0, 0, 0}, {p.B, p.S, t.H / heads}};
 }
 
 // Strides in bytes, by Axis; 0 along an axis of size 1, whose stride means nothing.
 using ByteStrides = std::array<int64_t, 3>;
 
-// What a thread addresses through the coordinates of its head. The last two are not memory, but the
-// index of the token in its sequence and that of the head in its token.
-enum Operand { kIn, kOut, kCos, kSin, kPositions, kOffsets, kOutRows, kToken, kHeadIndex };
-using OperandStrides = std::array<ByteStrides, 9>;
+// What a thread addresses through the coordinates of its head. The last one is not memory, but the
+// index of the token in its sequence.
+enum Operand { kIn, kOut, kCos, kSin, kPositions, kOffsets, kOutRows, kToken };
+using OperandStrides = std::array<ByteStrides, 8>;
 
 // linear_rows: no table row is looked up, so a shared table has its rows along the sequence. heads:
-// of a group.
+// of a chunk.
 inline OperandStrides operand_strides(const RotateParams& p, const TensorParams& t,
                                       bool linear_rows, int64_t heads = 1) {
   const auto bytes = [&](int size, int64_t b, int64_t s, int64_t h) {
@@ -56,8 +56,7 @@ inline OperandStrides operand_strides(const RotateParams& p, const TensorParams&
           bytes(size_of(r.positions), r.positions_b, r.positions_s, 0),
           bytes(size_of(r.offsets), packed ? 0 : r.offsets_stride, 0, 0),
           bytes(size_of(r.out_rows), r.out_rows_b, r.out_rows_s, 0),
-          bytes(1, 0, 1, 0),
-          bytes(1, 0, 0, 1)};
+          bytes(1, 0, 1, 0)};
 }
 
 // Head i of a tile with extents n0, n1, n2: i, i / n0 and i / (n0 * n1).

@@ -21,7 +21,8 @@ struct Index {
 };
 inline Index blockIdx, blockDim, threadIdx;
 
-inline uint32_t min(uint32_t x, uint32_t y) { return std::min(x, y); }
+using std::max;
+using std::min;
 
 struct __nv_bfloat162 {
   fused_rope::kernels::BFloat16 x, y;
@@ -41,16 +42,17 @@ inline uint16_t __half_as_ushort(fused_rope::kernels::Float16 x) { return x.bits
 
 namespace fused_rope::kernels {
 
-// More than any launch asks for, as its rows and their entries are written where they are read.
+// As much as a launch may ask for.
 alignas(16) inline unsigned char block_memory[48 * 1024];
 inline void* shared_memory() { return block_memory; }
 
-// Each thread does the work of all, since it runs alone.
-template <typename F>
-bool share_in_block(uint32_t n, const F& f) {
-  bool any = false;
-  for (uint32_t i = 0; i < n; ++i) any |= f(i);
-  return any;
+// Orders the accesses of shared memory, whose types differ.
+inline void wait_for_block() { asm volatile("" ::: "memory"); }
+inline void copy_async(void* to, const void* from) { std::memcpy(to, from, 16); }
+inline void wait_for_copies() {}
+template <typename Int>
+Int from_lane(Int value, uint32_t) {
+  return value;
 }
 template <typename F>
 void share_in_warps(uint32_t n, uint32_t lanes, const F& f) {
@@ -63,7 +65,8 @@ template <typename Params, typename Axes>
 cudaError_t enqueue(void (*kernel)(Params, Axes), unsigned blocks, int threads, size_t shared_bytes,
                     cudaStream_t, const Params& params, const Axes& axes) {
   if (shared_bytes > sizeof(block_memory)) return cudaErrorInvalidValue;
-  blockDim.x = static_cast<unsigned>(threads);
+  // One thread does the work of a block that shares memory.
+  blockDim.x = shared_bytes > 0 ? 1 : static_cast<unsigned>(threads);
   for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
     for (threadIdx.x = 0; threadIdx.x < blockDim.x; ++threadIdx.x) kernel(params, axes);
   }

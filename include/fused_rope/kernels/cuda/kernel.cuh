@@ -25,9 +25,9 @@ struct Variant {
   Precision precision;
   Arrangement arrangement;
   int vector;  // elements
-  int heads;   // of a thread
   RowLookup lookup;
   bool full_head;
+  bool staged;
 };
 
 template <typename T, typename TableT, Variant kVariant>
@@ -37,20 +37,17 @@ struct KernelTraits {
   static constexpr Precision kPrecision = kVariant.precision;
   static constexpr Arrangement kArrangement = kVariant.arrangement;
   static constexpr int kVectorSize = kVariant.vector;
-  static constexpr int kHeads = kVariant.heads;
   static constexpr RowLookup kLookup = kVariant.lookup;
   static constexpr bool kFullHead = kVariant.full_head;
 
+  static constexpr bool kOnlyRotates = kFullHead || kVariant.staged;
   static constexpr bool kAdjacent = kArrangement == Arrangement::kAdjacent;
-  static constexpr int kVectors = vectors_of_thread(kArrangement, kLookup, kHeads);
+  static constexpr int kVectors = kVariant.staged ? (kArrangement == Arrangement::kPair ? 2 : 1)
+                                                  : vectors_of_thread(kArrangement, kLookup);
   static constexpr int kPairs = kVectorSize * kVectors / 2;  // of each head
   // Groups of consecutive pairs: one for both vectors, or one in each.
   static constexpr int kGroups = kAdjacent ? kVectors : 1;
   static constexpr int kGroupPairs = kPairs / kGroups;
-  // Blocks that must fit on a multiprocessor. This limits registers, so that enough loads of x are
-  // in flight; with six, look-ups and whole pairs of several heads would spill.
-  static constexpr int kMinBlocks =
-      kHeads > 1 && (kAdjacent || kLookup != RowLookup::kLinear) ? 5 : 6;
 };
 
 // Widens one element. The upper bfloat16 of a register needs only a mask.
@@ -89,44 +86,29 @@ struct RowPointers {
   const char* sin;
 };
 
-// A row of cos and sin whose entries come from several axes, in shared memory.
-template <typename T>
-struct CombinedRow {
-  const Wide<T>* cos;
-  const Wide<T>* sin;
-  const bool* copied;  // of each pair
-  bool any_copied;     // of any pair of the block
-};
-
-// What one thread moves of each of its heads, and how it rotates it.
+// What one thread moves of a head, and how it rotates it.
 template <typename Traits>
 struct ThreadTile {
   using T = typename Traits::Element;
   using Table = typename Traits::Table;
   static constexpr int kVectorSize = Traits::kVectorSize;
-  static constexpr int kHeads = Traits::kHeads;
   static constexpr int kVectors = Traits::kVectors;
   static constexpr int kPairs = Traits::kPairs;
   static constexpr int kGroupPairs = Traits::kGroupPairs;
   static constexpr uint32_t kAllPairs = (1u << kPairs) - 1;
-  static constexpr size_t kEntryBytes =
-      kGroupPairs * sizeof(Table) < kVectorBytes ? kGroupPairs * sizeof(Table) : kVectorBytes;
   using Vectors = Vector<T, kVectorSize>[kVectors];
 
   bool rotates;
-  bool moves_wide;           // copies, and both vectors at once
   uint32_t start[kVectors];  // the first element of each vector
   uint32_t pair[Traits::kGroups];
   Wide<T> c[kPairs], s[kPairs];
 
   // thread: index in its head.
   __device__ __forceinline__ ThreadTile(const KernelParams& params, uint32_t thread)
-      : rotates(Traits::kFullHead || thread < params.rotating_threads),
-        moves_wide(kHeads > 1 && !rotates && params.copies_wide) {
+      : rotates(Traits::kOnlyRotates || thread < params.rotating_threads) {
     if (!rotates) {
       thread -= params.rotating_threads;
       spread(thread, params.copying_threads, params.copied_elements);
-      if (moves_wide) start[0] = thread * (kVectors * kVectorSize);
 #pragma unroll
       for (uint32_t& element : start)
         element += element < params.first_copied ? 0 : params.copied_gap;
@@ -146,58 +128,27 @@ struct ThreadTile {
     }
   }
 
-  // heads: how many exist; head_step: bytes between them.
   __device__ __forceinline__ void load_elements(const KernelParams& params, const char* head,
-                                                int64_t head_step, uint32_t heads, int64_t stride,
-                                                Vectors* x) const {
-    const auto load_all = [&]<int kSize>() {
+                                                int64_t stride, bool wanted, Vectors& x) const {
 #pragma unroll
-      for (int h = 0; h < kHeads; ++h) {
-#pragma unroll
-        for (int i = 0; i < kVectors * kVectorSize / kSize; ++i) {
-          const T* from = reinterpret_cast<const T*>(head + h * head_step);
-          const auto vector = load<kSize>(from + offset_of(start[i], stride), params.x_policy,
-                                          static_cast<uint32_t>(h) < heads);
-          std::memcpy(&x[h][i * (kSize / kVectorSize)], &vector, sizeof(vector));
-        }
-      }
-    };
-    if constexpr (kHeads > 1) {
-      if (moves_wide) return load_all.template operator()<kVectors * kVectorSize>();
+    for (int i = 0; i < kVectors; ++i) {
+      x[i] = load<kVectorSize>(reinterpret_cast<const T*>(head) + offset_of(start[i], stride),
+                               params.x_policy, wanted);
     }
-    load_all.template operator()<kVectorSize>();
   }
 
   __device__ __forceinline__ void store_elements(const KernelParams& params, char* head,
-                                                 int64_t head_step, uint32_t heads, int64_t stride,
-                                                 const Vectors* x) const {
-    const auto store_all = [&]<int kSize>() {
+                                                 int64_t stride, const Vectors& x) const {
 #pragma unroll
-      for (int h = 0; h < kHeads; ++h) {
-#pragma unroll
-        for (int i = 0; i < kVectors * kVectorSize / kSize; ++i) {
-          Vector<T, kSize> vector;
-          std::memcpy(&vector, &x[h][i * (kSize / kVectorSize)], sizeof(vector));
-          T* to = reinterpret_cast<T*>(head + h * head_step);
-          store(to + offset_of(start[i], stride), vector, params.x_policy,
-                static_cast<uint32_t>(h) < heads);
-        }
-      }
-    };
-    if constexpr (kHeads > 1) {
-      if (moves_wide) return store_all.template operator()<kVectors * kVectorSize>();
+    for (int i = 0; i < kVectors; ++i) {
+      store(reinterpret_cast<T*>(head) + offset_of(start[i], stride), x[i], params.x_policy, true);
     }
-    store_all.template operator()<kVectorSize>();
   }
 
-  // Loads the table entries of this thread's pairs: kBytes at a time or, for several heads, as many
-  // as the table allows.
-  template <size_t kBytes = kEntryBytes>
+  // Loads the table entries of this thread's pairs.
   __device__ __forceinline__ void load_rows(const KernelParams& params, const RowPointers& rows) {
-    constexpr int kLoad = kBytes / sizeof(Table);
-    if constexpr (kHeads > 1 && kLoad > 1) {
-      if (params.table_vector < kBytes) return load_rows<kBytes / 2>(params, rows);
-    }
+    constexpr int kWidest = kVectorBytes / sizeof(Table);
+    constexpr int kLoad = kGroupPairs < kWidest ? kGroupPairs : kWidest;
     const auto load_row = [&](const char* row, int64_t stride, Wide<T>* entries) {
 #pragma unroll
       for (int i = 0; i < kPairs; i += kLoad) {
@@ -214,33 +165,27 @@ struct ThreadTile {
     invert(params);
   }
 
-  // The same from a combined row.
-  __device__ __forceinline__ void load_combined(const KernelParams& params,
-                                                const CombinedRow<T>& row) {
-    constexpr int kWidestLoad = kVectorBytes / sizeof(Wide<T>);
-    constexpr int kLoad = kGroupPairs < kWidestLoad ? kGroupPairs : kWidestLoad;
-    const auto load_row = [&](const Wide<T>* from, Wide<T>* entries) {
-#pragma unroll
-      for (int i = 0; i < kPairs; i += kLoad) {
-        const Wide<T>* entry = from + pair[i / kGroupPairs] + i % kGroupPairs;
-        const auto loaded = *reinterpret_cast<const Vector<Wide<T>, kLoad>*>(entry);
-#pragma unroll
-        for (int j = 0; j < kLoad; ++j) entries[i + j] = loaded.element[j];
-      }
-    };
-    load_row(row.cos, c);
-    load_row(row.sin, s);
-    invert(params);
-  }
-
-  // One bit for each pair that a combined row does not copy.
-  __device__ __forceinline__ uint32_t rotated_pairs(const CombinedRow<T>& row) const {
+  // The same where each pair j has a row of its own, row_of(j), whose cos is null if the pair is
+  // copied. Returns one bit for each pair that is not.
+  template <typename RowOf>
+  __device__ __forceinline__ uint32_t load_entries(const KernelParams& params, bool exists,
+                                                   const RowOf& row_of) {
     uint32_t rotated = 0;
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
-      const bool copied = row.copied[pair[i / kGroupPairs] + i % kGroupPairs];
-      rotated |= static_cast<uint32_t>(!copied) << i;
+      const uint32_t j = pair[i / kGroupPairs] + i % kGroupPairs;
+      const RowPointers row = row_of(j);
+      const bool wanted = exists && (is_linear(Traits::kLookup) || row.cos != nullptr);
+      rotated |= static_cast<uint32_t>(wanted) << i;
+      const auto entry = [&](const char* from, int64_t stride) {
+        const Table* at = reinterpret_cast<const Table*>(from) + j * stride;
+        return rounded<T, Traits::kPrecision>(
+            widen(load<1>(at, params.table_policy, wanted).element[0]));
+      };
+      c[i] = entry(row.cos, params.cos_j);
+      s[i] = entry(row.sin, params.sin_j);
     }
+    invert(params);
     return rotated;
   }
 
@@ -253,13 +198,12 @@ struct ThreadTile {
       rotated[i] = rotate_pair<T, Traits::kPrecision>(widen_element_of(x, i, 0),
                                                       widen_element_of(x, i, 1), c[i], s[i]);
     }
-    // Neighboring elements are narrowed in pairs where both are rotated.
+    // Neighboring elements are narrowed together where both are rotated.
     if constexpr (!kAll || kPairs == 1) {
 #pragma unroll
       for (int i = 0; i < kPairs; ++i) {
-        if (!kAll && !((pairs >> i) & 1)) continue;
-        element_of(x, i, 0) = narrow<T>(rotated[i].a);
-        element_of(x, i, 1) = narrow<T>(rotated[i].b);
+        if (kAll || ((pairs >> i) & 1))
+          narrow_two<T>(rotated[i].a, rotated[i].b, element_of(x, i, 0), element_of(x, i, 1));
       }
     } else if constexpr (Traits::kAdjacent) {
 #pragma unroll
@@ -341,80 +285,32 @@ __device__ __forceinline__ RowPointers pointers_to(const KernelParams& params,
           tensor.cos + tensor.sin_after_cos + row * params.table.sin_row};
 }
 
-// The tokens of a block's heads. Either consecutive heads have one token, or each has its own.
-struct BlockTokens {
-  uint32_t heads;  // of a token
-  uint32_t first, count;
-  uint32_t own;  // this thread's
-
-  __device__ __forceinline__ BlockTokens(const KernelParams& params, const TensorArgs& tensor,
-                                         const LookupArgs& lookups, uint32_t block,
-                                         const LinearCoordinates& at)
-      : heads(lookups.token_heads) {
-    const FastDivmod& per_token = heads > 1 ? tensor.per_row : params.per_head;
-    const uint32_t first_thread = block * blockDim.x;
-    first = per_token.div(first_thread);
-    count = per_token.div(min(first_thread + blockDim.x, tensor.threads) - 1) - first + 1;
-    own = at.index[heads > 1 ? 1 : 0] - first;
-  }
-};
-
-// Looks up the rows of a block's tokens in shared memory: rows[kMaxAxes * token + axis], -1 where
-// the token is copied. All threads of the block must call it.
-__device__ __forceinline__ int64_t* look_up_rows(const KernelParams& params,
-                                                 const TensorArgs& tensor,
-                                                 const LookupArgs& lookups,
-                                                 const BlockTokens& tokens) {
-  auto* rows = static_cast<int64_t*>(shared_memory());
-  share_in_warps(tokens.count, params.axes, [&](uint32_t i, uint32_t axis) {
-    uint32_t thread = (tokens.first + i) * tokens.heads * params.head_threads;
-    const LinearCoordinates at = tensor.locate(params.head_threads, params.per_head, thread);
-    const TileToken token = {params, tensor, lookups, at, axis};
-    const int flags = params.row_flags;
-    SequencePosition place = {0, 0};
-    if (flags & kHasSequences) place = find_sequence_in_warp(params.rows, token.s());
-    if (axis >= params.axes) return;
-    const Row row = find_row(params, flags, PlacedToken{token, place});
-    rows[kMaxAxes * i + axis] = row.copied ? -1 : row.index;
-  });
-  return rows;
+// The row of a token of a per-token or per-head table, or of any table without look-ups.
+__device__ __forceinline__ RowPointers gathered_row(const TensorArgs& tensor,
+                                                    const LookupArgs& lookups,
+                                                    const LinearCoordinates& at, bool linear) {
+  const char* cos = tensor.cos + tensor.row_offset.at(at);
+  if (linear) return {cos, cos + tensor.sin_after_cos};
+  return {cos, tensor.cos + tensor.sin_after_cos + lookups.sin_offset.at(at)};
 }
 
-// Combines the rows of a block's tokens, each entry once. All threads of the block must call it;
-// returns the row of this thread's token.
-template <typename Traits>
-__device__ __forceinline__ CombinedRow<typename Traits::Element> combine_rows(
-    const KernelParams& params, const TensorArgs& tensor, const PairAxes& axes,
-    const BlockTokens& tokens, int64_t* rows) {
-  using T = typename Traits::Element;
-  using Table = typename Traits::Table;
-  const uint32_t entries = params.combined_entries;
-  auto* cos = reinterpret_cast<Wide<T>*>(rows + kMaxAxes * params.block_tokens);
-  Wide<T>* sin = cos + params.block_tokens * entries;
-  auto* copied = reinterpret_cast<bool*>(sin + params.block_tokens * entries);
-  const bool any_copied = share_in_block(tokens.count * params.pairs, [&](uint32_t i) {
-    const uint32_t token = params.per_row_of_pairs.div(i);
-    const uint32_t pair = i - token * params.pairs;
-    const uint32_t to = token * entries + pair;
-    const int64_t row = rows[kMaxAxes * token + axes.axis[pair]];
-    copied[to] = row < 0;
-    if (row >= 0) {
-      const RowPointers from = pointers_to(params, tensor, row);
-      const auto entry = [&](const char* start, int64_t stride) {
-        return rounded<T, Traits::kPrecision>(
-            widen(reinterpret_cast<const Table*>(start)[pair * stride]));
-      };
-      cos[to] = entry(from.cos, params.cos_j);
-      sin[to] = entry(from.sin, params.sin_j);
-    }
-    return row < 0;
-  });
-  const uint32_t own = tokens.own * entries;
-  return {cos + own, sin + own, copied + own, any_copied};
+// Moves `out` to the row that a token is written to, if there is one.
+template <typename T>
+__device__ __forceinline__ bool to_out_row(const KernelParams& params, const LookupArgs& lookups,
+                                           const TileToken& token, char*& out) {
+  const int64_t slot = token.out_row();
+  FUSED_ROPE_DEVICE_CHECK(slot == -1 || is_row(slot, params.rows.out_rows_limit));
+  if (!lookups.scattered) return true;
+  out += slot * lookups.out_row * static_cast<int64_t>(sizeof(T));
+  return slot >= 0;
 }
 
+// Blocks of kMaxBlockThreads that must fit on a multiprocessor. This limits registers, so that
+// enough loads of x are in flight.
+constexpr int kMinBlocks = kResidentThreads / kMaxBlockThreads;
+
 template <typename Traits>
-__global__ void __launch_bounds__(kMaxBlockThreads, Traits::kMinBlocks)
+__global__ void __launch_bounds__(kMaxBlockThreads, kMinBlocks)
     rotate_kernel(const __grid_constant__ KernelParams params,
                   const __grid_constant__ AxesOf<Traits::kLookup> axes) {
   using T = typename Traits::Element;
@@ -435,88 +331,46 @@ __global__ void __launch_bounds__(kMaxBlockThreads, Traits::kMinBlocks)
   TileToken token = {params, tensor, lookups, at, 0};
   [[maybe_unused]] LoadedToken loaded;
   if constexpr (kLookup == RowLookup::kPositions) loaded.index = token.load_position(in_tile);
-  uint32_t heads = in_tile ? Traits::kHeads : 0;
-  if (Traits::kHeads > 1 && in_tile) heads = lookups.heads_from(at, Traits::kHeads);
-  typename ThreadTile<Traits>::Vectors x[Traits::kHeads];
-  tile.load_elements(params, tensor.in + tensor.in_offset.at(at), lookups.in_head_step, heads,
-                     lookups.in_d, x);
-
-  // Where finding rows takes long, a block does it once for each token.
-  [[maybe_unused]] CombinedRow<T> combined;
-  if constexpr (kLookup == RowLookup::kAxes) {
-    const BlockTokens tokens(params, tensor, lookups, assigned.block, at);
-    int64_t* rows = look_up_rows(params, tensor, lookups, tokens);
-    combined = combine_rows<Traits>(params, tensor, axes, tokens, rows);
-  }
-  [[maybe_unused]] int64_t found = 0;
+  typename ThreadTile<Traits>::Vectors x;
+  tile.load_elements(params, tensor.in + tensor.in_offset.at(at), lookups.in_d, in_tile, x);
+  [[maybe_unused]] SequencePosition place = {0, 0};
   if constexpr (kLookup == RowLookup::kPacked) {
-    const BlockTokens tokens(params, tensor, lookups, assigned.block, at);
-    const int64_t* rows = look_up_rows(params, tensor, lookups, tokens);
-    if (in_tile) found = rows[kMaxAxes * tokens.own];
+    // Most warps have one token.
+    const int64_t first = from_lane(token.s(), 0);
+    place = find_sequence_in_warp(params.rows, first);
+    if (token.s() != first) place = find_sequence(params.rows, token.s());
   }
   if (!in_tile) return;
 
   bool copies = !tile.rotates;
   if (tile.rotates) {
-    if constexpr (kLookup == RowLookup::kAxes) {
-      tile.load_combined(params, combined);
-      const uint32_t pairs = combined.any_copied ? tile.rotated_pairs(combined) : tile.kAllPairs;
-      for (auto& head : x) {
-        combined.any_copied ? tile.template rotate<false>(head, pairs)
-                            : tile.template rotate<true>(head, pairs);
-      }
+    if (is_linear(kLookup) || (flags & kGathered)) {
+      tile.load_rows(params, gathered_row(tensor, lookups, at, is_linear(kLookup)));
+    } else if constexpr (kLookup == RowLookup::kPositions) {
+      // Load the nearest row before the check, which would delay it.
+      const uint32_t nearest = min(loaded.index.low + static_cast<uint32_t>(params.table.offset),
+                                   static_cast<uint32_t>(params.table.M - 1));
+      const char* cos =
+          tensor.cos + uint64_t{nearest} * static_cast<uint32_t>(params.table.cos_row);
+      tile.load_rows(params, {cos, cos + tensor.sin_after_cos});
+      copies = find_row(params, flags, loaded).copied;
     } else {
-      RowPointers rows;
-      if (is_linear(kLookup) || (flags & kGathered)) {
-        rows.cos = tensor.cos + tensor.row_offset.at(at);
-        rows.sin = is_linear(kLookup)
-                       ? rows.cos + tensor.sin_after_cos
-                       : tensor.cos + tensor.sin_after_cos + lookups.sin_offset.at(at);
-      } else {
-        if constexpr (kLookup == RowLookup::kPositions) {
-          const Row row = find_row(params, flags, loaded);
-          found = row.copied ? -1 : row.index;
-        } else if constexpr (kLookup != RowLookup::kPacked) {
-          if constexpr (kLookup == RowLookup::kSections) token.axis = axes.axis[tile.pair[0]];
-          const Row row = find_row(params, flags, token);
-          found = row.copied ? -1 : row.index;
-        }
-        copies = found < 0;
-        if constexpr (kLookup == RowLookup::kPositions) {
-          rows.cos = tensor.cos + int64_t{static_cast<int32_t>(found)} *
-                                      static_cast<int32_t>(params.table.cos_row);
-          rows.sin = rows.cos + tensor.sin_after_cos;
-        } else {
-          rows = pointers_to(params, tensor, found);
-        }
-      }
-      if (!copies) {
-        tile.load_rows(params, rows);
-#pragma unroll
-        for (int h = 0; h < Traits::kHeads; ++h) {
-          if (h > 0 && params.per_head_table) {
-            if (static_cast<uint32_t>(h) >= heads) break;
-            rows.cos += lookups.cos_head_step;
-            rows.sin += lookups.sin_head_step;
-            tile.load_rows(params, rows);
-          }
-          tile.template rotate<true>(x[h], tile.kAllPairs);
-        }
-      }
+      if constexpr (kLookup == RowLookup::kSections) token.axis = axes.axis[tile.pair[0]];
+      const Row row = kLookup == RowLookup::kPacked
+                          ? find_row(params, flags, PlacedToken{token, place})
+                          : find_row(params, flags, token);
+      copies = row.copied;
+      if (!copies) tile.load_rows(params, pointers_to(params, tensor, row.index));
     }
+    if (!copies) tile.template rotate<true>(x, tile.kAllPairs);
   }
   if (copies && params.in_place) return;
 
   char* out = tensor.out + tensor.out_offset.at(at);
   if (flags & kHasOutRows) {
-    const int64_t slot = token.out_row();
-    FUSED_ROPE_DEVICE_CHECK(slot == -1 || is_row(slot, params.rows.out_rows_limit));
-    if (lookups.scattered) {
-      if (slot < 0) return;
-      out += slot * lookups.out_row * static_cast<int64_t>(sizeof(T));
-    }
+    if (!to_out_row<T>(params, lookups, token, out)) return;
   }
-  tile.store_elements(params, out, lookups.out_head_step, heads, lookups.out_d, x);
+  tile.store_elements(params, out, lookups.out_d, x);
 }
 
 }  // namespace fused_rope::kernels

@@ -66,6 +66,10 @@ struct TensorArgs {
     return at;
   }
 
+  __device__ __forceinline__ LinearCoordinates locate_chunk(uint32_t index) const {
+    return {{index, per_row.div(index), per_plane.div(index)}};
+  }
+
  private:
   static const char* table_start(const RotateParams& p, const TableParams& table, const Plan& plan,
                                  const ByteStrides& strides, const Tile& tile) {
@@ -78,15 +82,13 @@ struct TensorArgs {
 struct LookupArgs {
   bool scattered;
   int64_t in_d, out_d, out_row;  // strides of elements and of scattered rows
-  int64_t in_head_step, out_head_step, cos_head_step, sin_head_step;  // bytes between heads
   LinearOffset offsets_offset, out_rows_offset, sin_offset, token_offset;
   const char* offsets;
   const char* out_rows;
   int64_t first_token;
-  uint32_t token_heads;  // consecutive threads' heads, or groups of them, of one token
-  bool whole_groups;     // every thread has as many heads
-  LinearOffset head_offset;
-  int64_t heads;  // from the tile's first one on
+  uint32_t run_chunks,
+      run_blocks;      // staged: chunks that follow one another in memory; their blocks
+  FastDivmod per_run;  // blocks
 
   LookupArgs() = default;
 
@@ -96,10 +98,6 @@ struct LookupArgs {
         in_d(t.in_strides.d),
         out_d(t.out_strides.d),
         out_row(t.out_strides.s),
-        in_head_step(t.in_strides.h * size_of(p.dtype)),
-        out_head_step(t.out_strides.h * size_of(p.dtype)),
-        cos_head_step(p.cos.h * size_of(p.table_dtype)),
-        sin_head_step(p.sin.h * size_of(p.table_dtype)),
         offsets_offset(strides[kOffsets], tile),
         out_rows_offset(strides[kOutRows], tile),
         sin_offset(strides[kSin], tile),
@@ -107,17 +105,11 @@ struct LookupArgs {
         offsets(tile_start(p.rows.offsets.data, strides[kOffsets], tile)),
         out_rows(tile_start(p.rows.out_rows.data, strides[kOutRows], tile)),
         first_token(tile.first[kSequence]),
-        token_heads(tile.order[0] == kHead ? static_cast<uint32_t>(tile.extent(0)) : 1),
-        whole_groups(t.H % plan.heads == 0),
-        head_offset(strides[kHeadIndex], tile),
-        heads(t.H - tile.first[kHead] * plan.heads) {}
-
-  // How many of the `most` heads of a thread exist, from the one at `at` on.
-  __device__ __forceinline__ uint32_t heads_from(const LinearCoordinates& at, uint32_t most) const {
-    if (whole_groups) return most;
-    const auto left = static_cast<uint32_t>(heads - head_offset.at(at));
-    return left < most ? left : most;
-  }
+        run_chunks(plan.staged ? static_cast<uint32_t>(
+                                     run_of(strides, tile, chunk_bytes(p, plan.chunk_heads)))
+                               : 1),
+        run_blocks((run_chunks - 1) / plan.block_units + 1),
+        per_run(run_blocks) {}
 
   __device__ __forceinline__ int64_t token(const LinearCoordinates& at) const {
     return first_token + token_offset.at(at);
@@ -130,6 +122,34 @@ struct SharedTableArgs {
   int64_t M;
   int64_t cos_row, sin_row;   // bytes between rows
   int64_t positions_of_axis;  // bytes between the positions of two axes
+};
+
+// The chunks of staged blocks.
+struct ChunkArgs {
+  uint32_t count;           // of a block, at most
+  uint32_t vectors;         // of 16 bytes that a block touches, at most
+  uint32_t bytes;           // of a chunk
+  uint32_t heads, D;        // heads of a chunk; elements between them
+  uint32_t axes;            // of positions: 1 without M-RoPE
+  uint32_t pairs;           // P
+  FastDivmod per_rotation;  // threads that rotate a chunk
+
+  ChunkArgs(const RotateParams& p, const Plan& plan)
+      : count(static_cast<uint32_t>(plan.block_units)),
+        vectors(static_cast<uint32_t>(plan.block_vectors)),
+        bytes(static_cast<uint32_t>(chunk_bytes(p, plan.chunk_heads))),
+        heads(static_cast<uint32_t>(plan.chunk_heads)),
+        D(static_cast<uint32_t>(p.D)),
+        axes(1),
+        pairs(static_cast<uint32_t>(p.pairing.P)),
+        per_rotation(std::max(plan.rotating_threads, 1)) {
+    for (int64_t j = 0; p.axes != nullptr && j < p.pairing.P; ++j)
+      axes = std::max(axes, static_cast<uint32_t>(p.axes[j]) + 1);
+  }
+
+  size_t shared_bytes() const {
+    return vectors * kVectorBytes + count * axes * kRowBytes + (axes > 1 ? pairs : 0);
+  }
 };
 
 // One launch: up to two tiles, one of q and one of k, or both of one tensor.
@@ -149,17 +169,10 @@ struct KernelParams {
   uint32_t rotated_elements;                   // of a head: kPair: without partners
   uint32_t copied_elements;                    // of a head
   uint32_t first_copied, copied_gap;           // copied elements from the first on come after a gap
-  uint32_t table_vector;                       // bytes that are read at once
-  bool copies_wide;                            // copying threads move two vectors at once
-  bool per_head_table;                         // rows differ between the heads of a token
   int64_t cos_j, sin_j;                        // strides of entries
-  uint32_t pairs;                              // P
-  FastDivmod per_row_of_pairs;
-  uint32_t axes;              // of positions: 1 without M-RoPE
-  uint32_t block_tokens;      // whose rows a block looks up in shared memory, at most
-  uint32_t combined_entries;  // kAxes: of a combined row
   RowParams rows;
   LookupArgs lookups[kMaxTensors];
+  ChunkArgs chunks;
 
   KernelParams(const RotateParams& p, const Plan& plan)
       : second_block(0),
@@ -184,19 +197,10 @@ struct KernelParams {
         copied_elements(static_cast<uint32_t>(p.D - 2 * p.pairing.P)),
         first_copied(static_cast<uint32_t>(p.pairing.offset)),
         copied_gap(static_cast<uint32_t>(2 * p.pairing.P)),
-        table_vector(static_cast<uint32_t>(plan.table_vector)),
-        copies_wide(plan.copies_wide),
-        per_head_table(p.per_head),
         cos_j(p.cos.j),
         sin_j(p.sin.j),
-        pairs(static_cast<uint32_t>(p.pairing.P)),
-        per_row_of_pairs(std::max<int64_t>(p.pairing.P, 1)),
-        axes(1),
-        block_tokens(0),
-        combined_entries(static_cast<uint32_t>(ceil_divide(p.pairing.P, 8) * 8)),
-        rows(p.rows) {
-    for (int64_t j = 0; p.axes != nullptr && j < p.pairing.P; ++j)
-      axes = std::max(axes, static_cast<uint32_t>(p.axes[j]) + 1);
+        rows(p.rows),
+        chunks(p, plan) {
     // The inverse rotation of (a, b) is the rotation of (b, a): in kPair a thread takes the second
     // elements as the first ones.
     if (p.inverse && plan.arrangement == Arrangement::kPair) {
@@ -210,17 +214,12 @@ struct KernelParams {
                 const OperandStrides& strides, const Tile& tile) {
     tensors[i] = TensorArgs(p, t, plan, strides, tile);
     lookups[i] = LookupArgs(p, t, plan, strides, tile);
-    const int64_t token_threads = int64_t{lookups[i].token_heads} * plan.head_threads;
-    const int64_t tokens = ceil_divide(plan.block_threads - 1, token_threads) + 1;
-    block_tokens = std::max(block_tokens, static_cast<uint32_t>(tokens));
   }
 
-  // Bytes of shared memory of a block; entries of combined rows have `entry_bytes`.
-  size_t shared_bytes(RowLookup lookup, size_t entry_bytes) const {
-    if (lookup != RowLookup::kAxes && lookup != RowLookup::kPacked) return 0;
-    const size_t row = sizeof(int64_t) * kMaxAxes;
-    const size_t combined = size_t{combined_entries} * (2 * entry_bytes + sizeof(bool));
-    return block_tokens * (row + (lookup == RowLookup::kAxes ? combined : 0));
+  // The blocks of a tile.
+  int64_t blocks(int i, const Plan& plan) const {
+    if (!plan.staged) return ceil_divide(tensors[i].threads, plan.block_units);
+    return tensors[i].threads / lookups[i].run_chunks * lookups[i].run_blocks;
   }
 };
 

@@ -3,12 +3,12 @@
 
 #include "fused_rope/kernels/cuda/kernel.cuh"
 #include "fused_rope/kernels/cuda/launch.h"
+#include "fused_rope/kernels/cuda/staged_kernel.cuh"
 
 namespace fused_rope::kernels {
 
-constexpr Variant with_heads(Variant variant, int vector, int heads) {
+constexpr Variant with_vector(Variant variant, int vector) {
   variant.vector = vector;
-  variant.heads = heads;
   return variant;
 }
 
@@ -18,26 +18,19 @@ constexpr Variant with_full_heads(Variant variant, int vector) {
   return variant;
 }
 
-// The instance with the plan's vectors, at most as wide as those of kBase.
-template <typename T, typename Table, Variant kBase>
-auto choose_vector(const Plan& plan) {
-  constexpr int kWidest = kVectorBytes / sizeof(T);
-  constexpr int kNext = kBase.vector / 2;
-  // Adjacent vectors hold whole pairs.
-  if constexpr (has_short_vectors(kBase.lookup) &&
-                kNext >= (kBase.arrangement == Arrangement::kAdjacent ? 2 : 1)) {
-    if (plan.vector < kBase.vector)
-      return choose_vector<T, Table, with_heads(kBase, kNext, kWidest / kNext)>(plan);
-  }
-  return rotate_kernel<KernelTraits<T, Table, kBase>>;
+constexpr Variant staged(Variant variant, int vector) {
+  variant.vector = vector;
+  variant.staged = true;
+  return variant;
 }
 
-// The instance of full heads, if the plan has them.
+// The instance of a plan for threads that move vectors themselves.
 template <typename T, typename Table, Variant kBase>
-auto choose_heads(const Plan& plan) {
+auto choose_direct(const Plan& plan) {
+  constexpr Arrangement kArrangement = kBase.arrangement;
   if constexpr (has_full_heads(kBase.lookup)) {
     if constexpr (kBase.lookup == RowLookup::kLinear && sizeof(T) == 2) {
-      constexpr int kVectors = vectors_of_thread(kBase.arrangement, kBase.lookup, 1);
+      constexpr int kVectors = vectors_of_thread(kArrangement, kBase.lookup);
       constexpr int kShort = kShortChunkBytes / kVectors / int{sizeof(T)};
       if (plan.full_head && plan.vector == kShort)
         return rotate_kernel<KernelTraits<T, Table, with_full_heads(kBase, kShort)>>;
@@ -45,7 +38,19 @@ auto choose_heads(const Plan& plan) {
     if (plan.full_head)
       return rotate_kernel<KernelTraits<T, Table, with_full_heads(kBase, kBase.vector)>>;
   }
-  return choose_vector<T, Table, kBase>(plan);
+  if constexpr (has_single_pairs(kBase.lookup) && kArrangement == Arrangement::kPair) {
+    if (plan.vector == 1) return rotate_kernel<KernelTraits<T, Table, with_vector(kBase, 1)>>;
+  }
+  return rotate_kernel<KernelTraits<T, Table, kBase>>;
+}
+
+// The same for staged chunks: kStagedPairs or one pair.
+template <typename T, typename Table, Variant kBase>
+auto choose_staged(const Plan& plan) {
+  constexpr int kPair = kBase.arrangement == Arrangement::kAdjacent ? 2 : 1;
+  return plan.vector > kPair
+             ? rotate_staged_kernel<KernelTraits<T, Table, staged(kBase, kPair * kStagedPairs)>>
+             : rotate_staged_kernel<KernelTraits<T, Table, staged(kBase, kPair)>>;
 }
 
 template <typename T, typename Table, Precision kPrecision, RowLookup kLookup>
@@ -54,10 +59,13 @@ auto choose_kernel(const Plan& plan) {
     constexpr Variant kBase = {.precision = kPrecision,
                                .arrangement = kArrangement,
                                .vector = kVectorBytes / sizeof(T),
-                               .heads = 1,
                                .lookup = kLookup,
-                               .full_head = false};
-    return choose_heads<T, Table, kBase>(plan);
+                               .full_head = false,
+                               .staged = false};
+    if constexpr (is_staged(kLookup)) {
+      if (plan.staged) return choose_staged<T, Table, kBase>(plan);
+    }
+    return choose_direct<T, Table, kBase>(plan);
   };
   return plan.arrangement == Arrangement::kAdjacent
              ? choose.template operator()<Arrangement::kAdjacent>()
@@ -88,26 +96,25 @@ cudaError_t launch_tiles(const RotateParams& p, const Plan& plan, cudaStream_t s
   unsigned blocks[kMaxTensors] = {};  // of each tile
   cudaError_t error = cudaSuccess;
   const auto flush = [&] {
-    const size_t shared_bytes = params.shared_bytes(kLookup, sizeof(Wide<T>));
+    const size_t shared_bytes = plan.staged ? params.chunks.shared_bytes() : 0;
     params.second_block = blocks[0];
     params.alternate = plan.lookup == RowLookup::kPerHead && blocks[0] == blocks[1] ? 1 : 0;
     if (tiles > 0 && error == cudaSuccess)
       error = enqueue(kernel, blocks[0] + blocks[1], plan.block_threads, shared_bytes, stream,
                       params, axes);
     tiles = 0;
-    params.block_tokens = 0;
     blocks[0] = blocks[1] = 0;
   };
   const int64_t max_heads = plan.launch_threads / plan.head_threads;
   for (int i = 0; i < p.count; ++i) {
     const TensorParams& t = p.tensors[i];
     if (t.H == 0) continue;
-    const OperandStrides strides = operand_strides(p, t, is_linear(plan.lookup), plan.heads);
-    for_each_tile(strides, whole_tile(p, t, plan.heads), max_heads, [&](const Tile& tile) {
+    const OperandStrides strides = operand_strides(p, t, is_linear(plan.lookup), plan.chunk_heads);
+    for_each_tile(strides, whole_tile(p, t, plan.chunk_heads), max_heads, [&](const Tile& tile) {
       if (tiles == kMaxTensors) flush();
       params.set_tile(tiles, p, t, plan, strides, tile);
-      const int64_t threads = params.tensors[tiles].threads;
-      blocks[tiles++] = static_cast<unsigned>(ceil_divide(threads, plan.block_threads));
+      blocks[tiles] = static_cast<unsigned>(params.blocks(tiles, plan));
+      ++tiles;
     });
   }
   flush();
