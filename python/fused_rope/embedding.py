@@ -63,7 +63,8 @@ class RotaryEmbedding(torch.nn.Module):
             keep a copy there.
 
     Attributes:
-        cos, sin: float32 [M, P], the longest table that a call has used so far.
+        cos: float32 [M, P], the cosines of the longest table that a call has used so far.
+        sin: the sines.
         max_seq_len: the minimum number of rows M of a table; `reserve` raises it.
 
     Raises:

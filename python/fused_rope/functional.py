@@ -225,7 +225,7 @@ def rotate_qk(
         out: memory for the two results. Does not support autograd.
         out_rows: as in `rotate`, for k: a decode step rotates q and writes k directly into its
             slots of a paged cache.
-        cos, sin and the rest: as in `rotate`.
+        cos, sin: as in `rotate`, and so are all other arguments.
 
     Returns:
         q and k rotated, of their shapes and dtype, or `out`.

@@ -259,7 +259,7 @@ class RotaryEmbedding(torch.nn.Module):
     def get_axial_freqs(
         self, *dims: int, offsets: tuple[float, ...] | Tensor | None = None
     ) -> Tensor:
-        """The angles [*dims, len(dims)*R] of a grid, those of the axes concatenated.
+        """The angles `[*dims, len(dims)*R]` of a grid, those of the axes concatenated.
 
         Args:
             dims: the grid's sizes.

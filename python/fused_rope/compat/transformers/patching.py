@@ -491,9 +491,9 @@ def patch(
             nor to modules that use their own forward.
 
     Returns:
-        A Report of the functions that are replaced now, and of those that were left alone and why:
-        functions that cannot be read (scripted, builtin, compiled), whose form is unknown, or that
-        other code replaced since another model was patched.
+        A Report of the functions that are replaced now, and of those that were left alone and why.
+        Functions are left alone that cannot be read (scripted, builtin, compiled), whose form is
+        unknown, or that other code replaced since another model was patched.
 
     Raises:
         ValueError: an unknown option, `table="float64"` without `rows`, or options that differ from
