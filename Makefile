@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 CASES ?= 10000
 export PYTHON TORCH
 
-.PHONY: build demo test bench bench-cliffs bench-compare fuzz format lint sanitize sanitize-gpu cuda-build clean
+.PHONY: build demo test bench bench-cliffs bench-compare figures docs fuzz format lint sanitize sanitize-gpu cuda-build clean
 
 build:  # create .venv and build the library into python/, ready to import
 	scripts/build.sh
@@ -21,6 +21,11 @@ bench-cliffs: build  # draw the fraction of a clone over head_dim, rotary_dim, o
 	.venv/bin/python benchmarks/cliffs.py $(ARGS)
 bench-compare: build  # compare two results: A=before.json B=after.json
 	.venv/bin/python benchmarks/compare.py $(A) $(B)
+figures: build  # draw the pictures of benchmarks/results/h200.json and update the documents' tables
+	.venv/bin/python benchmarks/plots.py benchmarks/results/h200.json
+	.venv/bin/python benchmarks/table.py --update
+docs: build  # build the documentation site into build/docs
+	scripts/docs.sh
 fuzz: build  # compare random calls with the float64 oracle
 	.venv/bin/python tests/python/fuzz.py --cases $(CASES)
 format: build  # format the sources

@@ -1,6 +1,7 @@
 """The benchmark suite on the CPU: byte counts, memory of inputs, refused and written rows."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -706,20 +707,15 @@ def test_a_sweep_of_a_peer_that_is_not_installed_has_no_picture(tmp_path):
     assert json.loads(out.read_text())["meta"]["skipped"].keys() == {"liger"}
 
 
-def test_readme_shows_the_figures():
-    """`python benchmarks/table.py benchmarks/results/h200.json --readme README.md` writes them."""
-    path = "benchmarks/results/h200.json"
-    text = (ROOT / "README.md").read_text()
-    content = json.loads((ROOT / path).read_text())
-    figures = table.section(content, path)
-    assert table.replaced(text, figures) == text
-    pictures = [line[line.index("(") + 1 : -1] for line in figures.split("\n") if line[:2] == "!["]
-    assert pictures
-    for picture in pictures:
-        assert 0 < (ROOT / picture).stat().st_size < 150_000
+def test_documents_show_the_figures():
+    """`make figures` writes them."""
+    for document, text in table.updated(ROOT).items():
+        assert document.read_text() == text
+        for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text):
+            assert 0 < (document.parent / picture).stat().st_size < 150_000
 
 
-def test_the_readme_section_is_replaced_between_its_marks():
+def test_figures_are_replaced_between_their_marks():
     text = f"before\n{table.MARKS[0]}\nold\n{table.MARKS[1]}\nafter\n"
     new = table.replaced(text, "new \\1")
     assert new == text.replace("old", "new \\1")
