@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import pkgutil
 import re
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import fused_rope.compat
 import pytest
 import torch
 from test_aoti import skip_where_no_package_loads
@@ -137,6 +139,14 @@ def test_every_page_is_in_the_index() -> None:
     listed = set(re.findall(r"^[\w/]+$", index, re.MULTILINE))
     found = {str(p.relative_to(ROOT / "docs").with_suffix("")) for p in ROOT.glob("docs/**/*.md")}
     assert found == {*listed, "index"}
+
+
+def test_every_public_name_is_in_the_api() -> None:
+    functions = (ROOT / "docs" / "api" / "python.md").read_text()
+    assert not [name for name in fused_rope.__all__ if not re.search(rf"\b{name}\b", functions)]
+    drop_ins = (ROOT / "docs" / "api" / "compat.md").read_text()
+    modules = [m.name for m in pkgutil.iter_modules(fused_rope.compat.__path__)]
+    assert not [name for name in modules if name[0] != "_" and f".{name}\n" not in drop_ins]
 
 
 def test_readme_is_short_and_its_links_exist() -> None:
