@@ -9,7 +9,8 @@ export PYTHON TORCH WHEELS
 
 build:  # create .venv and build the library into python/, ready to import
 	scripts/build.sh
-demo: build  # train a small Llama, original and patched, and compare
+demo:  # train a small Llama, original and patched, compare, and time the operator
+	scripts/build.sh --demo
 	.venv/bin/python examples/train_llama.py
 test:  # run ctest and pytest, without the tests marked slow
 	scripts/test.sh
