@@ -68,7 +68,8 @@ def prerequisites() -> None:
         sys.exit(
             "fused-rope is built against the torch that it will run with, and "
             f"{sys.executable} has none: install torch first (pip install torch), then run "
-            f"`{TOOLS}` and `pip install --no-build-isolation .`."
+            f"`{TOOLS}` and `pip install --no-build-isolation .`; an isolated build, such as "
+            "`python -m build`, installs what FUSED_ROPE_TORCH names, such as torch==2.13.0."
         )
     if numbers(torch.version) < TORCH:
         sys.exit(
@@ -121,6 +122,9 @@ def _setuptools() -> Any:
 
 def _hook(name: str, *, builds: bool) -> Callable[..., Any]:
     def hook(*args: Any, **kwargs: Any) -> Any:
+        torch = os.environ.get("FUSED_ROPE_TORCH")
+        if builds and torch and name.startswith("get_requires") and find_torch() is None:
+            return [torch]
         if builds:
             prerequisites()
         return getattr(_setuptools(), name)(*args, **kwargs)

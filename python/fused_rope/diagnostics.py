@@ -21,7 +21,7 @@ def build_info() -> dict[str, Any]:
     """What the library was built for, and what runs it. `python -m fused_rope` prints it.
 
     Returns:
-        A dict of str, int, bool, lists and None:
+        A dict of str, int, lists and None, with these keys.
 
             ===================  ===============================================================
             version              of fused_rope

@@ -523,6 +523,31 @@ def test_pace_is_compared_with_the_best():
     assert [pace.is_slow(t) for t in (10, 10.2, 9, 9.2, 9.3)] == [False, False, False, False, True]
 
 
+@pytest.mark.parametrize("cause", ["interrupt", "time"])
+def test_a_run_that_ends_early_writes_its_figures(tiny, monkeypatch, cause, capsys):
+    """All of the first work; of the second one what was measured, or nothing."""
+    original, calls = run.Runner.run, []
+
+    def one_and_a_half(runner, step, progress):
+        calls.append(step)
+        original(runner, step, progress)
+        if cause == "interrupt" and len(calls) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(run.Runner, "run", one_and_a_half)
+    if cause == "time":
+        monkeypatch.setattr(run, "QUICK_SECONDS", -1)
+    variants = ["", "bhsd", "float32"]
+    work = ("--cases", "tiny", "--directions", "forward", "--providers", "fused_rope", "reference")
+    status, content, _ = tiny(*work, "--variants", *variants)
+    kept = variants[:2] if cause == "interrupt" else []
+    assert {row["variant"] for row in content["rows"]} == set(kept)
+    assert status == (not kept)
+    left_out = variants if cause == "time" else variants[1:]
+    expected = ["left out:", *(f"  tiny {variant}".rstrip() for variant in left_out)]
+    assert capsys.readouterr().out.splitlines()[-len(expected) :] == expected
+
+
 def test_libraries_that_are_not_installed_are_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers.models.llama.modeling_llama", None)
     loaded, skipped = providers.load_providers(["eager_hf", "liger"], torch.device("cpu"))

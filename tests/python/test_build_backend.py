@@ -70,6 +70,15 @@ def test_setuptools(monkeypatch, version):
     assert (version or "there is none") in exit.value.code and TOOLS in exit.value.code
 
 
+def test_torch_of_an_isolated_build(environment, monkeypatch):
+    """`python -m build` asks what to install before it builds."""
+    monkeypatch.setenv("FUSED_ROPE_TORCH", "torch==2.13.0")
+    environment(torch=None)
+    assert backend.get_requires_for_build_wheel() == ["torch==2.13.0"]
+    with pytest.raises(SystemExit, match="install torch first"):
+        backend.build_wheel("dist")
+
+
 def test_find_torch():
     import torch
 
