@@ -148,8 +148,8 @@ def headline(results: Results) -> str:
         f"**As fast as a copy**: {copy:.2f} of the speed of a `clone` or more for 4 x 4096 tokens "
         f"on an {_device(results.gpu)}, forward, backward and in place, and {eager:.0f} times as "
         "fast as eager Hugging Face.",
-        f"**Nearly as cheap to call as `torch.add`**: {host:.1f} microseconds on the host, where kernels "
-        f"launched from Python take {min(peers):.0f} to {max(peers):.0f}.",
+        f"**Nearly as cheap to call as `torch.add`**: {host:.1f} microseconds on the host, where "
+        f"kernels launched from Python take {min(peers):.0f} to {max(peers):.0f}.",
     )
     return "\n".join(_prose(f"- {bullet}").replace("\n", "\n  ") for bullet in bullets)
 
