@@ -102,10 +102,10 @@ struct RawCall {
 using Outputs = std::array<const at::Tensor*, kernels::kMaxTensors>;
 
 // Call rotate for one input and rotate_qk for two, or their in-place or out forms, through the
-// dispatcher. The second result is undefined for one input.
-TensorPair call_rotate(const RawCall& call);
-void call_rotate_(const RawCall& call);
-void call_rotate_out(const RawCall& call, const Outputs& outputs);
+// dispatcher. The second result is undefined for one input. Exported for the Python entry.
+FUSED_ROPE_API TensorPair call_rotate(const RawCall& call);
+FUSED_ROPE_API void call_rotate_(const RawCall& call);
+FUSED_ROPE_API void call_rotate_out(const RawCall& call, const Outputs& outputs);
 
 // An operator as a function f(arguments, tensors...): `kernel` is what the dispatcher calls for f,
 // with the arguments one by one, and operator() calls the dispatcher. OutRows is

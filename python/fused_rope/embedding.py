@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from .reference import table_rows
 from .scaled_frequencies import ScaledFrequencies
 from .table_cache import TableCache
 from .tracing import fake_mode_of
+from .types import Layout, Precision
 
 __all__ = ["RotaryEmbedding"]
 
@@ -63,7 +65,8 @@ class RotaryEmbedding(torch.nn.Module):
             keep a copy there.
 
     Attributes:
-        cos, sin: float32 [M, P], the longest table that a call has used so far.
+        cos: float32 [M, P], the cosines of the longest table that a call has used so far.
+        sin: the sines.
         max_seq_len: the minimum number of rows M of a table; `reserve` raises it.
 
     Raises:
@@ -89,11 +92,11 @@ class RotaryEmbedding(torch.nn.Module):
         max_seq_len: int = 2048,
         base: float = 10000.0,
         scaling: Mapping[str, Any] | None = None,
-        layout: str = "bshd",
+        layout: Layout = "bshd",
         interleaved: bool = False,
         blocks: int = 1,
         axes: Sequence[int] | None = None,
-        precision: str = "fp32",
+        precision: Precision = "fp32",
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
@@ -132,7 +135,7 @@ class RotaryEmbedding(torch.nn.Module):
         hf_config: Any,
         *,
         layer_type: str | None = None,
-        layout: str = "bhsd",
+        layout: Layout = "bhsd",
         interleaved: bool | None = None,
         max_seq_len: int | None = None,
         device: torch.device | str | None = None,
@@ -260,11 +263,40 @@ class RotaryEmbedding(torch.nn.Module):
             "half",
         )
         rotated: Tensor | tuple[Tensor, Tensor]
-        if k is None:
-            rotated = call("rotate", (q, *pair), positions, offset, cu_seqlens, options)
-        else:
-            rotated = call("rotate_qk", (q, k, *pair), positions, offset, cu_seqlens, options)
+        try:
+            if k is None:
+                rotated = call("rotate", (q, *pair), positions, offset, cu_seqlens, options)
+            else:
+                rotated = call("rotate_qk", (q, k, *pair), positions, offset, cu_seqlens, options)
+        except IndexError as error:
+            raise IndexError(f"{error}{self._advice_for_rows(str(error))}") from None
         return rotated
+
+    if TYPE_CHECKING:  # torch types it as Callable[..., Any]
+
+        @overload
+        def __call__(
+            self,
+            q: Tensor,
+            k: None = None,
+            *,
+            positions: Tensor | None = None,
+            offset: int | Tensor = 0,
+            cu_seqlens: Tensor | None = None,
+        ) -> Tensor: ...
+
+        @overload
+        def __call__(
+            self,
+            q: Tensor,
+            k: Tensor,
+            *,
+            positions: Tensor | None = None,
+            offset: int | Tensor = 0,
+            cu_seqlens: Tensor | None = None,
+        ) -> tuple[Tensor, Tensor]: ...
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def reserve(self, rows: int) -> None:
         """Raises max_seq_len to at least `rows`, and builds that table on the module's device.
@@ -294,6 +326,16 @@ class RotaryEmbedding(torch.nn.Module):
             if getattr(self, name) != default:
                 parts.append(f"{name}={getattr(self, name)!r}")
         return ", ".join(parts)
+
+    def _advice_for_rows(self, error: str) -> str:
+        """What to do about a position beyond the table."""
+        found = re.search(r"M=(\d+)\), got (\d+)", error)
+        if found is None:
+            return ""
+        return (
+            f": where tensors give positions, the module's table has max_seq_len={found[1]} rows: "
+            f"call reserve({int(found[2]) + 1}) or more, or pass max_seq_len"
+        )
 
     @property
     def _inv_freq(self) -> Tensor:

@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .types import Layout, Precision, TableLayout
+
 __all__ = ["register_fallback", "rotate", "rotate_", "rotate_qk", "rotate_qk_"]
 
 _TRANSPOSED = {"bshd": (0, 0), "bhsd": (1, 2), "sbhd": (0, 1)}
@@ -31,8 +33,8 @@ def rotate(
     cos: Tensor,
     sin: Tensor,
     *,
-    layout: str = "bshd",
-    table_layout: str = "half",
+    layout: Layout = "bshd",
+    table_layout: TableLayout = "half",
     positions: Tensor | None = None,
     offset: int | Tensor = 0,
     cu_seqlens: Tensor | None = None,
@@ -41,7 +43,7 @@ def rotate(
     interleaved: bool = False,
     blocks: int = 1,
     inverse: bool = False,
-    precision: str = "fp32",
+    precision: Precision = "fp32",
     out: Tensor | None = None,
     out_rows: Tensor | None = None,
 ) -> Tensor:
@@ -93,7 +95,7 @@ def rotate_qk(
     cos: Tensor,
     sin: Tensor,
     *,
-    layout: str = "bshd",
+    layout: Layout = "bshd",
     out: tuple[Tensor, Tensor] | None = None,
     out_rows: Tensor | None = None,
     **options: Any,
@@ -237,7 +239,7 @@ def rotate_heads(
     interleaved: bool = False,
     blocks: int = 1,
     inverse: bool = False,
-    precision: str = "fp32",
+    precision: Precision = "fp32",
 ) -> Tensor:
     """The formula, on x [B, S, H, D] with tables that broadcast to [B, S, H, P]."""
     P = cos.shape[-1]
@@ -266,8 +268,8 @@ def _rotated(
     cos: Tensor,
     sin: Tensor,
     *,
-    layout: str = "bshd",
-    table_layout: str = "half",
+    layout: Layout = "bshd",
+    table_layout: TableLayout = "half",
     positions: Tensor | None = None,
     offset: int | Tensor = 0,
     cu_seqlens: Tensor | None = None,
@@ -303,7 +305,7 @@ def _overwrite(
     cos: Tensor,
     *,
     rotary_offset: int = 0,
-    table_layout: str = "half",
+    table_layout: TableLayout = "half",
     **_: Any,
 ) -> Tensor:
     """Copies the rotated elements of y to x."""

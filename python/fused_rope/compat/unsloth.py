@@ -12,6 +12,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import functional
+from ..types import TableLayout
 
 __all__ = [
     "Fast_RoPE_Embedding",
@@ -123,7 +124,7 @@ class Fast_RoPE_Embedding_QK:
         return fast_rope_embedding(Q, K, cos, sin, rope_indices)
 
 
-def _tables(cos: Tensor, sin: Tensor, D: int) -> tuple[Tensor, Tensor, str]:
+def _tables(cos: Tensor, sin: Tensor, D: int) -> tuple[Tensor, Tensor, TableLayout]:
     """Views [M, D/2] or [M, D] of the tables, and their table_layout."""
     cos, sin = _rows("cos", cos, D), _rows("sin", sin, D)
     return cos, sin, "tiled" if cos.shape[1] == D else "half"
