@@ -135,6 +135,7 @@ class Call {
     }
     p_.cos.data = cos_.data() + (chance(4) ? 1 : 0);
     p_.sin.data = sin_.data();
+    if (P == 0) p_.cos.data = p_.sin.data = nullptr;  // no entry may be read
   }
 
   void draw_rows() {

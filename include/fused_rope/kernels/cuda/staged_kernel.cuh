@@ -157,7 +157,7 @@ struct Rotation {
                                       const BlockSpan& span, const SharedRows& shared, uint32_t i)
       : chunk(params.chunks.per_rotation.div(i)),
         tile(params, i - chunk * params.rotating_threads) {
-    const bool exists = chunk < span.count;
+    const bool exists = i < span.count * params.rotating_threads;
     if constexpr (is_linear(Traits::kLookup)) {
       const char* cos = tensor.cos + tensor.row_offset.at(tensor.locate_chunk(span.first + chunk));
       const RowPointers row = {cos, cos + tensor.sin_after_cos};
