@@ -86,6 +86,7 @@ struct Plan {
   int rotating_threads;  // threads of one head that rotate; staged: threads of one chunk
   int head_threads;      // threads of one head: those that rotate, then those that copy; staged: 1
   int chunk_heads;       // staged: heads of a chunk, otherwise 1
+  bool single_elements;  // staged: vectors in shared memory are not aligned
   int block_vectors;     // staged: vectors of 16 bytes that a block touches, at most
   bool full_head;        // every thread rotates, one head, and pairs form a single block
   int block_threads;
@@ -104,9 +105,10 @@ constexpr int kKeptShare = 4;               // tables of up to 1/4 of the L2 cac
 constexpr int kHeavyShare = 10;             // tables of more than 1/10 of a large x make x stream
 constexpr int kMaxLaunchThreads = 1 << 30;  // FastDivmod needs thread indices below 2^31
 constexpr int kStagedThreads = 128;
-constexpr int kStagedLoads =
-    2;  // vectors in flight in a staged thread without look-ups; 3 are slower
-constexpr int kStagedCopies = 4;         // and with look-ups, which take longer; 2 and 3 are slower
+// Vectors in flight in a staged thread, without look-ups and, where more blocks follow, with them:
+// they take longer. One less or more is slower.
+constexpr int kStagedLoads = 2;
+constexpr int kStagedCopies = 6;
 constexpr int kMinStagedBlocks = 16;     // of a multiprocessor: 32 registers
 constexpr int kStagedPairs = 2;          // of a head that a staged thread rotates, at most
 constexpr int kMaxChunkHeads = 4;        // share the entries of a staged thread
@@ -386,6 +388,7 @@ inline Plan plan_direct(const RotateParams& p, const DeviceFacts& device,
           .rotating_threads = rotating_threads,
           .head_threads = head_threads,
           .chunk_heads = 1,
+          .single_elements = false,
           .block_vectors = 0,
           .full_head =
               rotates_full_heads(p) && has_full_heads(lookup) && !single && overrides.full != 0,
@@ -395,16 +398,19 @@ inline Plan plan_direct(const RotateParams& p, const DeviceFacts& device,
 }
 
 // The plan of a call whose blocks stage x in shared memory. They copy it in vectors of 16 bytes,
-// and rotate it in vectors of `vector` elements, as its own place and that of its pairs allow.
+// and rotate two pairs at a time if their number is even. moved: elements of a vector there, at
+// most, as the place of x and of its pairs allows.
 inline Plan plan_staged(const RotateParams& p, const DeviceFacts& device,
-                        const PlanOverrides& overrides, int vector) {
-  const bool adjacent = p.pairing.distance == 1 && vector > 1;
-  vector = std::min(vector, adjacent ? 2 * kStagedPairs : kStagedPairs);
+                        const PlanOverrides& overrides, int moved) {
+  const bool adjacent = p.pairing.distance == 1;
+  const bool even = (adjacent ? p.pairing.P : p.pairing.distance) % kStagedPairs == 0;
+  const int pairs = even ? kStagedPairs : 1;
+  const int vector = adjacent ? 2 * pairs : pairs;
   const int64_t heads = chunk_heads(p);
   const bool whole = common_vector(p, {heads * p.D}, heads) * size_of(p.dtype) == kVectorBytes;
   const bool linear = whole && has_linear_rows(p) && p.axes == nullptr;
   const int64_t bytes = chunk_bytes(p, heads);
-  const int64_t rotating_threads = ceil_divide(p.pairing.P, adjacent ? vector / 2 : vector);
+  const int64_t rotating_threads = p.pairing.P / pairs;
   const int wanted = choose(overrides.threads, kStagedThreads);
   const int threads = std::clamp(wanted / kWarp * kWarp, kWarp, kStagedThreads);
   const bool few = linear || are_resident(p, device);
@@ -421,6 +427,7 @@ inline Plan plan_staged(const RotateParams& p, const DeviceFacts& device,
           .rotating_threads = static_cast<int>(rotating_threads),
           .head_threads = 1,
           .chunk_heads = static_cast<int>(heads),
+          .single_elements = moved < vector,
           .block_vectors = static_cast<int>(ceil_divide(block_units * bytes, kVectorBytes) + 2),
           .full_head = false,
           .block_threads = threads,
@@ -452,8 +459,7 @@ inline Plan make_plan(const RotateParams& p, const DeviceFacts& device,
     return plan_direct(p, device, overrides, shortest);
   if (widest <= limit && fits_vectors(p, widest)) return plan_direct(p, device, overrides, widest);
   if (can_stage(p)) {
-    const unsigned vector = std::max(std::min(rotated_vector(p), limit), 1);
-    return plan_staged(p, device, overrides, static_cast<int>(std::bit_floor(vector)));
+    return plan_staged(p, device, overrides, std::min(rotated_vector(p), limit));
   }
   const bool linear = has_linear_rows(p) && p.axes == nullptr && !p.per_head;
   if (full && linear && size == 2 && fits_vectors(p, shortest))

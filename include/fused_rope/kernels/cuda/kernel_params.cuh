@@ -132,6 +132,7 @@ struct ChunkArgs {
   uint32_t heads, D;        // heads of a chunk; elements between them
   uint32_t axes;            // of positions: 1 without M-RoPE
   uint32_t pairs;           // P
+  bool single_elements;     // vectors are not aligned
   FastDivmod per_rotation;  // threads that rotate a chunk
 
   ChunkArgs(const RotateParams& p, const Plan& plan)
@@ -142,6 +143,7 @@ struct ChunkArgs {
         D(static_cast<uint32_t>(p.D)),
         axes(1),
         pairs(static_cast<uint32_t>(p.pairing.P)),
+        single_elements(plan.single_elements),
         per_rotation(std::max(plan.rotating_threads, 1)) {
     for (int64_t j = 0; p.axes != nullptr && j < p.pairing.P; ++j)
       axes = std::max(axes, static_cast<uint32_t>(p.axes[j]) + 1);

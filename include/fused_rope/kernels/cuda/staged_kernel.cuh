@@ -23,13 +23,13 @@ struct Piece {
   }
   __device__ __forceinline__ bool is_whole() const { return begin == 0 && end == kVectorBytes; }
 
-  // Copies it from one aligned vector to another, in parts that divide it.
-  template <typename Part>
+  // Copies its elements from one aligned vector to another.
+  template <typename T>
   __device__ __forceinline__ void copy(const char* from, char* to) const {
 #pragma unroll
-    for (int i = 0; i < kVectorBytes; i += int{sizeof(Part)}) {
+    for (int i = 0; i < kVectorBytes; i += int{sizeof(T)}) {
       if (i >= begin && i < end)
-        *reinterpret_cast<Part*>(to + i) = *reinterpret_cast<const Part*>(from + i);
+        *reinterpret_cast<T*>(to + i) = *reinterpret_cast<const T*>(from + i);
     }
   }
 };
@@ -73,18 +73,18 @@ struct BlockSpan {
   }
 
   // Starts to copy a vector of the input to shared memory.
-  template <typename Part>
+  template <typename T>
   __device__ __forceinline__ void load_vector(VectorBytes* shared, uint32_t vector) const {
     const char* from = in - misalignment(in) + vector * kVectorBytes;
     const Piece piece(in, vector, bytes);
     if (piece.is_whole())
       copy_async(shared + vector, from);
     else
-      piece.template copy<Part>(from, reinterpret_cast<char*>(shared + vector));
+      piece.template copy<T>(from, reinterpret_cast<char*>(shared + vector));
   }
 
   // Stores a vector of the output from shared memory, where the span starts at `shared`.
-  template <typename Part>
+  template <typename T>
   __device__ __forceinline__ void store_vector(const KernelParams& params, const char* shared,
                                                char* out, uint32_t vector) const {
     const auto start = static_cast<int32_t>(vector * kVectorBytes - misalignment(out));
@@ -93,7 +93,7 @@ struct BlockSpan {
       store(reinterpret_cast<uint32_t*>(out + start), load_shared(shared + start), params.x_policy,
             true);
     else
-      piece.template copy<Part>(shared + start, out + start);
+      piece.template copy<T>(shared + start, out + start);
   }
 };
 
@@ -172,30 +172,41 @@ struct Rotation {
     }
   }
 
-  // head: the chunk in shared memory.
-  template <bool kAll>
+  // head: the chunk in shared memory. kAll: no pair is copied.
+  template <bool kAll, bool kSingleElements>
   __device__ __forceinline__ void rotate_heads(T* head, uint32_t heads, uint32_t D) const {
-    using Part = Vector<T, Traits::kVectorSize>;
+    using Part = Vector<T, kSingleElements ? 1 : Traits::kVectorSize>;
+    constexpr int kParts = sizeof(Vector<T, Traits::kVectorSize>) / sizeof(Part);
 #pragma unroll
     for (uint32_t h = 0; h < kMaxChunkHeads; ++h, head += D) {
       if (h >= heads) break;
       typename ThreadTile<Traits>::Vectors x;
+      const auto move = [&](const auto& f) {
 #pragma unroll
-      for (int i = 0; i < Traits::kVectors; ++i)
-        x[i] = *reinterpret_cast<const Part*>(head + tile.start[i]);
+        for (int i = 0; i < Traits::kVectors; ++i) {
+#pragma unroll
+          for (int k = 0; k < kParts; ++k)
+            f(reinterpret_cast<Part*>(head + tile.start[i])[k], reinterpret_cast<Part*>(&x[i])[k]);
+        }
+      };
+      move([](const Part& shared, Part& part) { part = shared; });
       tile.template rotate<kAll>(x, pairs);
-#pragma unroll
-      for (int i = 0; i < Traits::kVectors; ++i)
-        *reinterpret_cast<Part*>(head + tile.start[i]) = x[i];
+      move([](Part& shared, const Part& part) { shared = part; });
     }
   }
 
   __device__ __forceinline__ void rotate(const ChunkArgs& chunks, char* span) const {
     T* head = reinterpret_cast<T*>(span + chunk * chunks.bytes);
+    const auto rotate_all = [&]<bool kAll>() {
+      if (Traits::kVectorSize > 1 && chunks.single_elements)
+        rotate_heads<kAll, true>(head, chunks.heads, chunks.D);
+      else
+        rotate_heads<kAll, false>(head, chunks.heads, chunks.D);
+    };
     if (is_linear(Traits::kLookup) || pairs == tile.kAllPairs)
-      rotate_heads<true>(head, chunks.heads, chunks.D);
+      rotate_all.template operator()<true>();
     else
-      rotate_heads<false>(head, chunks.heads, chunks.D);
+      rotate_all.template operator()<false>();
   }
 };
 
@@ -222,7 +233,7 @@ template <typename Traits>
 __global__ void __launch_bounds__(kStagedThreads, kMinStagedBlocks)
     rotate_staged_kernel(const __grid_constant__ KernelParams params,
                          const __grid_constant__ AxesOf<Traits::kLookup> axes) {
-  using Part = Vector<typename Traits::Element, Traits::kVectorSize>;
+  using T = typename Traits::Element;
   const TileBlock assigned = assign_block<Traits::kLookup>(params, blockIdx.x);
   const TensorArgs& tensor = params.tensors[assigned.is_second];
   const LookupArgs& lookups = params.lookups[assigned.is_second];
@@ -258,15 +269,15 @@ __global__ void __launch_bounds__(kStagedThreads, kMinStagedBlocks)
     }
   } else {
     for (uint32_t i = threadIdx.x; i < span.vectors(span.in); i += blockDim.x)
-      span.load_vector<Part>(shared, i);
+      span.load_vector<T>(shared, i);
     rows.look_up(params, tensor, lookups, axes, span);
     rotate_span<Traits>(params, tensor, span, rows, staged, [] { wait_for_copies(); });
     if (params.row_flags & kHasOutRows) {
       const TileToken token = {params, tensor, lookups, span.at, 0};
-      if (!to_out_row<typename Traits::Element>(params, lookups, token, out)) return;
+      if (!to_out_row<T>(params, lookups, token, out)) return;
     }
     for (uint32_t i = threadIdx.x; i < span.vectors(out); i += blockDim.x)
-      span.store_vector<Part>(params, staged, out, i);
+      span.store_vector<T>(params, staged, out, i);
   }
 }
 
