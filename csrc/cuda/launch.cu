@@ -51,6 +51,7 @@ static PlanOverrides read_overrides() {
 cudaError_t launch_rotate(const RotateParams& params, cudaStream_t stream) {
   if (params.B == 0 || params.S == 0 || total_heads(params) == 0 || params.D == 0)
     return cudaSuccess;
+  if (params.norm != nullptr) return cudaErrorNotSupported;
   DeviceFacts facts;
   if (const cudaError_t error = device_facts(&facts); error != cudaSuccess) return error;
   static const PlanOverrides overrides = read_overrides();
@@ -60,6 +61,10 @@ cudaError_t launch_rotate(const RotateParams& params, cudaStream_t stream) {
     return visit(p.dtype, [&]<typename T>() { return launch_elements<T>(p, plan, stream); });
   };
   return are_adjacent(params) ? launch(joined(params)) : launch(params);
+}
+
+cudaError_t launch_norm_backward(const NormBackwardParams&, cudaStream_t) {
+  return cudaErrorNotSupported;
 }
 
 }  // namespace fused_rope::kernels

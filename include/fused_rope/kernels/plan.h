@@ -100,8 +100,6 @@ constexpr int kKeptShare = 4;               // tables of up to 1/4 of the L2 cac
 constexpr int kHeavyShare = 10;             // tables of more than 1/10 of a large x make x stream
 constexpr int kMaxLaunchThreads = 1 << 30;  // FastDivmod needs thread indices below 2^31
 
-constexpr int64_t ceil_divide(int64_t n, int64_t by) { return (n + by - 1) / by; }
-
 // The largest power of two that divides n, or 16 for 0.
 constexpr int64_t alignment(int64_t n) { return n == 0 ? kVectorBytes : n & -n; }
 
