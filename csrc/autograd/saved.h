@@ -14,8 +14,8 @@ namespace fused_rope {
 struct Saved {
   enum Tensor : size_t { kCos, kSin, kPositions, kOffsets, kCuSeqlens, kInputs };
 
-  // `inputs` is empty unless a table needs a gradient; in place, it has copies of the rotated
-  // elements.
+  // Without a norm `inputs` is empty unless a table needs a gradient; in place, it has copies of
+  // the rotated elements. With a norm, the weights follow the inputs.
   static void save(torch::autograd::AutogradContext* ctx, const Arguments& a, const at::Tensor& cos,
                    const at::Tensor& sin, at::TensorList inputs) {
     torch::autograd::variable_list tensors;
@@ -34,6 +34,23 @@ struct Saved {
 #define FUSED_ROPE_SAVE(type, name) save_option(ctx, #name, a.name, defaults.name);
     FUSED_ROPE_OPTIONS(FUSED_ROPE_SAVE)
 #undef FUSED_ROPE_SAVE
+  }
+
+  static void save_norm(torch::autograd::AutogradContext* ctx, const NormArguments& a) {
+    static const RotateOptions kRotation;
+    static const NormOptions kNoEps(0);
+    static const NormArguments defaults = arguments_of(kRotation, kNoEps).norm;
+#define FUSED_ROPE_SAVE(type, name) save_option(ctx, #name, a.name, defaults.name);
+    FUSED_ROPE_NORM_OPTIONS(FUSED_ROPE_SAVE)
+#undef FUSED_ROPE_SAVE
+  }
+
+  static NormOptions load_norm(torch::autograd::AutogradContext* ctx) {
+    NormOptions norm(0);
+#define FUSED_ROPE_LOAD(type, name) load_option(ctx, #name, norm.name());
+    FUSED_ROPE_NORM_OPTIONS(FUSED_ROPE_LOAD)
+#undef FUSED_ROPE_LOAD
+    return norm;
   }
 
   explicit Saved(torch::autograd::AutogradContext* ctx) {

@@ -14,7 +14,17 @@ if _torch.__version__ != _build.TORCH_VERSION:
 from . import _C
 from .embedding import RotaryEmbedding
 from .frequencies import mrope_axes
-from .functional import cos_sin_table, rotate, rotate_, rotate_qk, rotate_qk_
+from .functional import (
+    cos_sin_table,
+    norm_rotate,
+    norm_rotate_,
+    norm_rotate_qk,
+    norm_rotate_qk_,
+    rotate,
+    rotate_,
+    rotate_qk,
+    rotate_qk_,
+)
 from .reference import register_fallback
 
 register_fallback()
@@ -24,6 +34,10 @@ __all__ = [
     "RotaryEmbedding",
     "cos_sin_table",
     "mrope_axes",
+    "norm_rotate",
+    "norm_rotate_",
+    "norm_rotate_qk",
+    "norm_rotate_qk_",
     "rotate",
     "rotate_",
     "rotate_qk",
