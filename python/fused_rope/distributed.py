@@ -10,8 +10,9 @@ Importing this module registers the rules. Forward and backward then behave as f
 * Shards of head_dim are gathered first, since pairs span them.
 
 Tables, positions, offset and cu_seqlens may be DTensors, replicated or sharded along the same
-dimension; the weights of a norm are replicated, and their gradients are partial sums. With a DTensor x, plain tensors count as replicated, and their gradients are not
-supported. In place, placements must not have to change. `out=` is not supported.
+dimension; the weights of a norm are replicated, and their gradients are partial sums. With a
+DTensor x, plain tensors count as replicated, and gradients of plain tables are not supported.
+In place, placements must not have to change. `out=` is not supported.
 
 Example:
     >>> import fused_rope, fused_rope.distributed

@@ -74,6 +74,8 @@ class RotaryEmbedding(torch.nn.Module):
         >>> q, k = torch.randn(2, 8, 100, 64), torch.randn(2, 2, 100, 64)
         >>> q_rotated, k_rotated = rope(q, k)
         >>> q_next, k_next = rope(q[:, :, :1], k[:, :, :1], offset=100)
+        >>> weight = torch.ones(64)  # with a norm of each head
+        >>> q_rotated, k_rotated = rope(q, k, q_weight=weight, k_weight=weight, eps=1e-6)
     """
 
     _buffer_order: tuple[int, ...] | None = None
@@ -184,6 +186,12 @@ class RotaryEmbedding(torch.nn.Module):
         positions: Tensor | None = None,
         offset: int | Tensor = 0,
         cu_seqlens: Tensor | None = None,
+        q_weight: Tensor | None = None,
+        k_weight: Tensor | None = None,
+        eps: float | None = None,
+        zero_centered: bool = False,
+        cast: str = "never",
+        after: bool = False,
     ) -> Tensor: ...
 
     @overload
@@ -195,6 +203,12 @@ class RotaryEmbedding(torch.nn.Module):
         positions: Tensor | None = None,
         offset: int | Tensor = 0,
         cu_seqlens: Tensor | None = None,
+        q_weight: Tensor | None = None,
+        k_weight: Tensor | None = None,
+        eps: float | None = None,
+        zero_centered: bool = False,
+        cast: str = "never",
+        after: bool = False,
     ) -> tuple[Tensor, Tensor]: ...
 
     def forward(
@@ -205,8 +219,14 @@ class RotaryEmbedding(torch.nn.Module):
         positions: Tensor | None = None,
         offset: int | Tensor = 0,
         cu_seqlens: Tensor | None = None,
+        q_weight: Tensor | None = None,
+        k_weight: Tensor | None = None,
+        eps: float | None = None,
+        zero_centered: bool = False,
+        cast: str = "never",
+        after: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Rotates q and k out of place.
+        """Rotates q and k out of place; with eps, normalizes them too.
 
         Args:
             q: [B, S, H, D] in the order of `layout`, or [T, H, D]; any float dtype.
@@ -217,12 +237,16 @@ class RotaryEmbedding(torch.nn.Module):
             offset: the number of tokens before these: an int, or an int32 or int64 tensor [B]
                 ([N] with cu_seqlens).
             cu_seqlens: int32 or int64 [N + 1], "thd" only: the start of each packed sequence.
+            q_weight, k_weight: [D], the weights of the RMS norm of each head.
+            eps: of the norm; None for no norm.
+            zero_centered, cast, after: as in `fused_rope.norm_rotate`.
 
         Returns:
             q and k rotated, or q rotated if k is None.
 
         Raises:
-            ValueError, TypeError, IndexError: as `fused_rope.rotate_qk`.
+            ValueError: as `fused_rope.norm_rotate_qk`; a weight without eps.
+            TypeError, IndexError: as `fused_rope.norm_rotate_qk`.
         """
         if q.is_nested:
             raise nested_error("RotaryEmbedding")
@@ -249,7 +273,7 @@ class RotaryEmbedding(torch.nn.Module):
                 positions = _positions(positions, offset, cu_seqlens, tokens, q.device)
                 pair, positions = self._tables.frequencies.per_token_table(positions)
             offset, cu_seqlens = 0, None
-        options = (
+        options: tuple[Any, ...] = (
             self.layout,
             axes,
             self.rotary_offset,
@@ -259,11 +283,17 @@ class RotaryEmbedding(torch.nn.Module):
             self.precision,
             "half",
         )
-        rotated: Tensor | tuple[Tensor, Tensor]
-        if k is None:
-            rotated = call("rotate", (q, *pair), positions, offset, cu_seqlens, options)
-        else:
-            rotated = call("rotate_qk", (q, k, *pair), positions, offset, cu_seqlens, options)
+        name = "rotate" if k is None else "rotate_qk"
+        tensors: tuple[Tensor | None, ...] = (q, *pair) if k is None else (q, k, *pair)
+        if eps is not None:
+            name = f"norm_{name}"
+            tensors += (q_weight,) if k is None else (q_weight, k_weight)
+            options += (eps, zero_centered, cast, after)
+        elif q_weight is not None or k_weight is not None:
+            raise ValueError("RotaryEmbedding: expected eps with a weight, got eps=None")
+        rotated: Tensor | tuple[Tensor, Tensor] = call(
+            name, tensors, positions, offset, cu_seqlens, options
+        )
         return rotated
 
     def reserve(self, rows: int) -> None:
