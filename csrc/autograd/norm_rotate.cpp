@@ -102,7 +102,7 @@ struct NormRotate : public torch::autograd::Function<NormRotate> {
   static variable_list forward(AutogradContext* ctx, at::TensorList inputs,
                                [[maybe_unused]] at::TensorList weights, at::TensorList trained,
                                const RawCall& call) {
-    variable_list saved(inputs.begin(), inputs.end());
+    c10::SmallVector<at::Tensor, 2 * kernels::kMaxTensors> saved(inputs.begin(), inputs.end());
     for (int i = 0; i < call.count(); ++i) saved.push_back(call.weight(i).value_or(at::Tensor()));
     Saved::save(ctx, call.arguments, call.cos, call.sin, saved);
     Saved::save_norm(ctx, call.arguments.norm);
@@ -118,7 +118,6 @@ struct NormRotate : public torch::autograd::Function<NormRotate> {
     Saved saved(ctx);
     const NormOptions norm = Saved::load_norm(ctx);
     const size_t count = grads.size();
-    saved.inputs.resize(2 * count);  // x, or q and k, and their weights
     Arguments a = arguments_of(saved.options, norm);
     GradMask& mask = a.norm.output_mask;
     std::array<OptionalTensor, kernels::kMaxTensors> weights, output_grads;
@@ -170,12 +169,12 @@ struct NormRotate : public torch::autograd::Function<NormRotate> {
 }  // namespace
 
 TensorPair record_norm_rotate(const RawCall& c) {
-  std::vector<at::Tensor> inputs, weights, trained;
+  c10::SmallVector<at::Tensor, kernels::kMaxTensors> inputs, weights, trained;
   for (int i = 0; i < c.count(); ++i) {
     inputs.push_back(*c.inputs[i]);
     if (c.weight(i).has_value()) weights.push_back(*c.weight(i));
   }
-  if (c.cos.requires_grad() || c.sin.requires_grad()) trained = {c.cos, c.sin};
+  if (c.cos.requires_grad() || c.sin.requires_grad()) trained.append({c.cos, c.sin});
   variable_list out = NormRotate::apply(at::TensorList(inputs), at::TensorList(weights),
                                         at::TensorList(trained), c);
   // Compiled autograd does not support mark_non_differentiable.
