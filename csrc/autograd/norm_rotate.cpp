@@ -187,7 +187,9 @@ TensorPair record_norm_rotate(const RawCall& c) {
   return {std::move(out[0]), c.count() == 2 ? std::move(out[1]) : at::Tensor()};
 }
 
-TensorPair norm_rotate_duals(const RawCall& c) {
+TensorPair norm_rotate_duals(const RawCall& c, bool is_recorded) {
+  // A Function would save inputs without their tangents.
+  if (is_recorded) return {compose(c, 0), c.count() == 2 ? compose(c, 1) : at::Tensor()};
   const Dual cos(c.cos), sin(c.sin);
   std::array<at::Tensor, kernels::kMaxTensors> primals, tangents;
   std::array<OptionalTensor, kernels::kMaxTensors> weights;

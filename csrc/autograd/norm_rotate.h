@@ -10,7 +10,7 @@ namespace fused_rope {
 TensorPair record_norm_rotate(const RawCall& call);
 
 // The results with their tangents, if any of the call's tensors has one.
-TensorPair norm_rotate_duals(const RawCall& call);
+TensorPair norm_rotate_duals(const RawCall& call, bool is_recorded);
 
 // norm_rotate_qk_backward in differentiable operations.
 TensorQuad compose_norm_backward(const RawCall& call, const OptionalTensors& grads);

@@ -210,7 +210,9 @@ void check_before_writing(const RawCall& raw) {
 
 struct AutogradLayer {
   static TensorPair rotate(const RawCall& c) {
-    if (any_of(c, has_tangent)) return c.has_norm() ? norm_rotate_duals(c) : rotate_duals(c);
+    if (any_of(c, has_tangent)) {
+      return c.has_norm() ? norm_rotate_duals(c, needs_grad(c)) : rotate_duals(c);
+    }
     if (!needs_grad(c)) {
       const at::AutoDispatchBelowAutograd below;
       return call_rotate(c);

@@ -168,6 +168,8 @@ class DeviceLayer {
       const OptionalTensor& weight = call.weight(i);
       if (mask[kWeights + i] && weight.has_value()) {
         results[kWeights + i] = at::empty_symint(weight->sym_sizes(), weight->options());
+        // An empty gradient has no address, and the kernels skip a tensor without one.
+        if (kHasData && call.inputs[i]->numel() == 0) results[kWeights + i].zero_();
       }
     }
     return results;

@@ -400,9 +400,7 @@ def rms_norm(
     """The norm of each head of x [..., D], of `dtype`, or wider if cast is "never"."""
     wide = x.double() if dtype == torch.float64 else x.float()
     mean = sum_heads(wide * wide) * (1 / max(x.shape[-1], 1))
-    # A float64 root is exact enough to round correctly; rsqrt is not on every device.
-    root = (mean + eps).double().sqrt().to(wide.dtype)
-    y = wide * root.reciprocal()
+    y = wide * (mean + eps).rsqrt()  # on the CPU, a correctly rounded root and reciprocal
     if cast == "before":
         y = y.to(dtype)
     if weight is not None:
