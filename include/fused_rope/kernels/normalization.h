@@ -60,6 +60,10 @@ struct NormScalars {
   NormScalars(int64_t D, double eps_of_call)
       : inverse_D(static_cast<V>(1.0 / static_cast<double>(D))), eps(static_cast<V>(eps_of_call)) {}
 
+  template <typename Other>
+  FUSED_ROPE_HOST_DEVICE explicit NormScalars(const NormScalars<Other>& other)
+      : inverse_D(static_cast<V>(other.inverse_D)), eps(static_cast<V>(other.eps)) {}
+
   // r, from the sum of squares.
   FUSED_ROPE_HOST_DEVICE V inverse_rms(V sum) const {
     return reciprocal(square_root(add(multiply(sum, inverse_D), eps)));
@@ -75,6 +79,19 @@ struct NormScalars {
 template <typename T, bool kRounds>
 FUSED_ROPE_HOST_DEVICE Wide<T> rounded_if(Wide<T> value) {
   return rounded<T, kRounds ? Precision::kModel : Precision::kFp32>(value);
+}
+
+// Calls f<kCast>().
+template <typename F>
+FUSED_ROPE_HOST_DEVICE void visit(Cast cast, const F& f) {
+  switch (cast) {
+    case Cast::kNever:
+      return f.template operator()<Cast::kNever>();
+    case Cast::kBefore:
+      return f.template operator()<Cast::kBefore>();
+    default:
+      return f.template operator()<Cast::kAfter>();
+  }
 }
 
 // The tensor between norm and rotation, or its gradient.

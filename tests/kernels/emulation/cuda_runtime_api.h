@@ -1,9 +1,10 @@
-// The part of CUDA that the kernel's headers need to compile for the host, where threads run one
-// after another. So the addressing is tested without a GPU or nvcc.
+// The part of CUDA that the kernels' headers need to compile for the host. So they are tested
+// without a GPU or nvcc.
 #pragma once
 
 #include <algorithm>
 
+#include "fibers.h"
 #include "fused_rope/kernels/numeric.h"
 
 #define __device__
@@ -16,10 +17,16 @@
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
 using cudaStream_t = void*;
 
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
+  return cudaSuccess;
+}
+
 struct Index {
   unsigned x;
 };
-inline Index blockIdx, blockDim, threadIdx;
+inline Index blockIdx, blockDim, gridDim, threadIdx;
 
 inline uint32_t min(uint32_t x, uint32_t y) { return std::min(x, y); }
 
@@ -41,8 +48,8 @@ inline uint16_t __half_as_ushort(fused_rope::kernels::Float16 x) { return x.bits
 
 namespace fused_rope::kernels {
 
-// More than any launch asks for, as its rows and their entries are written where they are read.
-alignas(16) inline unsigned char block_memory[48 * 1024];
+// As much as a block of sm_90 can have.
+alignas(16) inline unsigned char block_memory[227 * 1024];
 inline void* shared_memory() { return block_memory; }
 
 // Each thread does the work of all, since it runs alone.
@@ -59,13 +66,32 @@ void share_in_warps(uint32_t n, uint32_t lanes, const F& f) {
   }
 }
 
-template <typename Params, typename Axes>
-cudaError_t enqueue(void (*kernel)(Params, Axes), unsigned blocks, int threads, size_t shared_bytes,
-                    cudaStream_t, const Params& params, const Axes& axes) {
+template <typename V>
+V from_lane(V value, uint32_t lane) {
+  return emulation::block.exchange(value, lane);
+}
+template <typename V>
+V from_other_lane(V value, uint32_t mask) {
+  return emulation::block.exchange(value, emulation::block.lane() ^ mask);
+}
+inline void sync_warp() { emulation::block.wait_for_warp(); }
+inline void sync_block() { emulation::block.wait_for_block(); }
+
+// Kernels whose threads exchange values have an argument that says so. The threads of others run
+// one after another.
+template <typename... Args>
+cudaError_t enqueue(void (*kernel)(Args...), unsigned blocks, int threads, size_t shared_bytes,
+                    cudaStream_t, const Args&... args) {
   if (shared_bytes > sizeof(block_memory)) return cudaErrorInvalidValue;
   blockDim.x = static_cast<unsigned>(threads);
+  gridDim.x = blocks;
+  const auto enter = [](unsigned thread) { threadIdx.x = thread; };
   for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
-    for (threadIdx.x = 0; threadIdx.x < blockDim.x; ++threadIdx.x) kernel(params, axes);
+    if constexpr ((requires { Args::kSharesWarps; } || ...)) {
+      emulation::block.run(blockDim.x, [&] { kernel(args...); }, enter);
+    } else {
+      for (threadIdx.x = 0; threadIdx.x < blockDim.x; ++threadIdx.x) kernel(args...);
+    }
   }
   return cudaSuccess;
 }

@@ -10,19 +10,6 @@
 
 namespace fused_rope::kernels {
 
-// Calls f<kCast>().
-template <typename F>
-void visit(Cast cast, const F& f) {
-  switch (cast) {
-    case Cast::kNever:
-      return f.template operator()<Cast::kNever>();
-    case Cast::kBefore:
-      return f.template operator()<Cast::kBefore>();
-    default:
-      return f.template operator()<Cast::kAfter>();
-  }
-}
-
 // A head in memory.
 template <typename T>
 struct StridedHead {

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "fused_rope/kernels/cuda/kernel_params.cuh"
-#include "fused_rope/kernels/rotation.h"
+#include "fused_rope/kernels/normalization.h"
 
 // Fails as PyTorch's own indexing does: "device-side assert triggered", also with NDEBUG.
 extern "C" __host__ __device__ void __assert_fail(const char* expression, const char* file,
@@ -28,6 +28,7 @@ struct Variant {
   int heads;   // of a thread
   RowLookup lookup;
   bool full_head;
+  bool norm;  // of full heads, whose threads are in one warp
 };
 
 template <typename T, typename TableT, Variant kVariant>
@@ -40,17 +41,24 @@ struct KernelTraits {
   static constexpr int kHeads = kVariant.heads;
   static constexpr RowLookup kLookup = kVariant.lookup;
   static constexpr bool kFullHead = kVariant.full_head;
+  static constexpr bool kNorm = kVariant.norm;
+  // What a launch passes besides KernelParams.
+  using Extra = std::conditional_t<kNorm, NormArgs<Wide<T>>, AxesOf<kLookup>>;
 
   static constexpr bool kAdjacent = kArrangement == Arrangement::kAdjacent;
-  static constexpr int kVectors = vectors_of_thread(kArrangement, kLookup, kHeads);
+  // With a norm, one vector of each half of a head, as the tree of sums has it.
+  static constexpr int kVectors = kNorm ? 2 : vectors_of_thread(kArrangement, kLookup, kHeads);
   static constexpr int kPairs = kVectorSize * kVectors / 2;  // of each head
   // Groups of consecutive pairs: one for both vectors, or one in each.
   static constexpr int kGroups = kAdjacent ? kVectors : 1;
   static constexpr int kGroupPairs = kPairs / kGroups;
   // Blocks that must fit on a multiprocessor. This limits registers, so that enough loads of x are
   // in flight; with six, look-ups and whole pairs of several heads would spill.
-  static constexpr int kMinBlocks =
-      kHeads > 1 && (kAdjacent || kLookup != RowLookup::kLinear) ? 5 : 6;
+  static constexpr int kMinBlocks = kNorm ? 8
+                                    : kHeads > 1 && (kAdjacent || kLookup != RowLookup::kLinear)
+                                        ? 5
+                                        : 6;
+  static constexpr int kMaxThreads = kNorm ? kSmallBlockThreads : kMaxBlockThreads;
 };
 
 // Widens one element. The upper bfloat16 of a register needs only a mask.
@@ -112,6 +120,7 @@ struct ThreadTile {
   static constexpr size_t kEntryBytes =
       kGroupPairs * sizeof(Table) < kVectorBytes ? kGroupPairs * sizeof(Table) : kVectorBytes;
   using Vectors = Vector<T, kVectorSize>[kVectors];
+  using WideVectors = Wide<T>[kVectors][kVectorSize];
 
   bool rotates;
   bool moves_wide;           // copies, and both vectors at once
@@ -131,7 +140,8 @@ struct ThreadTile {
       for (uint32_t& element : start)
         element += element < params.first_copied ? 0 : params.copied_gap;
     } else if constexpr (Traits::kAdjacent) {
-      spread(thread, Traits::kFullHead ? params.head_threads : params.rotating_threads,
+      const bool all_rotate = Traits::kFullHead && !Traits::kNorm;
+      spread(thread, all_rotate ? params.head_threads : params.rotating_threads,
              params.rotated_elements);
 #pragma unroll
       for (int i = 0; i < kVectors; ++i) {
@@ -231,6 +241,37 @@ struct ThreadTile {
     load_row(row.cos, c);
     load_row(row.sin, s);
     invert(params);
+  }
+
+  __device__ __forceinline__ static void widen_all(const Vectors& x, WideVectors& wide) {
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+#pragma unroll
+      for (int i = 0; i < kVectorSize; ++i) wide[v][i] = widen_element(x[v], i);
+    }
+  }
+
+  __device__ __forceinline__ static void narrow_all(const WideVectors& wide, Vectors& x) {
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+#pragma unroll
+      for (int i = 0; i < kVectorSize; i += 2)
+        narrow_two<T>(wide[v][i], wide[v][i + 1], x[v].element[i], x[v].element[i + 1]);
+    }
+  }
+
+  // Rotates all pairs, without the last rounding. inverts: by the inverse rotation.
+  template <bool kInverts = false>
+  __device__ __forceinline__ void rotate_wide(WideVectors& wide) const {
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      constexpr auto at = position_of;
+      Wide<T>& a = wide[at(i, 0).vector][at(i, 0).element];
+      Wide<T>& b = wide[at(i, 1).vector][at(i, 1).element];
+      const auto pair = rotate_pair<T, Traits::kPrecision>(a, b, c[i], kInverts ? -s[i] : s[i]);
+      a = pair.a;
+      b = pair.b;
+    }
   }
 
   // One bit for each pair that a combined row does not copy.
@@ -413,10 +454,131 @@ __device__ __forceinline__ CombinedRow<typename Traits::Element> combine_rows(
   return {cos + own, sin + own, copied + own, any_copied};
 }
 
+// Finds the table rows of a token; false where the token is copied. For kLinear and kIndexed.
+template <RowLookup kLookup>
+__device__ __forceinline__ bool find_rows(const KernelParams& params, const TensorArgs& tensor,
+                                          const LookupArgs& lookups, const LinearCoordinates& at,
+                                          RowPointers& rows) {
+  if (is_linear(kLookup) || (params.row_flags & kGathered)) {
+    rows.cos = tensor.cos + tensor.row_offset.at(at);
+    rows.sin = is_linear(kLookup) ? rows.cos + tensor.sin_after_cos
+                                  : tensor.cos + tensor.sin_after_cos + lookups.sin_offset.at(at);
+    return true;
+  }
+  const Row row = find_row(params, params.row_flags, TileToken{params, tensor, lookups, at, 0});
+  if (!row.copied) rows = pointers_to(params, tensor, row.index);
+  return !row.copied;
+}
+
+// The factors of the weight for the elements of a thread.
 template <typename Traits>
-__global__ void __launch_bounds__(kMaxBlockThreads, Traits::kMinBlocks)
+__device__ __forceinline__ void load_factors(const NormArgs<Wide<typename Traits::Element>>& norm,
+                                             bool is_second, const ThreadTile<Traits>& tile,
+                                             bool exists,
+                                             typename ThreadTile<Traits>::WideVectors& factors) {
+  using T = typename Traits::Element;
+  const char* const weight = norm.weights[is_second];
+  const auto read = [&]<typename Weight>() {
+    constexpr int kWidest = kVectorBytes / sizeof(Weight);
+    constexpr int kLoad = kWidest < Traits::kVectorSize ? kWidest : Traits::kVectorSize;
+#pragma unroll
+    for (int v = 0; v < Traits::kVectors; ++v) {
+#pragma unroll
+      for (int i = 0; i < Traits::kVectorSize; i += kLoad) {
+        const Weight* from = reinterpret_cast<const Weight*>(weight) + tile.start[v] + i;
+        const auto loaded = load<kLoad>(from, kEvictLast, exists);
+#pragma unroll
+        for (int k = 0; k < kLoad; ++k)
+          factors[v][i + k] = weight_factor(widen_element(loaded, k), norm.zero_centered);
+      }
+    }
+  };
+  if (weight == nullptr) {
+#pragma unroll
+    for (auto& vector : factors) {
+#pragma unroll
+      for (auto& factor : vector) factor = 1;
+    }
+  } else if (norm.is_wide[is_second]) {
+    read.template operator()<Wide<T>>();
+  } else {
+    read.template operator()<T>();
+  }
+}
+
+// Adds the leaves of a head's threads, as the tree of normalization.h has them. `threads`, a power
+// of two, includes those beyond the head, which add zeros. All lanes of the warp must call it.
+template <typename W, int kLeaves>
+__device__ __forceinline__ W sum_of_head(W (&leaves)[kLeaves], uint32_t threads, bool exists) {
+#pragma unroll
+  for (int n = kLeaves / 2; n > 0; n /= 2) {
+#pragma unroll
+    for (int i = 0; i < n; ++i) leaves[i] = add(leaves[2 * i], leaves[2 * i + 1]);
+  }
+  W sum = exists ? leaves[0] : W{0};
+#pragma unroll
+  for (uint32_t mask = 1; mask < kWarp; mask *= 2) {
+    if (mask < threads) sum = add(sum, from_other_lane(sum, mask));
+  }
+  return sum;
+}
+
+// The sum of term(v, i) over the vectors v of a thread's head, and the elements i of each.
+template <typename Traits, typename F>
+__device__ __forceinline__ auto sum_of_terms(uint32_t threads, bool exists, const F& term) {
+  Wide<typename Traits::Element> leaves[Traits::kVectorSize];
+#pragma unroll
+  for (int i = 0; i < Traits::kVectorSize; ++i) leaves[i] = add(term(0, i), term(1, i));
+  return sum_of_head(leaves, threads, exists);
+}
+
+// Calls f(x) for each element.
+template <typename W, int kVectors, int kSize, typename F>
+__device__ __forceinline__ void for_each_element(W (&x)[kVectors][kSize], const F& f) {
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) f(x[v][i], v, i);
+  }
+}
+
+// Rounds what is between norm and rotation.
+template <typename T, typename W, int kVectors, int kSize>
+__device__ __forceinline__ void round_between(Cast cast, W (&x)[kVectors][kSize]) {
+  if (cast == Cast::kNever) return;
+  for_each_element(x, [](W& value, int, int) { value = between<T, Cast::kAfter>(value); });
+}
+
+// Normalizes a head and rotates it. All lanes of the warp must call it.
+template <typename Traits>
+__device__ __forceinline__ void normalize_and_rotate(
+    const KernelParams& params, const NormArgs<Wide<typename Traits::Element>>& norm,
+    const ThreadTile<Traits>& tile, const typename ThreadTile<Traits>::WideVectors& factors,
+    bool exists, bool rotates, typename ThreadTile<Traits>::Vectors& x) {
+  using T = typename Traits::Element;
+  using W = Wide<T>;
+  typename ThreadTile<Traits>::WideVectors wide;
+  tile.widen_all(x, wide);
+  if (norm.after) {
+    if (rotates) tile.rotate_wide(wide);
+    round_between<T>(norm.cast, wide);
+  }
+  const W sum = sum_of_terms<Traits>(
+      params.head_threads, exists, [&](int v, int i) { return multiply(wide[v][i], wide[v][i]); });
+  const W r = norm.scalars.inverse_rms(sum);
+  visit(norm.cast, [&]<Cast kCast>() {
+    for_each_element(wide, [&](W& value, int v, int i) {
+      value = normalize<T, kCast>(value, r, factors[v][i]);
+    });
+  });
+  if (!norm.after && rotates) tile.rotate_wide(wide);
+  tile.narrow_all(wide, x);
+}
+
+template <typename Traits>
+__global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
     rotate_kernel(const __grid_constant__ KernelParams params,
-                  const __grid_constant__ AxesOf<Traits::kLookup> axes) {
+                  const __grid_constant__ typename Traits::Extra extra) {
   using T = typename Traits::Element;
   constexpr RowLookup kLookup = Traits::kLookup;
   const TileBlock assigned = assign_block<kLookup>(params, blockIdx.x);
@@ -426,8 +588,9 @@ __global__ void __launch_bounds__(kMaxBlockThreads, Traits::kMinBlocks)
                     : kLookup == RowLookup::kPositions ? int{kHasPositions}
                                                        : params.row_flags;
   uint32_t index = assigned.block * blockDim.x + threadIdx.x;
-  const bool in_tile = index < tensor.threads;
+  bool in_tile = index < tensor.threads;
   const LinearCoordinates at = tensor.locate(params.head_threads, params.per_head, index);
+  if constexpr (Traits::kNorm) in_tile = in_tile && index < params.rotating_threads;
   ThreadTile<Traits> tile(params, index);
 
   // Issue the load of a position first, then those of x, before waiting for either and before the
@@ -446,7 +609,7 @@ __global__ void __launch_bounds__(kMaxBlockThreads, Traits::kMinBlocks)
   if constexpr (kLookup == RowLookup::kAxes) {
     const BlockTokens tokens(params, tensor, lookups, assigned.block, at);
     int64_t* rows = look_up_rows(params, tensor, lookups, tokens);
-    combined = combine_rows<Traits>(params, tensor, axes, tokens, rows);
+    combined = combine_rows<Traits>(params, tensor, extra, tokens, rows);
   }
   [[maybe_unused]] int64_t found = 0;
   if constexpr (kLookup == RowLookup::kPacked) {
@@ -454,10 +617,20 @@ __global__ void __launch_bounds__(kMaxBlockThreads, Traits::kMinBlocks)
     const int64_t* rows = look_up_rows(params, tensor, lookups, tokens);
     if (in_tile) found = rows[kMaxAxes * tokens.own];
   }
-  if (!in_tile) return;
+  if (!Traits::kNorm && !in_tile) return;
 
   bool copies = !tile.rotates;
-  if (tile.rotates) {
+  if constexpr (Traits::kNorm) {
+    typename ThreadTile<Traits>::WideVectors factors;
+    load_factors<Traits>(extra, assigned.is_second, tile, in_tile, factors);
+    if (in_tile) {
+      RowPointers rows;
+      copies = !find_rows<kLookup>(params, tensor, lookups, at, rows);
+      if (!copies) tile.load_rows(params, rows);
+    }
+    normalize_and_rotate(params, extra, tile, factors, in_tile, in_tile && !copies, x[0]);
+    if (!in_tile) return;
+  } else if (tile.rotates) {
     if constexpr (kLookup == RowLookup::kAxes) {
       tile.load_combined(params, combined);
       const uint32_t pairs = combined.any_copied ? tile.rotated_pairs(combined) : tile.kAllPairs;
@@ -477,7 +650,7 @@ __global__ void __launch_bounds__(kMaxBlockThreads, Traits::kMinBlocks)
           const Row row = find_row(params, flags, loaded);
           found = row.copied ? -1 : row.index;
         } else if constexpr (kLookup != RowLookup::kPacked) {
-          if constexpr (kLookup == RowLookup::kSections) token.axis = axes.axis[tile.pair[0]];
+          if constexpr (kLookup == RowLookup::kSections) token.axis = extra.axis[tile.pair[0]];
           const Row row = find_row(params, flags, token);
           found = row.copied ? -1 : row.index;
         }
@@ -505,7 +678,7 @@ __global__ void __launch_bounds__(kMaxBlockThreads, Traits::kMinBlocks)
       }
     }
   }
-  if (copies && params.in_place) return;
+  if (copies && params.in_place && !Traits::kNorm) return;
 
   char* out = tensor.out + tensor.out_offset.at(at);
   if (flags & kHasOutRows) {

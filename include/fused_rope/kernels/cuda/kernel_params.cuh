@@ -6,6 +6,7 @@
 
 #include "fused_rope/kernels/cuda/memory.cuh"
 #include "fused_rope/kernels/fast_divmod.h"
+#include "fused_rope/kernels/normalization.h"
 #include "fused_rope/kernels/plan.h"
 #include "fused_rope/kernels/rows.h"
 #include "fused_rope/kernels/tiling.h"
@@ -221,6 +222,30 @@ struct KernelParams {
     const size_t row = sizeof(int64_t) * kMaxAxes;
     const size_t combined = size_t{combined_entries} * (2 * entry_bytes + sizeof(bool));
     return block_tokens * (row + (lookup == RowLookup::kAxes ? combined : 0));
+  }
+};
+
+// The norm of a launch. W is the compute type.
+template <typename W>
+struct NormArgs {
+  static constexpr bool kSharesWarps = true;
+
+  NormScalars<W> scalars;
+  const char* weights[kMaxTensors] = {};  // of each tile; null without one
+  bool is_wide[kMaxTensors] = {};         // of type W, not x's
+  bool zero_centered;
+  bool after;
+  Cast cast;
+
+  explicit NormArgs(const RotateParams& p)
+      : scalars(p.D, p.norm->eps),
+        zero_centered(p.norm->zero_centered),
+        after(p.norm->after),
+        cast(p.norm->cast) {}
+
+  void set_tile(int i, const RotateParams& p, const WeightParams& weight) {
+    weights[i] = static_cast<const char*>(weight.data);
+    is_wide[i] = weight.dtype != p.dtype;
   }
 };
 

@@ -56,7 +56,8 @@ auto choose_kernel(const Plan& plan) {
                                .vector = kVectorBytes / sizeof(T),
                                .heads = 1,
                                .lookup = kLookup,
-                               .full_head = false};
+                               .full_head = false,
+                               .norm = false};
     return choose_heads<T, Table, kBase>(plan);
   };
   return plan.arrangement == Arrangement::kAdjacent
@@ -65,35 +66,30 @@ auto choose_kernel(const Plan& plan) {
 }
 
 #if defined(__CUDACC__)  // the tests' emulation on the host has its own
-template <typename Axes>
-cudaError_t enqueue(void (*kernel)(KernelParams, Axes), unsigned blocks, int threads,
-                    size_t shared_bytes, cudaStream_t stream, const KernelParams& params,
-                    const Axes& axes) {
-  kernel<<<blocks, static_cast<unsigned>(threads), shared_bytes, stream>>>(params, axes);
+template <typename... Args>
+cudaError_t enqueue(void (*kernel)(Args...), unsigned blocks, int threads, size_t shared_bytes,
+                    cudaStream_t stream, const Args&... args) {
+  kernel<<<blocks, static_cast<unsigned>(threads), shared_bytes, stream>>>(args...);
   return cudaGetLastError();
 }
 #endif
 
 // Launches once for q and k together, unless one of them is so large that it needs several tiles.
-template <typename T, typename Table, Precision kPrecision, RowLookup kLookup>
-cudaError_t launch_tiles(const RotateParams& p, const Plan& plan, cudaStream_t stream) {
-  const auto kernel = choose_kernel<T, Table, kPrecision, kLookup>(plan);
-  AxesOf<kLookup> axes;
-  if constexpr (has_axes(kLookup)) {
-    for (int64_t j = 0; j < p.pairing.P; ++j)
-      axes.axis[j] = static_cast<uint8_t>(p.axes == nullptr ? 0 : p.axes[j]);
-  }
+// entry_bytes: of combined rows.
+template <typename Extra>
+cudaError_t launch_tiles(const RotateParams& p, const Plan& plan, size_t entry_bytes,
+                         void (*kernel)(KernelParams, Extra), Extra extra, cudaStream_t stream) {
   KernelParams params(p, plan);
   int tiles = 0;
   unsigned blocks[kMaxTensors] = {};  // of each tile
   cudaError_t error = cudaSuccess;
   const auto flush = [&] {
-    const size_t shared_bytes = params.shared_bytes(kLookup, sizeof(Wide<T>));
+    const size_t shared_bytes = params.shared_bytes(plan.lookup, entry_bytes);
     params.second_block = blocks[0];
     params.alternate = plan.lookup == RowLookup::kPerHead && blocks[0] == blocks[1] ? 1 : 0;
     if (tiles > 0 && error == cudaSuccess)
       error = enqueue(kernel, blocks[0] + blocks[1], plan.block_threads, shared_bytes, stream,
-                      params, axes);
+                      params, extra);
     tiles = 0;
     params.block_tokens = 0;
     blocks[0] = blocks[1] = 0;
@@ -106,12 +102,24 @@ cudaError_t launch_tiles(const RotateParams& p, const Plan& plan, cudaStream_t s
     for_each_tile(strides, whole_tile(p, t, plan.heads), max_heads, [&](const Tile& tile) {
       if (tiles == kMaxTensors) flush();
       params.set_tile(tiles, p, t, plan, strides, tile);
+      if constexpr (requires { extra.weights; }) extra.set_tile(tiles, p, p.norm->weights[i]);
       const int64_t threads = params.tensors[tiles].threads;
       blocks[tiles++] = static_cast<unsigned>(ceil_divide(threads, plan.block_threads));
     });
   }
   flush();
   return error;
+}
+
+template <typename T, typename Table, Precision kPrecision, RowLookup kLookup>
+cudaError_t launch_tiles(const RotateParams& p, const Plan& plan, cudaStream_t stream) {
+  AxesOf<kLookup> axes;
+  if constexpr (has_axes(kLookup)) {
+    for (int64_t j = 0; j < p.pairing.P; ++j)
+      axes.axis[j] = static_cast<uint8_t>(p.axes == nullptr ? 0 : p.axes[j]);
+  }
+  const auto kernel = choose_kernel<T, Table, kPrecision, kLookup>(plan);
+  return launch_tiles(p, plan, sizeof(Wide<T>), kernel, axes, stream);
 }
 
 template <typename T, typename Table, Precision kPrecision>

@@ -114,6 +114,16 @@ __device__ __forceinline__ Int from_lane(Int value, uint32_t lane) {
   return __shfl_sync(kAllLanes, value, static_cast<int>(lane));
 }
 
+// The value of the lane whose index differs in the bits of `mask`. All lanes of the warp must call
+// it.
+template <typename V>
+__device__ __forceinline__ V from_other_lane(V value, uint32_t mask) {
+  return __shfl_xor_sync(kAllLanes, value, static_cast<int>(mask));
+}
+
+__device__ __forceinline__ void sync_warp() { __syncwarp(); }
+__device__ __forceinline__ void sync_block() { __syncthreads(); }
+
 extern __shared__ int4 shared_vectors[];
 
 // The dynamic shared memory of a block.
