@@ -287,7 +287,11 @@ def table_rows(
         token = token - starts[sequence]
     if isinstance(offset, Tensor):
         offset = offset.long()
-        offset = offset.unsqueeze(-1) if cu_seqlens is None else offset[sequence]
+        if cu_seqlens is None:
+            offset = offset.unsqueeze(-1)
+        else:
+            # One more for the padding of a batch without sequences.
+            offset = torch.nn.functional.pad(offset, (0, 1))[sequence]
 
     if positions is None:
         row = token.unsqueeze(0)
@@ -296,7 +300,9 @@ def table_rows(
         row = torch.atleast_2d(positions.long())
         skip = padding | (row == -1)
     else:
-        row = torch.stack([torch.atleast_2d(positions[axis].long()) for axis in axes], dim=-1)
+        by_pair = [torch.atleast_2d(positions[axis].long()) for axis in axes]
+        none = torch.atleast_2d(positions[0].long()).unsqueeze(-1)[..., :0]
+        row = torch.stack(by_pair, dim=-1) if by_pair else none
         skip = padding.unsqueeze(-1) | (row == -1)
         offset = offset.unsqueeze(-1) if isinstance(offset, Tensor) else offset
     return torch.where(skip, 0, row + offset), skip
