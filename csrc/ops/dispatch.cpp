@@ -28,7 +28,8 @@ Arguments without_out_rows(const char* op, const RotateOptions& options, const N
   return arguments_of(options, norm...);
 }
 
-TensorPair call_norm_rotate(const RawCall& c) {
+// Out of line, so that a rotation alone does not pay for these.
+C10_NOINLINE TensorPair call_norm_rotate(const RawCall& c) {
   static const PlainNorm<at::Tensor, In, In, In, MaybeIn> norm_rotate("fused_rope::norm_rotate");
   static const PlainNorm<TensorPair, In, In, In, In, MaybeIn, MaybeIn> norm_rotate_qk(
       "fused_rope::norm_rotate_qk");
@@ -37,7 +38,7 @@ TensorPair call_norm_rotate(const RawCall& c) {
   return norm_rotate_qk(c.arguments, *x, *k, c.cos, c.sin, c.weight(0), c.weight(1));
 }
 
-void call_norm_rotate_(const RawCall& c) {
+C10_NOINLINE void call_norm_rotate_(const RawCall& c) {
   static const PlainNorm<void, In, In, In, MaybeIn> norm_rotate_("fused_rope::norm_rotate_");
   static const PlainNorm<void, In, In, In, In, MaybeIn, MaybeIn> norm_rotate_qk_(
       "fused_rope::norm_rotate_qk_");
@@ -46,7 +47,7 @@ void call_norm_rotate_(const RawCall& c) {
   norm_rotate_qk_(c.arguments, *x, *k, c.cos, c.sin, c.weight(0), c.weight(1));
 }
 
-void call_norm_rotate_out(const RawCall& c, const Outputs& outputs) {
+C10_NOINLINE void call_norm_rotate_out(const RawCall& c, const Outputs& outputs) {
   static const OutNorm<In, In, In, In, MaybeIn> norm_rotate_out("fused_rope::norm_rotate_out");
   static const OutNorm<In, In, In, In, In, In, MaybeIn, MaybeIn> norm_rotate_qk_out(
       "fused_rope::norm_rotate_qk_out");

@@ -142,7 +142,7 @@ void PreparedCall::set_outputs(const Call& call, const Outputs& outputs) {
   }
 }
 
-void PreparedCall::set_norm(const Call& call) {
+C10_NOINLINE void PreparedCall::set_norm(const Call& call) {
   const NormArguments& a = call.arguments.norm;
   norm_.eps = a.eps;
   norm_.zero_centered = a.zero_centered;
