@@ -1,44 +1,43 @@
-"""Runs CMake, which has all sources and flags, for `pip install --no-build-isolation .`."""
+"""Runs CMake, which has all sources and flags; scripts/build_backend.py checks what it needs."""
 
-import importlib.util
+from __future__ import annotations
+
 import os
 import re
 import shlex
-import shutil
-import subprocess
 import sys
-import sysconfig
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+sys.path.append(str(ROOT / "scripts"))
 
-# Checked at import, so that pip reports it before it downloads anything.
-if not importlib.util.find_spec("torch"):
-    sys.exit(
-        "fused-rope is built against the torch that it will run with: install torch first, "
-        "then run `pip install --no-build-isolation .`."
-    )
+import build_backend  # noqa: E402
+
+OPTIONS = shlex.split(os.environ.get("CMAKE_ARGS", ""))
+if os.environ.get("FUSED_ROPE_CUDA"):
+    OPTIONS.append(f"-DFUSED_ROPE_CUDA={os.environ['FUSED_ROPE_CUDA']}")
 
 
-def project_version() -> str:
+def metadata() -> dict[str, Any]:
+    """Version and requirements: a wheel names the torch that it was built against."""
     found = re.search(r"project\(FusedRope VERSION (\S+)", (ROOT / "CMakeLists.txt").read_text())
     assert found, "CMakeLists.txt has no project(FusedRope VERSION ...)"
-    return found[1]
-
-
-def cmake() -> list[str]:
-    """The CMake of this interpreter's environment, else the one on PATH."""
-    if importlib.util.find_spec("cmake"):
-        return [sys.executable, "-m", "cmake"]
-    return [shutil.which("cmake") or sys.exit("fused-rope needs CMake: pip install cmake")]
-
-
-def ninja() -> list[str]:
-    found = shutil.which("ninja") or shutil.which("ninja", path=sysconfig.get_path("scripts"))
-    return ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={found}"] if found else []
+    version = found[1]
+    torch = build_backend.find_torch()
+    if torch is None or not {"bdist_wheel", "dist_info", "editable_wheel"} & set(sys.argv):
+        return {"version": version, "install_requires": ["torch>=2.11"]}
+    # The last of several definitions counts, as in CMake.
+    cuda = [o.partition("=")[2] for o in OPTIONS if re.match("-DFUSED_ROPE_CUDA(:|=)", o)]
+    with_cuda = torch.cuda and not re.fullmatch("(?i)off|0|no|false|n", "".join(cuda[-1:]))
+    kind = f"cu{torch.cuda.replace('.', '')}" if with_cuda else "cpu"
+    return {
+        "version": f"{version}+torch{torch.minor}{kind}",
+        "install_requires": [f"torch=={torch.minor}.*"],
+    }
 
 
 class CMakeBuild(build_ext):
@@ -48,23 +47,26 @@ class CMakeBuild(build_ext):
         inplace = self.editable_mode or self.inplace
         default = "build" if inplace else self.build_temp
         build = ROOT / os.environ.get("FUSED_ROPE_BUILD_DIR", default)
-        self.configure(build, inplace)
-        subprocess.run([*cmake(), "--build", build], check=True)
+        cmake = build_backend.find_cmake() or []
+        build_backend.run([*cmake, "-S", ROOT, "-B", build, *self.definitions(build, inplace)])
+        build_backend.run([*cmake, "--build", build])
         if not inplace:
-            package = Path(self.build_lib) / "fused_rope"
-            install = [*cmake(), "--install", build, "--prefix", package]
-            subprocess.run(install, check=True)
-            subprocess.run([*install, "--component", "python"], check=True)
+            install = [*cmake, "--install", build, "--prefix", Path(self.build_lib) / "fused_rope"]
+            build_backend.run(install)
+            build_backend.run([*install, "--component", "python"])
 
-    def configure(self, build: Path, inplace: bool) -> None:
+    def definitions(self, build: Path, inplace: bool) -> list[str]:
         # CMake refuses another generator in an existing build folder.
-        generator = [] if (build / "CMakeCache.txt").exists() else ninja()
-        options = [
+        ninja = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={build_backend.find_ninja()}"]
+        torch = build_backend.find_torch()
+        return [
+            *([] if (build / "CMakeCache.txt").exists() else ninja),
             f"-DPython_EXECUTABLE={sys.executable}",
+            *([f"-DTorch_DIR={torch.folder}/share/cmake/Torch"] if torch else []),
             f"-DFUSED_ROPE_INPLACE={'ON' if inplace else 'OFF'}",
-            *shlex.split(os.environ.get("CMAKE_ARGS", "")),
+            f"-DFUSED_ROPE_RELOCATABLE={'OFF' if inplace else 'ON'}",
+            *OPTIONS,
         ]
-        subprocess.run([*cmake(), "-S", ROOT, "-B", build, *generator, *options], check=True)
 
     def get_outputs(self) -> list[str]:
         return []
@@ -74,7 +76,7 @@ class CMakeBuild(build_ext):
 
 
 setup(
-    version=project_version(),
     ext_modules=[Extension("fused_rope._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
+    **metadata(),
 )

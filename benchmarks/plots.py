@@ -1,5 +1,6 @@
 """Pictures of a file of figures: python benchmarks/plots.py results/h200.json
 
+<name>_overview.png    time of a large and of a small call, one bar per provider
 <name>_bandwidth.png   GB/s against the bytes that a call moves, and the baseline
 <name>_call.png        host time of a call, one bar per provider and direction
 <name>.png             fraction of a clone, one panel per sweep of a file of cliffs.py
@@ -18,6 +19,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from table import NAMES
 
 Row = dict[str, Any]
 COPY = "copy"
@@ -42,13 +44,52 @@ def draw(path: Path) -> list[Path]:
     if any("sweep" in row for row in rows):
         return [draw_cliffs(path)]
     pictures = []
+    large = [row for row in rows if row["metric"] == "gpu_us" and _key(row) == ("train", "")]
+    calls = [row for row in rows if row["metric"] == "host_us" and _key(row) == ("call", "")]
+    if large and calls:
+        pictures.append(
+            _overview(path.with_name(f"{path.stem}_overview.png"), device, large, calls)
+        )
     timed = [row for row in rows if row["metric"] in ("gpu_us", "cpu_us") and _in_curves(row)]
     if timed:
         pictures.append(_bandwidth(path.with_name(f"{path.stem}_bandwidth.png"), device, timed))
-    calls = [row for row in rows if row["metric"] == "host_us" and not row["variant"]]
     if calls:
         pictures.append(_calls(path.with_name(f"{path.stem}_call.png"), device, calls))
     return pictures
+
+
+def _key(row: Row) -> tuple[str, str]:
+    return row["case"], row["variant"]
+
+
+def _overview(path: Path, device: str, large: list[Row], calls: list[Row]) -> Path:
+    """For readers in a hurry: a training shape on the GPU, and the host's time for one call."""
+    figure, axes = plt.subplots(2, 1, figsize=(7.5, 6.5))
+    _bars(axes[0], large, "copy", "4 x 4096 tokens, 32 and 8 heads of 128, bfloat16: GPU us")
+    _bars(axes[1], calls, "torch.add", "one call on one token: host us")
+    figure.suptitle(f"Rotary embedding of q and k, {device}")
+    return _save(figure, path)
+
+
+def _bars(axis: Axes, rows: list[Row], baseline: str, title: str) -> None:
+    """The forward call of each provider, or the one in place if there is no other."""
+    bars = {baseline: sum(row["baseline"] for row in rows) / len(rows)}
+    for way in ("forward", "in_place"):
+        for row in rows:
+            plain = row["provider"] == OURS or not row["provider"].startswith(f"{OURS}_")
+            if row["direction"] == way and plain and row["provider"] != "reference":
+                name = NAMES.get(row["provider"], row["provider"])
+                if name not in bars and f"{name} (in place)" not in bars:
+                    bars[name if way == "forward" else f"{name} (in place)"] = row["median"]
+    ordered = dict(sorted(bars.items(), key=lambda bar: bar[1]))
+    gray, blue = "tab:gray", "tab:blue"
+    colors = [blue if name == NAMES[OURS] else gray for name in ordered]
+    drawn = axis.barh(list(ordered), list(ordered.values()), color=colors)
+    axis.bar_label(drawn, fmt=lambda x: f"{x:.0f}" if x >= 100 else f"{x:.1f}", padding=3)
+    axis.margins(x=0.12)
+    axis.invert_yaxis()
+    axis.set_title(title, fontsize=11)
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 def _in_curves(row: Row) -> bool:
@@ -62,15 +103,15 @@ def _bandwidth(path: Path, device: str, rows: list[Row]) -> Path:
         d for d in ("forward", "backward", "in_place") if any(r["direction"] == d for r in rows)
     ]
     figure, axes = plt.subplots(
-        1, len(directions), figsize=(5.5 * len(directions), 4.5), sharey=True, squeeze=False
+        len(directions), 1, figsize=(7.5, 4 * len(directions)), sharex=True, squeeze=False
     )
     providers = dict.fromkeys(row["provider"] for row in rows)
     colors = {provider: f"C{i}" for i, provider in enumerate(providers)}
-    for axis, direction in zip(axes[0], directions, strict=True):
+    for axis, direction in zip(axes[:, 0], directions, strict=True):
         _curves(axis, [row for row in rows if row["direction"] == direction], colors)
-        axis.set(title=direction, xlabel="MB read and written", xscale="log")
-    axes[0][0].set_ylabel("GB/s")
-    figure.suptitle(f"Rotary embedding of q and k, {device}")
+        axis.set(title=direction.replace("_", " "), ylabel="GB/s", xscale="log")
+    axes[-1][0].set_xlabel("MB read and written")
+    figure.suptitle(f"Rotary embedding of q and k, {device}\n")
     return _save(figure, path)
 
 
@@ -82,16 +123,19 @@ def _curves(axis: Axes, rows: list[Row], colors: dict[str, str]) -> None:
         points = sorted((r["bytes"], r["median"]) for r in rows if r["provider"] == provider)
         sizes, rates = [b / 1e6 for b, _ in points], [b / us / 1e3 for b, us in points]
         width, order = (2.2, 3) if provider == OURS else (1, 2)
-        (line,) = axis.plot(sizes, rates, "o-", markersize=3, label=provider)
+        (line,) = axis.plot(sizes, rates, "o-", markersize=3, label=NAMES.get(provider, provider))
         line.set(color=colors[provider], linewidth=width, zorder=order)
     axis.grid(alpha=0.3)
     axis.set_ylim(bottom=0)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=10)
 
 
 def _calls(path: Path, device: str, rows: list[Row]) -> Path:
     rows = sorted(rows, key=lambda row: row["median"])
-    names = [f"{row['provider']} ({row['direction']})" for row in rows]
+    names = [
+        f"{NAMES.get(row['provider'], row['provider'])}, {row['direction'].replace('_', ' ')}"
+        for row in rows
+    ]
     figure, axis = plt.subplots(figsize=(8, 1 + 0.3 * len(rows)))
     colors = ["tab:blue" if row["provider"].startswith(OURS) else "tab:gray" for row in rows]
     bars = axis.barh(names, [row["median"] for row in rows], color=colors)

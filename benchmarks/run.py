@@ -4,6 +4,7 @@
     python benchmarks/run.py --cases train mid512 --providers fused_rope eager_hf --out a.json
     python benchmarks/run.py --cases train --variants "" bhsd "thd cu_seqlens" --directions forward
     python benchmarks/run.py --device cpu              the CPU kernel against memcpy
+    python benchmarks/run.py --device cpu --quick      the same in two minutes, less precisely
     python benchmarks/run.py --targets                 only figures that have a target
     python benchmarks/run.py --peers FOLDER            peers that are not installed, from FOLDER
     python benchmarks/run.py --sweep "keep=0" "threads=64"                 compare kernel plans
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
 import re
 import subprocess
 import sys
@@ -52,6 +54,7 @@ PEAK_WORKS = (Work(CASES["train"]),)
 SECONDS_A_FIGURE, SECONDS_A_COMPILATION = 0.4, 4
 TRIES = 3  # measurements of a figure if the GPU is throttled meanwhile
 REST = 60  # seconds that a run waits for a throttled GPU, in all
+QUICK_SECONDS = 100  # after which a quick run begins no further work
 PATIENCE = 3  # failures after which a provider without any figure is skipped
 
 
@@ -283,6 +286,33 @@ def write(path: Path, meta: dict[str, Any], rows: Sequence[Row]) -> None:
     path.write_text(f'{{"meta": {json.dumps(meta)},\n "rows": [\n{lines}\n]}}\n')
 
 
+def run_steps(
+    runner: Runner, steps: Sequence[Step], quick: bool, out: Path, meta: dict[str, Any]
+) -> list[str]:
+    """Runs the steps and writes the figures after each; returns the works that were left out.
+
+    An interrupt ends the run, and so do `QUICK_SECONDS` of a quick one.
+    """
+    end = time.monotonic() + QUICK_SECONDS if quick else math.inf
+    done = 0
+
+    def save() -> None:
+        write(out, meta | {"refused": runner.refused, "slowed": runner.slowed}, runner.rows)
+
+    with tqdm(total=sum(map(len, steps)), unit="figure", mininterval=1) as progress:
+        try:
+            for step in steps:
+                if time.monotonic() > end:
+                    break
+                runner.run(step, progress)
+                done += 1
+                save()
+        except KeyboardInterrupt:
+            pass
+    save()
+    return [step.work.name for step in steps[done:]]
+
+
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -303,7 +333,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="default: results/<device>.json in this folder")
-    parser.add_argument("--quick", action="store_true", help="few repetitions, to try a run")
+    parser.add_argument("--quick", action="store_true", help="few repetitions, two minutes at most")
     parser.add_argument(
         "--plots", action="store_true", help="also draw PNG files into the folder of --out"
     )
@@ -334,14 +364,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = args.out or HERE / "results" / f"{slug(device)}.json"
     meta = meta_of(device, args.commit) | {"skipped": skipped}
     runner = Runner(device, measure.QUICK if args.quick else measure.FULL)
-    with tqdm(total=sum(map(len, steps)), unit="figure", mininterval=1) as progress:
-        for step in steps:
-            runner.run(step, progress)
-            write(out, meta | {"refused": runner.refused, "slowed": runner.slowed}, runner.rows)
+    left_out = run_steps(runner, steps, args.quick, out, meta)
     print(markdown(runner.rows))
     for name in runner.slowed:
         print(f"measured while the GPU was throttled: {name}")
     print(f"{len(runner.rows)} figures in {out}")
+    if left_out:
+        print("left out:", *left_out, sep="\n  ")
     if args.plots:
         from plots import draw
 

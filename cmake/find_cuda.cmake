@@ -1,18 +1,24 @@
-# Finds nvcc and decides what it builds. FUSED_ROPE_WITH_CUDA means that the operators get CUDA kernels. The kernels do
-# not depend on torch: if torch has no CUDA, they are still compiled, for one architecture, to keep them building.
+# Finds nvcc and decides what it builds. FUSED_ROPE_WITH_CUDA means that the operators get CUDA kernels: always with a
+# CUDA build of torch, unless FUSED_ROPE_CUDA=OFF. The kernels do not depend on torch: with the C++ tests they are also
+# compiled for a torch without CUDA, for one architecture, to keep them building.
 
 set(FUSED_ROPE_WITH_CUDA OFF)
 if(NOT FUSED_ROPE_CUDA)
   return()
+elseif(NOT TORCH_CUDA_MAJOR AND NOT FUSED_ROPE_CUDA STREQUAL AUTO)
+  message(FATAL_ERROR "FUSED_ROPE_CUDA=${FUSED_ROPE_CUDA}, but torch ${TORCH_FULL_VERSION} is a build without CUDA: install "
+                      "a CUDA build of torch, or leave FUSED_ROPE_CUDA out.")
+elseif(NOT TORCH_CUDA_MAJOR AND NOT FUSED_ROPE_TESTS)
+  return()
 endif()
 
-# Reports why the operators get no CUDA kernels. This is an error if FUSED_ROPE_CUDA=ON.
+# Reports why the CUDA kernels of a CUDA build of torch cannot be compiled, and what to do.
 function(fused_rope_no_cuda why)
-  if(FUSED_ROPE_CUDA STREQUAL AUTO)
-    message(STATUS "CPU only: ${why}")
-  else()
-    message(FATAL_ERROR "FUSED_ROPE_CUDA=${FUSED_ROPE_CUDA}, but ${why}")
+  if(TORCH_CUDA_MAJOR)
+    message(FATAL_ERROR "torch ${TORCH_FULL_VERSION} is a CUDA build, but ${why}: install a CUDA ${TORCH_CUDA_MAJOR} toolkit "
+                        "and put its nvcc on PATH or set CUDA_HOME, or set FUSED_ROPE_CUDA=OFF to build for the CPU alone.")
   endif()
+  message(STATUS "CUDA kernels are not compiled: ${why}")
 endfunction()
 
 find_program(nvcc nvcc HINTS ${CMAKE_CUDA_COMPILER} ENV CUDACXX ENV CUDA_HOME PATHS /usr/local/cuda PATH_SUFFIXES bin NO_CACHE)
@@ -34,18 +40,27 @@ cmake_path(GET nvcc PARENT_PATH CUDAToolkit_ROOT)
 cmake_path(GET CUDAToolkit_ROOT PARENT_PATH CUDAToolkit_ROOT)
 find_package(CUDAToolkit REQUIRED)
 
-if(NOT TORCH_CUDA_MAJOR)
-  fused_rope_no_cuda("torch ${TORCH_FULL_VERSION} is a build without CUDA")
-elseif(NOT TORCH_CUDA_MAJOR EQUAL CUDAToolkit_VERSION_MAJOR)
-  fused_rope_no_cuda("torch ${TORCH_FULL_VERSION} is built with CUDA ${TORCH_CUDA_MAJOR}, ${nvcc} is of ${CUDAToolkit_VERSION}")
-else()
+if(TORCH_CUDA_MAJOR AND NOT TORCH_CUDA_MAJOR EQUAL CUDAToolkit_VERSION_MAJOR)
+  fused_rope_no_cuda("${nvcc} is of CUDA ${CUDAToolkit_VERSION}")
+elseif(TORCH_CUDA_MAJOR)
   set(FUSED_ROPE_WITH_CUDA ON)
   target_include_directories(torch::cudart INTERFACE ${CUDAToolkit_INCLUDE_DIRS})
 endif()
 
-# Architectures: TORCH_CUDA_ARCH_LIST in torch's format ("8.0;9.0+PTX"), else every supported one that nvcc has.
+# Architectures: TORCH_CUDA_ARCH_LIST in torch's format ("8.0;9.0+PTX", or "All"), else those of the GPUs of this machine,
+# else every supported one that nvcc has, and PTX of the newest.
 if(NOT DEFINED TORCH_CUDA_ARCH_LIST)
   set(TORCH_CUDA_ARCH_LIST $ENV{TORCH_CUDA_ARCH_LIST})
+endif()
+if(NOT TORCH_CUDA_ARCH_LIST)
+  execute_process(COMMAND nvidia-smi --query-gpu=compute_cap --format=csv,noheader
+                  OUTPUT_VARIABLE capabilities RESULT_VARIABLE failed ERROR_QUIET)
+  if(NOT failed)
+    string(REGEX MATCHALL "[0-9]+[.][0-9]" TORCH_CUDA_ARCH_LIST "${capabilities}")
+    list(REMOVE_DUPLICATES TORCH_CUDA_ARCH_LIST)
+  endif()
+elseif(TORCH_CUDA_ARCH_LIST STREQUAL All)
+  set(TORCH_CUDA_ARCH_LIST)
 endif()
 if(CMAKE_CUDA_ARCHITECTURES)
   # Set by the user in CMake's format.
@@ -53,7 +68,7 @@ elseif(TORCH_CUDA_ARCH_LIST)
   string(REGEX MATCHALL "[^ ;]+" entries "${TORCH_CUDA_ARCH_LIST}")
   foreach(entry IN LISTS entries)
     if(NOT entry MATCHES "^([0-9]+)[.]([0-9][af]?)([+]PTX)?$")
-      message(FATAL_ERROR "TORCH_CUDA_ARCH_LIST: expected entries such as 9.0 or 9.0+PTX, got ${entry}")
+      message(FATAL_ERROR "TORCH_CUDA_ARCH_LIST: expected All, or entries such as 9.0 or 9.0+PTX, got ${entry}")
     endif()
     set(number ${CMAKE_MATCH_1}${CMAKE_MATCH_2})
     list(APPEND CMAKE_CUDA_ARCHITECTURES ${number}-real)

@@ -11,12 +11,11 @@ if(Python_Interpreter_FOUND)
       COMMAND ${Python_EXECUTABLE} -c "from importlib.util import find_spec; print(*find_spec('torch').submodule_search_locations)"
       OUTPUT_VARIABLE torch_in_python OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
 endif()
-if(FUSED_ROPE_PYTHON)
-  if(NOT torch_in_python)
-    message(FATAL_ERROR "${Python_EXECUTABLE} has no torch: install one there, or name another interpreter with "
-                        "-DPython_EXECUTABLE=, or build for C++ alone with -DFUSED_ROPE_PYTHON=OFF.")
-  endif()
+if(FUSED_ROPE_PYTHON AND torch_in_python)
   set(Torch_DIR ${torch_in_python}/share/cmake/Torch CACHE PATH "" FORCE)
+elseif(FUSED_ROPE_PYTHON AND NOT Torch_DIR)  # with pip's build isolation, only setup.py sees torch
+  message(FATAL_ERROR "${Python_EXECUTABLE} has no torch: install one there, or name another interpreter with "
+                      "-DPython_EXECUTABLE=, or build for C++ alone with -DFUSED_ROPE_PYTHON=OFF.")
 elseif(torch_in_python)
   list(APPEND CMAKE_PREFIX_PATH ${torch_in_python}/share/cmake)
 endif()

@@ -1,5 +1,7 @@
 """Trains a small Hugging Face Llama twice: with its own rotary function, and with fused_rope's.
 
+Then times both functions alone, on a layer of Llama 3 8B.
+
     python examples/train_llama.py [--steps 100] [--device cpu] [--out build/demo.png]
 
 Both runs start from the same weights and read the same batches, so their losses are comparable.
@@ -13,20 +15,22 @@ import argparse
 import statistics
 import sysconfig
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from fused_rope.compat.transformers import patch, unpatch
+from fused_rope.compat.transformers import apply_rotary_pos_emb, patched
 from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama import modeling_llama
 
 SEED = 0
 BATCH, LENGTH = 8, 128
 LAST = 10  # the final loss is the mean of this many steps, as one batch is noisy
+TOKENS, WARM_UPS, REPETITIONS = 2048, 3, 20  # of the functions timed alone
 
 CONFIG = LlamaConfig(
     vocab_size=256,
@@ -64,15 +68,12 @@ def make_model(device: torch.device) -> LlamaForCausalLM:
 
 
 @contextmanager
-def patched(model: LlamaForCausalLM) -> Iterator[str]:
+def fused(model: LlamaForCausalLM) -> Iterator[str]:
     """Patches the model inside the context; yields the report of what was replaced."""
-    report = patch(model)
-    if not report.patched:
-        raise SystemExit(f"this release of transformers could not be patched:\n{report}")
-    try:
+    with patched(model) as report:
+        if not report.patched:
+            raise SystemExit(f"this release of transformers could not be patched:\n{report}")
         yield str(report)
-    finally:
-        unpatch(model)
 
 
 def logits_and_gradients(model: LlamaForCausalLM, batch: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -85,7 +86,7 @@ def logits_and_gradients(model: LlamaForCausalLM, batch: Tensor) -> tuple[Tensor
 def compare(model: LlamaForCausalLM, batch: Tensor) -> None:
     """Prints how far the patched model is from the original, with the same weights and batch."""
     original_logits, original_gradients = logits_and_gradients(model, batch)
-    with patched(model) as report:
+    with fused(model) as report:
         print(report)
         logits, gradients = logits_and_gradients(model, batch)
     print("Largest difference between original and patched, same weights, same batch:")
@@ -129,20 +130,52 @@ class Run:
 
 
 def train(text: Tensor, steps: int, device: torch.device) -> dict[str, Run]:
-    original, fused = Run(device), Run(device)
+    original, ours = Run(device), Run(device)
     with tqdm(batches(text, steps, device), "Training", total=steps, unit="step") as progress:
         for batch in progress:
             original.step(batch)
-            with patched(fused.model):
-                fused.step(batch)
+            with fused(ours.model):
+                ours.step(batch)
             progress.set_postfix(
-                original=f"{original.losses[-1]:.3f}", patched=f"{fused.losses[-1]:.3f}"
+                original=f"{original.losses[-1]:.3f}", patched=f"{ours.losses[-1]:.3f}"
             )
-    return {"original": original, "patched": fused}
+    return {"original": original, "patched": ours}
 
 
-def draw(runs: dict[str, Run], path: Path) -> None:
-    """Plots the loss curves and the times per step."""
+def time_functions(device: torch.device) -> dict[str, dict[str, float]]:
+    """Median milliseconds of the two rotary functions, forward, and forward with backward."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    q, k = (torch.randn(1, heads, TOKENS, 128, device=device, dtype=dtype) for heads in (32, 8))
+    angles = torch.arange(TOKENS)[:, None] * 500000.0 ** -(torch.arange(0, 128, 2) / 128)
+    tables = [table.repeat(1, 2)[None].to(device, dtype) for table in (angles.cos(), angles.sin())]
+    functions = {
+        "original": modeling_llama.apply_rotary_pos_emb,
+        "fused_rope": apply_rotary_pos_emb,
+    }
+    times: dict[str, dict[str, float]] = {}
+    for way, needs_grad in (("forward", False), ("with backward", True)):
+        q.requires_grad_(needs_grad)
+        k.requires_grad_(needs_grad)
+
+        def call(function: Callable[..., tuple[Tensor, Tensor]]) -> None:
+            rotated = function(q, k, *tables)
+            if rotated[0].requires_grad:
+                torch.autograd.grad(rotated, (q, k), (q, k))
+
+        samples: dict[str, list[float]] = {name: [] for name in functions}
+        for _ in range(WARM_UPS + REPETITIONS):
+            for name, function in functions.items():
+                start = time.perf_counter()
+                call(function)
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                samples[name].append(1e3 * (time.perf_counter() - start))
+        times[way] = {name: statistics.median(all_[WARM_UPS:]) for name, all_ in samples.items()}
+    return times
+
+
+def draw(runs: dict[str, Run], times: dict[str, dict[str, float]], path: Path) -> None:
+    """Plots the loss curves, and the times of the rotary functions."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     loss_axes, time_axes = figure.subplots(1, 2, width_ratios=(3, 2))
     # The curves coincide: a wide pale line stays visible under a thin dark one.
@@ -150,24 +183,28 @@ def draw(runs: dict[str, Run], path: Path) -> None:
     for style, (name, run) in zip(styles, runs.items(), strict=True):
         label = f"{name}: {run.final_loss:.4f} at the end"
         loss_axes.plot(range(1, len(run.losses) + 1), run.losses, label=label, **style)
-    loss_axes.set(xlabel="step", ylabel="loss, nats per byte", title="Training loss")
+    same = [run.losses for run in runs.values()]
+    title = "Training loss: equal at every step" if same[0] == same[1] else "Training loss"
+    loss_axes.set(xlabel="step", ylabel="loss, nats per byte", title=title)
     loss_axes.legend()
 
-    labels = [f"{name}\nmedian {run.median_milliseconds:.1f} ms" for name, run in runs.items()]
-    # The first step warms up caches and allocators. Whiskers: 10th and 90th percentile.
-    times = [run.milliseconds[1:] for run in runs.values()]
-    boxes = time_axes.boxplot(
-        times,
-        tick_labels=labels,
-        whis=(10, 90),
-        showfliers=False,
-        widths=0.5,
-        patch_artist=True,
-        medianprops={"color": "black"},
+    for place, by_name in enumerate(times.values()):
+        for side, (name, style) in enumerate(zip(by_name, styles, strict=True)):
+            x = place + 0.4 * (side - 0.5)
+            label = name if place == 0 else None
+            time_axes.bar(x, by_name[name], 0.36, color=style["color"], alpha=0.7, label=label)
+        factor = by_name["original"] / by_name["fused_rope"]
+        time_axes.text(
+            place + 0.2, by_name["fused_rope"], f"{factor:.1f}x", ha="center", va="bottom"
+        )
+    time_axes.set_xticks(range(len(times)), list(times))
+    time_axes.set(
+        xlabel=f"one layer of Llama 3 8B, {TOKENS} tokens",
+        ylabel="milliseconds",
+        title="Rotary function alone: speed-up",
+        ylim=(0, None),
     )
-    for box, style in zip(boxes["boxes"], styles, strict=True):
-        box.set(facecolor=style["color"], alpha=0.5)
-    time_axes.set(ylabel="milliseconds", title="Time per step", ylim=(0, None))
+    time_axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
@@ -197,8 +234,15 @@ def main() -> None:
             f"{name:8} final loss {run.final_loss:.6f} (mean of the last {LAST} steps), "
             f"median time per step {run.median_milliseconds:.1f} ms"
         )
-    print("The rotation is a small part of a step; `make bench` times it alone.")
-    draw(runs, arguments.out)
+    times = time_functions(device)
+    print(f"The rotary function alone, on a layer of Llama 3 8B with {TOKENS} tokens:")
+    for way, by_name in times.items():
+        factor = by_name["original"] / by_name["fused_rope"]
+        print(
+            f"  {way:14} original {by_name['original']:.2f} ms, fused_rope "
+            f"{by_name['fused_rope']:.2f} ms: {factor:.1f} times as fast"
+        )
+    draw(runs, times, arguments.out)
     print(f"Picture: {arguments.out}")
 
 

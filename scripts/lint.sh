@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Checks the style of C++, CUDA and Python, the words of all files, and the types of the package; --fix reformats.
+# Checks the style of C++, CUDA and Python, the words of all files, the types of the package, and the workflows; --fix
+# reformats.
 source "$(dirname "$0")/common.sh"
 export PATH=$PWD/.venv/bin:$PATH
 
@@ -15,3 +16,4 @@ else
 fi
 python scripts/words.py
 python -m mypy
+scripts/workflows.sh

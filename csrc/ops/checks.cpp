@@ -4,6 +4,7 @@
 #include <ATen/MemoryOverlap.h>
 #include <c10/core/InferenceMode.h>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <limits>
@@ -161,17 +162,31 @@ void check_span(const Call& call, const Sizes<int64_t>& x) {
   TORCH_CHECK_VALUE(x.D <= kMaxHeadDim, call.op, ": expected D < 2^31, got ", x.D);
 }
 
+// What to do about an input's sizes that do not fit: another layout in which they do, if any.
+template <typename Fits>
+std::string advice_for_layout(const Call& call, const Fits& fits) {
+  if (call.layout == Layout::kTHD) return "";
+  for (const Layout layout : {Layout::kBHSD, Layout::kBSHD, Layout::kSBHD}) {
+    if (layout == call.layout || !fits(layout)) continue;
+    return c10::str("; did you mean layout=\"", name_of(layout), "\"?");
+  }
+  return "";
+}
+
 void check_positions(const Call& call, const Sizes<int64_t>& x) {
   const Arguments& a = call.arguments;
   const int64_t P = call.P();
   const at::IntArrayRef sizes = a.positions->sizes();
   const size_t leading = leading_dims(a);
-  const bool fits = (sizes.size() == leading + 1 && sizes[leading] == x.S) ||
-                    (sizes.size() == leading + 2 &&
-                     (sizes[leading] == x.B || sizes[leading] == 1) && sizes[leading + 1] == x.S);
-  TORCH_CHECK_VALUE(fits, call.op, ": expected positions of shape ",
+  const auto fits = [&](Layout layout) {
+    const Sizes<int64_t> x(call.inputs[0]->sizes(), layout);
+    return (sizes.size() == leading + 1 && sizes[leading] == x.S) ||
+           (sizes.size() == leading + 2 && (sizes[leading] == x.B || sizes[leading] == 1) &&
+            sizes[leading + 1] == x.S);
+  };
+  TORCH_CHECK_VALUE(fits(call.layout), call.op, ": expected positions of shape ",
                     leading ? "[A, S], [A, 1, S] or [A, B, S] with axes" : "[S], [1, S] or [B, S]",
-                    " with B=", x.B, ", S=", x.S, ", got ", sizes);
+                    " with B=", x.B, ", S=", x.S, ", got ", sizes, advice_for_layout(call, fits));
   if (!leading) return;
   TORCH_CHECK_VALUE(sizes[0] >= 1 && sizes[0] <= kernels::kMaxAxes, call.op,
                     ": expected positions with 1 <= A <= ", kernels::kMaxAxes, " axes, got ",
@@ -205,13 +220,33 @@ void check_shared(const Call& call, const Sizes<int64_t>& x) {
                     call.cos.sizes());
 }
 
-void check_per_token(const Call& call, const Sizes<int64_t>& x) {
+// The offsets of packed sequences on the host. Kernels check the rows that follow from others.
+void check_cu_seqlens(const Call& call) {
+  const OptionalTensor& cu_seqlens = call.arguments.cu_seqlens;
+  if (!cu_seqlens.has_value() || !cu_seqlens->is_cpu()) return;
+  const at::Tensor starts = cu_seqlens->to(at::kLong).contiguous();
+  const int64_t* first = starts.const_data_ptr<int64_t>();
+  const int64_t* last = first + starts.numel();
+  TORCH_CHECK_VALUE(*first == 0 && std::is_sorted(first, last), call.op,
+                    ": expected cu_seqlens that start at 0 and do not descend, got ",
+                    at::IntArrayRef(first, std::min<int64_t>(last - first, 8)),
+                    last - first > 8 ? " and more" : "",
+                    "; if these are the lengths of the sequences, pass their cumulative sums, "
+                    "torch.nn.functional.pad(lengths.cumsum(0), (1, 0))");
+}
+
+void check_per_token(const Call& call, const at::Tensor& input) {
   const at::IntArrayRef sizes = call.cos.sizes();
   const bool per_head = is_per_head(call.cos);
-  TORCH_CHECK_VALUE(
-      (sizes[0] == x.B || sizes[0] == 1) && sizes[1] == x.S && (!per_head || sizes[2] == x.H),
-      call.op, ": expected cos of shape ", per_head ? "[B or 1, S, H, P]" : "[B or 1, S, P]",
-      " with B=", x.B, ", S=", x.S, per_head ? c10::str(", H=", x.H) : "", ", got ", sizes);
+  const auto fits = [&](Layout layout) {
+    const Sizes<int64_t> x(input.sizes(), layout);
+    return (sizes[0] == x.B || sizes[0] == 1) && sizes[1] == x.S && (!per_head || sizes[2] == x.H);
+  };
+  const Sizes<int64_t> x(input.sizes(), call.layout);
+  TORCH_CHECK_VALUE(fits(call.layout), call.op, ": expected cos of shape ",
+                    per_head ? "[B or 1, S, H, P]" : "[B or 1, S, P]", " with B=", x.B, ", S=", x.S,
+                    per_head ? c10::str(", H=", x.H) : "", ", got ", sizes,
+                    advice_for_layout(call, fits));
 }
 
 // Whether two tensors provably share memory. Functional tensors have no data: compare the ranges
@@ -309,12 +344,17 @@ void check_sizes(const Call& call) {
                     call.cos.sizes(), ", got ", call.sin.sizes());
   check_span(call, x);
   for (int i = 0; i < call.count(); ++i) {
-    const Sizes<int64_t> other(call.inputs[i]->sizes(), call.layout);
-    TORCH_CHECK_VALUE(other.B == x.B && other.S == x.S && other.D == x.D, call.op, ": expected ",
-                      call.name(i), " with q's B=", x.B, ", S=", x.S, ", D=", x.D, ", got ",
-                      call.inputs[i]->sizes());
-    if (!is_shared(call.cos)) check_per_token(call, other);
+    const at::Tensor& input = *call.inputs[i];
+    const auto fits = [&](Layout layout) {
+      const Sizes<int64_t> q(call.inputs[0]->sizes(), layout), other(input.sizes(), layout);
+      return other.B == q.B && other.S == q.S && other.D == q.D;
+    };
+    TORCH_CHECK_VALUE(fits(call.layout), call.op, ": expected ", call.name(i), " with q's B=", x.B,
+                      ", S=", x.S, ", D=", x.D, ", got ", input.sizes(),
+                      advice_for_layout(call, fits));
+    if (!is_shared(call.cos)) check_per_token(call, input);
   }
+  check_cu_seqlens(call);
   if (is_shared(call.cos)) check_shared(call, x);
   if (call.has_norm()) check_weight_sizes(call, x.D);
 }

@@ -147,10 +147,10 @@ struct RawCall {
 
 // Call rotate for one input and rotate_qk for two, or norm_rotate and norm_rotate_qk if the call
 // has a norm, or their in-place or out forms, through the dispatcher. The second result is
-// undefined for one input.
-TensorPair call_rotate(const RawCall& call);
-void call_rotate_(const RawCall& call);
-void call_rotate_out(const RawCall& call, const Outputs& outputs);
+// undefined for one input. Exported for the Python entry.
+FUSED_ROPE_API TensorPair call_rotate(const RawCall& call);
+FUSED_ROPE_API void call_rotate_(const RawCall& call);
+FUSED_ROPE_API void call_rotate_out(const RawCall& call, const Outputs& outputs);
 
 // Calls norm_rotate_qk_backward: the gradients that call.arguments.norm.output_mask asks for, of q,
 // k, q_weight and k_weight, from the gradients of the outputs. The others are undefined, and so are

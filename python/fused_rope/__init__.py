@@ -1,19 +1,17 @@
 """Rotary position embeddings for queries and keys as one fused, differentiable operator."""
 
-import torch as _torch
+from importlib import import_module as _import_module
+from typing import TYPE_CHECKING, Any
 
-from . import _build
+from ._requirements import torch_problem as _torch_problem
 
-if _torch.__version__ != _build.TORCH_VERSION:
-    raise ImportError(
-        f"fused_rope was built against torch {_build.TORCH_VERSION} but torch "
-        f"{_torch.__version__} is imported: "
-        "rebuild it with `pip install --no-build-isolation --force-reinstall .`"
-    )
+if _problem := _torch_problem():
+    raise ImportError(_problem)
 
-from . import _C
+from . import _C, compat
+from .diagnostics import build_info, self_check
 from .embedding import RotaryEmbedding
-from .frequencies import mrope_axes
+from .frequencies import inv_freq, mrope_axes
 from .functional import (
     cos_sin_table,
     norm_rotate,
@@ -27,12 +25,25 @@ from .functional import (
 )
 from .reference import register_fallback
 
+if TYPE_CHECKING:
+    from . import distributed as distributed
+
 register_fallback()
+
+
+def __getattr__(name: str) -> Any:
+    if name == "distributed":  # imports torch.distributed
+        return _import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __version__: str = _C.version
 __all__ = [
     "RotaryEmbedding",
+    "build_info",
+    "compat",
     "cos_sin_table",
+    "inv_freq",
     "mrope_axes",
     "norm_rotate",
     "norm_rotate_",
@@ -42,4 +53,5 @@ __all__ = [
     "rotate_",
     "rotate_qk",
     "rotate_qk_",
+    "self_check",
 ]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from .reference import table_rows
 from .scaled_frequencies import ScaledFrequencies
 from .table_cache import TableCache
 from .tracing import fake_mode_of
+from .types import Cast, Layout, Precision
 
 __all__ = ["RotaryEmbedding"]
 
@@ -63,7 +65,8 @@ class RotaryEmbedding(torch.nn.Module):
             keep a copy there.
 
     Attributes:
-        cos, sin: float32 [M, P], the longest table that a call has used so far.
+        cos: float32 [M, P], the cosines of the longest table that a call has used so far.
+        sin: the sines.
         max_seq_len: the minimum number of rows M of a table; `reserve` raises it.
 
     Raises:
@@ -91,11 +94,11 @@ class RotaryEmbedding(torch.nn.Module):
         max_seq_len: int = 2048,
         base: float = 10000.0,
         scaling: Mapping[str, Any] | None = None,
-        layout: str = "bshd",
+        layout: Layout = "bshd",
         interleaved: bool = False,
         blocks: int = 1,
         axes: Sequence[int] | None = None,
-        precision: str = "fp32",
+        precision: Precision = "fp32",
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
@@ -134,7 +137,7 @@ class RotaryEmbedding(torch.nn.Module):
         hf_config: Any,
         *,
         layer_type: str | None = None,
-        layout: str = "bhsd",
+        layout: Layout = "bhsd",
         interleaved: bool | None = None,
         max_seq_len: int | None = None,
         device: torch.device | str | None = None,
@@ -190,7 +193,7 @@ class RotaryEmbedding(torch.nn.Module):
         k_weight: Tensor | None = None,
         eps: float | None = None,
         zero_centered: bool = False,
-        cast: str = "never",
+        cast: Cast = "never",
         after: bool = False,
     ) -> Tensor: ...
 
@@ -207,7 +210,7 @@ class RotaryEmbedding(torch.nn.Module):
         k_weight: Tensor | None = None,
         eps: float | None = None,
         zero_centered: bool = False,
-        cast: str = "never",
+        cast: Cast = "never",
         after: bool = False,
     ) -> tuple[Tensor, Tensor]: ...
 
@@ -223,7 +226,7 @@ class RotaryEmbedding(torch.nn.Module):
         k_weight: Tensor | None = None,
         eps: float | None = None,
         zero_centered: bool = False,
-        cast: str = "never",
+        cast: Cast = "never",
         after: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Rotates q and k out of place; with eps, normalizes them too.
@@ -291,10 +294,50 @@ class RotaryEmbedding(torch.nn.Module):
             options += (eps, zero_centered, cast, after)
         elif q_weight is not None or k_weight is not None:
             raise ValueError("RotaryEmbedding: expected eps with a weight, got eps=None")
-        rotated: Tensor | tuple[Tensor, Tensor] = call(
-            name, tensors, positions, offset, cu_seqlens, options
-        )
+        rotated: Tensor | tuple[Tensor, Tensor]
+        try:
+            rotated = call(name, tensors, positions, offset, cu_seqlens, options)
+        except IndexError as error:
+            raise IndexError(f"{error}{self._advice_for_rows(str(error))}") from None
         return rotated
+
+    if TYPE_CHECKING:  # torch types it as Callable[..., Any]
+
+        @overload
+        def __call__(
+            self,
+            q: Tensor,
+            k: None = None,
+            *,
+            positions: Tensor | None = None,
+            offset: int | Tensor = 0,
+            cu_seqlens: Tensor | None = None,
+            q_weight: Tensor | None = None,
+            k_weight: Tensor | None = None,
+            eps: float | None = None,
+            zero_centered: bool = False,
+            cast: Cast = "never",
+            after: bool = False,
+        ) -> Tensor: ...
+
+        @overload
+        def __call__(
+            self,
+            q: Tensor,
+            k: Tensor,
+            *,
+            positions: Tensor | None = None,
+            offset: int | Tensor = 0,
+            cu_seqlens: Tensor | None = None,
+            q_weight: Tensor | None = None,
+            k_weight: Tensor | None = None,
+            eps: float | None = None,
+            zero_centered: bool = False,
+            cast: Cast = "never",
+            after: bool = False,
+        ) -> tuple[Tensor, Tensor]: ...
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def reserve(self, rows: int) -> None:
         """Raises max_seq_len to at least `rows`, and builds that table on the module's device.
@@ -324,6 +367,16 @@ class RotaryEmbedding(torch.nn.Module):
             if getattr(self, name) != default:
                 parts.append(f"{name}={getattr(self, name)!r}")
         return ", ".join(parts)
+
+    def _advice_for_rows(self, error: str) -> str:
+        """What to do about a position beyond the table."""
+        found = re.search(r"M=(\d+)\), got (\d+)", error)
+        if found is None:
+            return ""
+        return (
+            f": where tensors give positions, the module's table has max_seq_len={found[1]} rows: "
+            f"call reserve({int(found[2]) + 1}) or more, or pass max_seq_len"
+        )
 
     @property
     def _inv_freq(self) -> Tensor:

@@ -15,10 +15,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["frequencies", "mrope_axes"]
+__all__ = ["frequencies", "inv_freq", "mrope_axes"]
 
 Scaling = Mapping[str, Any]
 _Frequencies = tuple[list[float], float]
+
+
+def inv_freq(head_dim: int, base: float = 10000.0) -> Tensor:
+    """The inverse frequencies of RoFormer, for `fused_rope.cos_sin_table`.
+
+    `frequencies` computes those of every scaling.
+
+    Args:
+        head_dim: the number of rotated elements, even: D, or rotary_dim if that is smaller.
+        base: the base of the geometric series ("rope_theta").
+
+    Returns:
+        base ** (-2j / head_dim) for each pair j, float64 [head_dim / 2] on the CPU.
+
+    Raises:
+        ValueError: head_dim is odd or negative.
+
+    Example:
+        >>> cos, sin = fused_rope.cos_sin_table(fused_rope.inv_freq(64), 4096)
+    """
+    return frequencies(head_dim, base)[0]
 
 
 def frequencies(

@@ -15,6 +15,7 @@ The docstrings, comments and messages of the package write shapes with these let
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch._C._functorch import TransformType
 
 from . import _C, _functorch
+from .types import Cast, Layout, Precision, TableLayout
 
 _ops = torch.ops.fused_rope
 _entries = vars(_C)
@@ -33,14 +35,14 @@ adapt_to_dtensors: Callable[..., Any] | None = None
 class Options(NamedTuple):
     """The options of an operator, in its schema's order. A call may omit the last ones."""
 
-    layout: str = "bshd"
+    layout: Layout = "bshd"
     axes: Sequence[int] | None = None
     rotary_offset: int = 0
     interleaved: bool = False
     blocks: int = 1
     inverse: bool = False
-    precision: str = "fp32"
-    table_layout: str = "half"
+    precision: Precision = "fp32"
+    table_layout: TableLayout = "half"
 
 
 # Keyword-only in the operators' schemas; after the fields of Options in a call.
@@ -52,8 +54,8 @@ def rotate(
     cos: Tensor,
     sin: Tensor,
     *,
-    layout: str = "bshd",
-    table_layout: str = "half",
+    layout: Layout = "bshd",
+    table_layout: TableLayout = "half",
     positions: Tensor | None = None,
     offset: int | Tensor = 0,
     cu_seqlens: Tensor | None = None,
@@ -62,7 +64,7 @@ def rotate(
     interleaved: bool = False,
     blocks: int = 1,
     inverse: bool = False,
-    precision: str = "fp32",
+    precision: Precision = "fp32",
     out: Tensor | None = None,
     out_rows: Tensor | None = None,
 ) -> Tensor:
@@ -152,8 +154,8 @@ def rotate_(
     cos: Tensor,
     sin: Tensor,
     *,
-    layout: str = "bshd",
-    table_layout: str = "half",
+    layout: Layout = "bshd",
+    table_layout: TableLayout = "half",
     positions: Tensor | None = None,
     offset: int | Tensor = 0,
     cu_seqlens: Tensor | None = None,
@@ -162,7 +164,7 @@ def rotate_(
     interleaved: bool = False,
     blocks: int = 1,
     inverse: bool = False,
-    precision: str = "fp32",
+    precision: Precision = "fp32",
 ) -> Tensor:
     """Rotates x in place and returns it.
 
@@ -207,8 +209,8 @@ def rotate_qk(
     cos: Tensor,
     sin: Tensor,
     *,
-    layout: str = "bshd",
-    table_layout: str = "half",
+    layout: Layout = "bshd",
+    table_layout: TableLayout = "half",
     positions: Tensor | None = None,
     offset: int | Tensor = 0,
     cu_seqlens: Tensor | None = None,
@@ -217,7 +219,7 @@ def rotate_qk(
     interleaved: bool = False,
     blocks: int = 1,
     inverse: bool = False,
-    precision: str = "fp32",
+    precision: Precision = "fp32",
     out: tuple[Tensor, Tensor] | None = None,
     out_rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -229,7 +231,7 @@ def rotate_qk(
         out: memory for the two results. Does not support autograd.
         out_rows: as in `rotate`, for k: a decode step rotates q and writes k directly into its
             slots of a paged cache.
-        cos, sin and the rest: as in `rotate`.
+        cos, sin: as in `rotate`, and so are all other arguments.
 
     Returns:
         q and k rotated, of their shapes and dtype, or `out`.
@@ -278,8 +280,8 @@ def rotate_qk_(
     cos: Tensor,
     sin: Tensor,
     *,
-    layout: str = "bshd",
-    table_layout: str = "half",
+    layout: Layout = "bshd",
+    table_layout: TableLayout = "half",
     positions: Tensor | None = None,
     offset: int | Tensor = 0,
     cu_seqlens: Tensor | None = None,
@@ -288,7 +290,7 @@ def rotate_qk_(
     interleaved: bool = False,
     blocks: int = 1,
     inverse: bool = False,
-    precision: str = "fp32",
+    precision: Precision = "fp32",
 ) -> tuple[Tensor, Tensor]:
     """Rotates q and k in place, in one launch, and returns them.
 
@@ -331,10 +333,10 @@ def norm_rotate(
     *,
     eps: float,
     zero_centered: bool = False,
-    cast: str = "never",
+    cast: Cast = "never",
     after: bool = False,
-    layout: str = "bshd",
-    table_layout: str = "half",
+    layout: Layout = "bshd",
+    table_layout: TableLayout = "half",
     positions: Tensor | None = None,
     offset: int | Tensor = 0,
     cu_seqlens: Tensor | None = None,
@@ -343,7 +345,7 @@ def norm_rotate(
     interleaved: bool = False,
     blocks: int = 1,
     inverse: bool = False,
-    precision: str = "fp32",
+    precision: Precision = "fp32",
     out: Tensor | None = None,
     out_rows: Tensor | None = None,
 ) -> Tensor:
@@ -438,10 +440,10 @@ def norm_rotate_(
     *,
     eps: float,
     zero_centered: bool = False,
-    cast: str = "never",
+    cast: Cast = "never",
     after: bool = False,
-    layout: str = "bshd",
-    table_layout: str = "half",
+    layout: Layout = "bshd",
+    table_layout: TableLayout = "half",
     positions: Tensor | None = None,
     offset: int | Tensor = 0,
     cu_seqlens: Tensor | None = None,
@@ -450,7 +452,7 @@ def norm_rotate_(
     interleaved: bool = False,
     blocks: int = 1,
     inverse: bool = False,
-    precision: str = "fp32",
+    precision: Precision = "fp32",
 ) -> Tensor:
     """Normalizes and rotates x in place, and returns it.
 
@@ -501,10 +503,10 @@ def norm_rotate_qk(
     *,
     eps: float,
     zero_centered: bool = False,
-    cast: str = "never",
+    cast: Cast = "never",
     after: bool = False,
-    layout: str = "bshd",
-    table_layout: str = "half",
+    layout: Layout = "bshd",
+    table_layout: TableLayout = "half",
     positions: Tensor | None = None,
     offset: int | Tensor = 0,
     cu_seqlens: Tensor | None = None,
@@ -513,7 +515,7 @@ def norm_rotate_qk(
     interleaved: bool = False,
     blocks: int = 1,
     inverse: bool = False,
-    precision: str = "fp32",
+    precision: Precision = "fp32",
     out: tuple[Tensor, Tensor] | None = None,
     out_rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -592,10 +594,10 @@ def norm_rotate_qk_(
     *,
     eps: float,
     zero_centered: bool = False,
-    cast: str = "never",
+    cast: Cast = "never",
     after: bool = False,
-    layout: str = "bshd",
-    table_layout: str = "half",
+    layout: Layout = "bshd",
+    table_layout: TableLayout = "half",
     positions: Tensor | None = None,
     offset: int | Tensor = 0,
     cu_seqlens: Tensor | None = None,
@@ -604,7 +606,7 @@ def norm_rotate_qk_(
     interleaved: bool = False,
     blocks: int = 1,
     inverse: bool = False,
-    precision: str = "fp32",
+    precision: Precision = "fp32",
 ) -> tuple[Tensor, Tensor]:
     """Normalizes and rotates q and k in place, in one launch, and returns them.
 
@@ -668,9 +670,9 @@ def cos_sin_table(
     mode have no effect.
 
     Args:
-        inv_freq: [P], any floating dtype, in radians per row; only float64 is exact enough for far
-            rows. It gets no gradient: compute a table of learned frequencies with torch.cos and
-            torch.sin.
+        inv_freq: [P], any floating dtype, in radians per row, such as `fused_rope.inv_freq(64)`;
+            only float64 is exact enough for far rows. It gets no gradient: compute a table of
+            learned frequencies with torch.cos and torch.sin.
         rows: the number of rows.
         first: the first row; first + rows is at most 2^31 + 1.
         scale: the attention factor of YaRN or longrope.
@@ -682,13 +684,17 @@ def cos_sin_table(
 
     Raises:
         ValueError: inv_freq is not 1-D, or first and rows are out of range.
-        TypeError: inv_freq is not floating, or another dtype.
+        TypeError: inv_freq is not a floating tensor, or another dtype.
 
     Example::
 
-        >>> inv_freq = 10000.0 ** -(torch.arange(0, 64, 2, dtype=torch.float64) / 64)
-        >>> cos, sin = fused_rope.cos_sin_table(inv_freq, 4096, device="cpu")
+        >>> cos, sin = fused_rope.cos_sin_table(fused_rope.inv_freq(64), 4096, device="cpu")
     """
+    if not isinstance(inv_freq, Tensor):
+        raise TypeError(
+            f"cos_sin_table: expected inv_freq to be a tensor [P], got {inv_freq!r}: pass "
+            "fused_rope.inv_freq(head_dim, base)"
+        )
     target = None if device is None else torch.device(device)
     table: tuple[Tensor, Tensor] = _ops.cos_sin_table(inv_freq, rows, first, scale, dtype, target)
     return table
@@ -747,6 +753,8 @@ def call(
             filled = (*options, *Options()[len(options) :])
             keywords = dict(zip(names, filled, strict=False))
             return _functorch.call(call, name, tensors, rows, keywords)
+        if adapt_to_dtensors is None:
+            _register_dtensors(tensors)
     if adapt_to_dtensors is not None:
         tensors, positions, offset, cu_seqlens = adapt_to_dtensors(
             name, tensors, positions, offset, cu_seqlens, options[0]
@@ -765,6 +773,12 @@ def call(
         if any(isinstance(a, Tensor) and a.is_nested for a in arguments):
             raise nested_error(name) from None
         raise
+
+
+def _register_dtensors(tensors: tuple[Tensor | None, ...]) -> None:
+    """Imports the sharding rules if a tensor is a DTensor."""
+    if any(type(t).__module__.startswith("torch.distributed.tensor") for t in tensors):
+        import_module(".distributed", __package__)
 
 
 def nested_error(operator: str) -> TypeError:

@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .types import Cast, Layout, Precision, TableLayout
+
 __all__ = [
     "norm_rotate",
     "norm_rotate_",
@@ -41,8 +43,8 @@ def rotate(
     cos: Tensor,
     sin: Tensor,
     *,
-    layout: str = "bshd",
-    table_layout: str = "half",
+    layout: Layout = "bshd",
+    table_layout: TableLayout = "half",
     positions: Tensor | None = None,
     offset: int | Tensor = 0,
     cu_seqlens: Tensor | None = None,
@@ -51,7 +53,7 @@ def rotate(
     interleaved: bool = False,
     blocks: int = 1,
     inverse: bool = False,
-    precision: str = "fp32",
+    precision: Precision = "fp32",
     out: Tensor | None = None,
     out_rows: Tensor | None = None,
 ) -> Tensor:
@@ -103,7 +105,7 @@ def rotate_qk(
     cos: Tensor,
     sin: Tensor,
     *,
-    layout: str = "bshd",
+    layout: Layout = "bshd",
     out: tuple[Tensor, Tensor] | None = None,
     out_rows: Tensor | None = None,
     **options: Any,
@@ -154,7 +156,7 @@ def norm_rotate(
     sin: Tensor,
     weight: Tensor | None = None,
     *,
-    layout: str = "bshd",
+    layout: Layout = "bshd",
     out: Tensor | None = None,
     out_rows: Tensor | None = None,
     **options: Any,
@@ -181,7 +183,7 @@ def norm_rotate_qk(
     q_weight: Tensor | None = None,
     k_weight: Tensor | None = None,
     *,
-    layout: str = "bshd",
+    layout: Layout = "bshd",
     out: tuple[Tensor, Tensor] | None = None,
     out_rows: Tensor | None = None,
     **options: Any,
@@ -370,7 +372,7 @@ def rotate_heads(
     interleaved: bool = False,
     blocks: int = 1,
     inverse: bool = False,
-    precision: str = "fp32",
+    precision: Precision = "fp32",
 ) -> Tensor:
     """The formula, on x [B, S, H, D] with tables that broadcast to [B, S, H, P]."""
     P = cos.shape[-1]
@@ -400,7 +402,7 @@ def rms_norm(
     *,
     eps: float,
     zero_centered: bool = False,
-    cast: str = "never",
+    cast: Cast = "never",
     dtype: torch.dtype,
 ) -> Tensor:
     """The norm of each head of x [..., D], of `dtype`, or wider if cast is "never"."""
@@ -438,7 +440,7 @@ def _norm_rotated(
     *,
     eps: float,
     zero_centered: bool = False,
-    cast: str = "never",
+    cast: Cast = "never",
     after: bool = False,
     **rotation: Any,
 ) -> tuple[Tensor, ...]:
@@ -464,8 +466,8 @@ def _rotated(
     cos: Tensor,
     sin: Tensor,
     *,
-    layout: str = "bshd",
-    table_layout: str = "half",
+    layout: Layout = "bshd",
+    table_layout: TableLayout = "half",
     positions: Tensor | None = None,
     offset: int | Tensor = 0,
     cu_seqlens: Tensor | None = None,
@@ -501,7 +503,7 @@ def _overwrite(
     cos: Tensor,
     *,
     rotary_offset: int = 0,
-    table_layout: str = "half",
+    table_layout: TableLayout = "half",
     **_: Any,
 ) -> Tensor:
     """Copies the rotated elements of y to x."""

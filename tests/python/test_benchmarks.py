@@ -1,6 +1,7 @@
 """The benchmark suite on the CPU: byte counts, memory of inputs, refused and written rows."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -522,6 +523,31 @@ def test_pace_is_compared_with_the_best():
     assert [pace.is_slow(t) for t in (10, 10.2, 9, 9.2, 9.3)] == [False, False, False, False, True]
 
 
+@pytest.mark.parametrize("cause", ["interrupt", "time"])
+def test_a_run_that_ends_early_writes_its_figures(tiny, monkeypatch, cause, capsys):
+    """All of the first work; of the second one what was measured, or nothing."""
+    original, calls = run.Runner.run, []
+
+    def one_and_a_half(runner, step, progress):
+        calls.append(step)
+        original(runner, step, progress)
+        if cause == "interrupt" and len(calls) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(run.Runner, "run", one_and_a_half)
+    if cause == "time":
+        monkeypatch.setattr(run, "QUICK_SECONDS", -1)
+    variants = ["", "bhsd", "float32"]
+    work = ("--cases", "tiny", "--directions", "forward", "--providers", "fused_rope", "reference")
+    status, content, _ = tiny(*work, "--variants", *variants)
+    kept = variants[:2] if cause == "interrupt" else []
+    assert {row["variant"] for row in content["rows"]} == set(kept)
+    assert status == (not kept)
+    left_out = variants if cause == "time" else variants[1:]
+    expected = ["left out:", *(f"  tiny {variant}".rstrip() for variant in left_out)]
+    assert capsys.readouterr().out.splitlines()[-len(expected) :] == expected
+
+
 def test_libraries_that_are_not_installed_are_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers.models.llama.modeling_llama", None)
     loaded, skipped = providers.load_providers(["eager_hf", "liger"], torch.device("cpu"))
@@ -706,20 +732,15 @@ def test_a_sweep_of_a_peer_that_is_not_installed_has_no_picture(tmp_path):
     assert json.loads(out.read_text())["meta"]["skipped"].keys() == {"liger"}
 
 
-def test_readme_shows_the_figures():
-    """`python benchmarks/table.py benchmarks/results/h200.json --readme README.md` writes them."""
-    path = "benchmarks/results/h200.json"
-    text = (ROOT / "README.md").read_text()
-    content = json.loads((ROOT / path).read_text())
-    figures = table.section(content, path)
-    assert table.replaced(text, figures) == text
-    pictures = [line[line.index("(") + 1 : -1] for line in figures.split("\n") if line[:2] == "!["]
-    assert pictures
-    for picture in pictures:
-        assert 0 < (ROOT / picture).stat().st_size < 150_000
+def test_documents_show_the_figures():
+    """`make figures` writes them."""
+    for document, text in table.updated(ROOT).items():
+        assert document.read_text() == text
+        for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text):
+            assert 0 < (document.parent / picture).stat().st_size < 150_000
 
 
-def test_the_readme_section_is_replaced_between_its_marks():
+def test_figures_are_replaced_between_their_marks():
     text = f"before\n{table.MARKS[0]}\nold\n{table.MARKS[1]}\nafter\n"
     new = table.replaced(text, "new \\1")
     assert new == text.replace("old", "new \\1")

@@ -1,4 +1,4 @@
-"""examples/cpp/llama_attention, built against the installed package, is transformers' attention."""
+"""examples/cpp, built against the installed package; llama_attention is transformers' attention."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ ROPE = {
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The example, built as the README says."""
+def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the programs, built as the README says."""
     cmake = shutil.which("cmake")
     if cmake is None or shutil.which("c++") is None:
         pytest.skip("no cmake or no C++ compiler on PATH")
@@ -39,11 +39,16 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     options = [f"-DCMAKE_PREFIX_PATH={prefix}", "-DCMAKE_BUILD_TYPE=Release"]
     for command in (
         [cmake, "-S", str(EXAMPLE), "-B", str(folder), *options],
-        [cmake, "--build", str(folder), "--target", "llama_attention"],
+        [cmake, "--build", str(folder)],
     ):
         run = subprocess.run(command, capture_output=True, text=True)
         assert run.returncode == 0, run.stdout + run.stderr
-    return folder / "llama_attention"
+    return folder
+
+
+@pytest.fixture(scope="module")
+def program(examples: Path) -> Path:
+    return examples / "llama_attention"
 
 
 class Attention(nn.Module):
@@ -100,7 +105,15 @@ def test_equals_transformers(program: Path, tmp_path: Path) -> None:
         assert not torch.equal(parameter, weights[name])
 
 
-def test_alone(program: Path) -> None:
-    run = subprocess.run([program], capture_output=True, text=True)
+@pytest.mark.parametrize(
+    ("name", "printed"),
+    [
+        ("rotary_attention", "fused_rope "),
+        ("llama_attention", "loss "),
+        ("decode", "keys are in their slots"),
+    ],
+)
+def test_alone(name: str, printed: str, examples: Path) -> None:
+    run = subprocess.run([examples / name], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
-    assert run.stdout.startswith("loss ")
+    assert run.stdout.startswith(printed)

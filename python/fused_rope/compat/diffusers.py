@@ -11,11 +11,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import functional
+from ..types import Layout
 from ._tables import for_all_tokens, real_and_imaginary
 
 __all__ = ["apply_rotary_emb"]
 
-_LAYOUTS = {1: "bshd", 2: "bhsd"}
+_LAYOUTS: dict[int, Layout] = {1: "bshd", 2: "bhsd"}
 
 
 def apply_rotary_emb(

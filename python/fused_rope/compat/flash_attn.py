@@ -21,6 +21,7 @@ from ..scaled_frequencies import ScaledFrequencies
 from ..table import DeviceCopies
 from ..table_cache import TableCache
 from ..tracing import fake_mode_of, is_traced, outside_modes
+from ..types import Layout
 from ._tables import for_all_tokens
 
 __all__ = [
@@ -152,7 +153,7 @@ def apply_rotary_emb_torch(
     x = x.to(torch.promote_types(x.dtype, cos.dtype))
     if x.dim() in (3, 4):
         cos, sin = (for_all_tokens(table, x.shape[-3]) for table in (cos, sin))
-    layout = "thd" if x.dim() == 3 else "bshd"
+    layout: Layout = "thd" if x.dim() == 3 else "bshd"
     return functional.rotate(x, cos, sin, layout=layout, interleaved=interleaved, precision="model")
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .. import functional
 from ..frequencies import mrope_axes
+from ..types import Layout, TableLayout
 from ._tables import real_and_imaginary
 
 __all__ = [
@@ -39,7 +40,7 @@ __all__ = [
     "rope_forward",
 ]
 
-_LAYOUTS = {1: "bhsd", -3: "bhsd", 2: "bshd", -2: "bshd"}
+_LAYOUTS: dict[int, Layout] = {1: "bhsd", -3: "bhsd", 2: "bshd", -2: "bshd"}
 
 
 def liger_rotary_pos_emb(
@@ -301,13 +302,13 @@ def rope_backward(dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor) -> tuple[Ten
     )
 
 
-def _layout(operator: str, unsqueeze_dim: int) -> str:
+def _layout(operator: str, unsqueeze_dim: int) -> Layout:
     if unsqueeze_dim not in _LAYOUTS:
         raise ValueError(f"{operator}: expected unsqueeze_dim 1 or 2, got {unsqueeze_dim}")
     return _LAYOUTS[unsqueeze_dim]
 
 
-def _table_layout(cos: Tensor, D: int, rotary_dim: int | None) -> str:
+def _table_layout(cos: Tensor, D: int, rotary_dim: int | None) -> TableLayout:
     """Tables have full width, or half of it if rotary_dim says so."""
     width = cos.shape[-1]
     if rotary_dim is None and 2 * width == D:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import functional
 from ..frequencies import _series
+from ..types import Layout
 
 __all__ = [
     "RotaryEmbedding",
@@ -259,7 +260,7 @@ class RotaryEmbedding(torch.nn.Module):
     def get_axial_freqs(
         self, *dims: int, offsets: tuple[float, ...] | Tensor | None = None
     ) -> Tensor:
-        """The angles [*dims, len(dims)*R] of a grid, those of the axes concatenated.
+        """The angles `[*dims, len(dims)*R]` of a grid, those of the axes concatenated.
 
         Args:
             dims: the grid's sizes.
@@ -459,7 +460,7 @@ def _rotate_broadcast(t: Tensor, cos: Tensor, sin: Tensor, rotary_offset: int) -
         t = t.reshape(math.prod(shape[: -len(rows) - 1]), 1, math.prod(rows), shape[-1])
     cos, sin = (table[(None,) * (4 - table.dim())] for table in (cos, sin))
     x = t[(None,) * (4 - t.dim())]
-    layout = "bhsd"
+    layout: Layout = "bhsd"
     if cos.shape[1] == 1:
         cos, sin = (table[:, 0].expand(-1, x.shape[2], -1) for table in (cos, sin))
     elif cos.shape[2] == 1:

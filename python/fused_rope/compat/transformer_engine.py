@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import functional
+from ..types import Layout
 
 __all__ = ["apply_rotary_pos_emb"]
 
@@ -21,7 +22,7 @@ __all__ = ["apply_rotary_pos_emb"]
 def apply_rotary_pos_emb(
     t: Tensor,
     freqs: Tensor,
-    tensor_format: str = "sbhd",
+    tensor_format: Layout = "sbhd",
     start_positions: Tensor | None = None,
     interleaved: bool = False,
     fused: bool = False,

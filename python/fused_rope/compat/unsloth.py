@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import functional
+from ..types import TableLayout
 
 __all__ = [
     "Fast_RoPE_Embedding",
@@ -184,7 +185,7 @@ def _positions(indices: Tensor | None, B: int, S: int) -> Tensor | None:
     return indices.reshape(B, S)
 
 
-def _tables(cos: Tensor, sin: Tensor, D: int) -> tuple[Tensor, Tensor, str]:
+def _tables(cos: Tensor, sin: Tensor, D: int) -> tuple[Tensor, Tensor, TableLayout]:
     """Views [M, D/2] or [M, D] of the tables, and their table_layout."""
     cos, sin = _rows("cos", cos, D), _rows("sin", sin, D)
     return cos, sin, "tiled" if cos.shape[1] == D else "half"

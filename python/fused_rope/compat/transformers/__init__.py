@@ -1,9 +1,12 @@
 """Hugging Face transformers: a drop-in for its rotary function, and `patch` for whole models.
 
-    from fused_rope.compat.transformers import patch, unpatch
+    from fused_rope.compat.transformers import patch, patched, unpatch
 
     print(patch(model))  # the model uses the operator; prints which functions were replaced
     print(unpatch(model))  # the model uses its own functions again
+
+    with patched(model) as report:  # both
+        model.generate(**inputs)
 
 A model calls the rotary function of the Python module that defines its attention. `patch` replaces
 that function, for every instance of the family. It needs an entry of `FORMS` with the function's
@@ -14,7 +17,7 @@ alone and reports why.
     forms.py             the table of forms, and which form a function has
     reference_checks.py  calls that a function and its adapter must answer alike
     tables.py            cosines and sines of rotary modules in fewer kernels
-    patching.py          patch and unpatch
+    patching.py          patch, unpatch, patched and is_patched
     kernel_layers.py     the same for transformers' `use_kernels=True`
     coverage.py          which model classes are covered: python -m fused_rope.compat.transformers
     configs.py           which configs `RotaryEmbedding.from_config` reads
@@ -24,11 +27,21 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ...types import Precision
 from . import adapters
 from .forms import FORMS, Form
-from .patching import Report, patch, unpatch
+from .patching import Report, is_patched, patch, patched, unpatch
 
-__all__ = ["FORMS", "Form", "Report", "apply_rotary_pos_emb", "patch", "unpatch"]
+__all__ = [
+    "FORMS",
+    "Form",
+    "Report",
+    "apply_rotary_pos_emb",
+    "is_patched",
+    "patch",
+    "patched",
+    "unpatch",
+]
 
 _half = adapters.pair(adapters.HALF)
 
@@ -40,7 +53,7 @@ def apply_rotary_pos_emb(
     sin: Tensor,
     unsqueeze_dim: int = 1,
     *,
-    precision: str = "model",
+    precision: Precision = "model",
 ) -> tuple[Tensor, Tensor]:
     """Drop-in for the function of this name in Llama's module and its many copies.
 

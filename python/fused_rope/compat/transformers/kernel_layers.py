@@ -12,7 +12,7 @@ found as `patch` finds it.
 
 from __future__ import annotations
 
-from importlib import import_module
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from . import adapters
 from .adapters import Pair, Style
 from .forms import find_form
-from .patching import modules_of, rotary_functions
+from .patching import check_model, modules_of, rotary_functions
 
 __all__ = ["REPOSITORY", "kernel_config", "kernel_mapping", "layer_name"]
 
@@ -71,8 +71,10 @@ def layer_name(model: torch.nn.Module) -> str:
         model: a model of transformers, which marks functions only if `kernels` is installed.
 
     Raises:
+        TypeError: the model is a name, a config or a class.
         ValueError: the model has no marked function, or marked functions of several forms or of a
-            form without a layer: use `patch`.
+            form without a layer: use `patch`. Functions have no mark if transformers does not
+            accept the installed version of `kernels`; the message says so.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaModel
@@ -80,17 +82,35 @@ def layer_name(model: torch.nn.Module) -> str:
         >>> layer_name(LlamaModel(LlamaConfig(vocab_size=32, **sizes)))
         'Half'
     """
+    check_model("layer_name", model)
     forms = set()
     for site in rotary_functions(modules_of(model)):
         if getattr(site.function, "kernel_layer_name", None) == _MARK:
             found = find_form(site.name, site.function)
             forms.add(found if isinstance(found, str) else found[0].name)
+    if not forms and (refused := _refused_kernels()):
+        raise ValueError(f"layer_name: {refused}, or use patch instead")
     if len(forms) != 1 or not forms <= _LAYERS.keys():
         raise ValueError(
             f"layer_name: expected functions marked {_MARK!r} of one form that has a layer, got "
             f"{sorted(forms)}: use patch instead"
         )
     return _LAYERS[forms.pop()]
+
+
+def _refused_kernels() -> str | None:
+    """Why transformers does not use the `kernels` package, and what to install."""
+    theirs = import_module("transformers.utils.import_utils")
+    if theirs.is_kernels_available():
+        return None
+    low, high = (getattr(theirs, f"KERNELS_{end}_VERSION", None) for end in ("MIN", "MAX"))
+    accepted = f"kernels>={low}" + (f",<{high}" if high else "")
+    try:
+        got = f"got kernels {metadata.version('kernels')}"
+    except metadata.PackageNotFoundError:
+        got = "and none is installed"
+    version = metadata.version("transformers")
+    return f"transformers {version} expects {accepted}, {got}: pip install '{accepted}'"
 
 
 def kernel_config(model: torch.nn.Module) -> Any:

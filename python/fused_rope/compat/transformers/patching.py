@@ -1,4 +1,4 @@
-"""`patch` and `unpatch`: replace and restore the rotary functions and tables of model families."""
+"""`patch`, `unpatch` and `patched`: replace and restore the rotary functions of model families."""
 
 from __future__ import annotations
 
@@ -9,18 +9,30 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from types import FunctionType, ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from ...diagnostics import has_kernels
+from ...types import Compiled, Precision
 from .adapters import Adapter, RealTableError
 from .forms import TABLES, Form, find_form, signature, split
 from .tables import Tables, is_recorded, rotary_modules
 
-__all__ = ["Report", "modules_of", "patch", "rotary_functions", "unpatch"]
+__all__ = [
+    "Report",
+    "check_model",
+    "is_patched",
+    "modules_of",
+    "patch",
+    "patched",
+    "rotary_functions",
+    "unpatch",
+]
 
 _FUNCTION = re.compile(r"(vision_)?apply_\w*(rotary|rope)")
 _METHOD = re.compile(r"_?apply_rotary")
@@ -442,10 +454,11 @@ _verified = {w: _VerifiedTables() for w in ("tiled", "repeated", "blocks", "half
 def patch(
     model: torch.nn.Module | None = None,
     *,
-    precision: str = "model",
-    compiled: str | None = None,
+    precision: Precision = "model",
+    compiled: Compiled | None = None,
     rows: int | None = None,
-    table: str = "original",
+    table: Literal["original", "float64"] = "original",
+    fallback: bool = False,
 ) -> Report:
     """Makes Hugging Face models rotate with the fused operator.
 
@@ -491,11 +504,13 @@ def patch(
             nor to modules that use their own forward.
 
     Returns:
-        A Report of the functions that are replaced now, and of those that were left alone and why:
-        functions that cannot be read (scripted, builtin, compiled), whose form is unknown, or that
-        other code replaced since another model was patched.
+        A Report of the functions that are replaced now, and of those that were left alone and why.
+        Functions are left alone that cannot be read (scripted, builtin, compiled), whose form is
+        unknown, or that other code replaced since another model was patched; all functions, if the
+        model's device has no kernel.
 
     Raises:
+        TypeError: the model is a name, a config or a class.
         ValueError: an unknown option, `table="float64"` without `rows`, or options that differ from
             those of a patched model of the family. Nothing is replaced then.
 
@@ -510,9 +525,13 @@ def patch(
         restored transformers.models.llama.modeling_llama.apply_rotary_pos_emb
         tables of transformers.models.llama.modeling_llama.LlamaRotaryEmbedding (its own)
     """
+    check_model("patch", model)
     options = _options(precision, compiled, rows, table)
     modules = modules_of(model)
     sites, forwards = list(rotary_functions(modules)), _forwards(modules)
+    reason = None if fallback else _lacks_kernels(model)
+    if reason is not None:
+        return Report(left_alone={site.key: reason for site in sites})
     with _lock:
         for site in (*sites, *forwards):
             _check_options(site, options)
@@ -545,6 +564,7 @@ def unpatch(model: torch.nn.Module | None = None) -> Report:
         >>> unpatch(model).restored
         ['transformers.models.llama.modeling_llama.apply_rotary_pos_emb']
     """
+    check_model("unpatch", model)
     report = Report()
     modules = {module.__name__ for module in modules_of(model)}
     with _lock:
@@ -563,6 +583,97 @@ def unpatch(model: torch.nn.Module | None = None) -> Report:
                     else "it was replaced by somebody else since"
                 )
     return report
+
+
+@contextmanager
+def patched(model: torch.nn.Module | None = None, **options: Any) -> Iterator[Report]:
+    """Patches a model inside a `with` statement.
+
+    The function is replaced for the whole family, as by `patch`: other models of the family use
+    the operator too meanwhile, unless they were patched before.
+
+    Args:
+        model: as for `patch`.
+        options: the keywords of `patch`.
+
+    Yields:
+        The Report of `patch`.
+
+    Raises:
+        TypeError, ValueError: as `patch`.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaModel
+        >>> sizes = dict(hidden_size=64, num_attention_heads=4, num_hidden_layers=1)
+        >>> model = LlamaModel(LlamaConfig(vocab_size=32, **sizes))
+        >>> with patched(model) as report:
+        ...     is_patched(model)
+        True
+        >>> is_patched(model)
+        False
+    """
+    report = patch(model, **options)
+    try:
+        yield report
+    finally:
+        if report.patched:
+            unpatch(model)
+
+
+def is_patched(model: torch.nn.Module | None = None) -> bool:
+    """Whether a model rotates with the operator now.
+
+    A model does if a model of its family is patched, itself or another one.
+
+    Args:
+        model: a model of transformers; None for any family that is imported.
+
+    Raises:
+        TypeError: the model is a name, a config or a class.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaModel
+        >>> sizes = dict(hidden_size=64, num_attention_heads=4, num_hidden_layers=1)
+        >>> is_patched(LlamaModel(LlamaConfig(vocab_size=32, **sizes)))
+        False
+    """
+    check_model("is_patched", model)
+    modules = {module.__name__ for module in modules_of(model)}
+    with _lock:
+        return any(
+            isinstance(entry, _Function) and entry.installed and bool(entry.models)
+            for entry in list(_replacements.values())
+            if entry.site.module in modules
+        )
+
+
+def check_model(operator: str, model: Any) -> None:
+    """Raises TypeError if `model` is neither a model nor None."""
+    if model is None or isinstance(model, torch.nn.Module):
+        return
+    if isinstance(model, type):
+        got, advice = f"the class {model.__name__}", "pass an instance of a model"
+    elif isinstance(model, str):
+        got, advice = f"the str {model!r}", "load it first, such as by AutoModel.from_pretrained"
+    elif hasattr(model, "model_type"):
+        got = f"the config {type(model).__name__}"
+        advice = "make the model of that config first, such as by AutoModel.from_config"
+    else:
+        got, advice = f"an object of type {type(model).__name__}", "pass the torch.nn.Module"
+    raise TypeError(f"{operator}: expected a model of transformers or None, got {got}: {advice}")
+
+
+def _lacks_kernels(model: torch.nn.Module | None) -> str | None:
+    """Why the operator would be slower than the original on the model's devices; None if not."""
+    parameters = [] if model is None else model.parameters()
+    devices = {parameter.device.type for parameter in parameters} - {"meta"}
+    without = sorted(device for device in devices if not has_kernels(device.upper()))
+    if not without:
+        return None
+    return (
+        f"the library has no kernels for {', '.join(without)}, and the PyTorch reference is slower "
+        "than the original (patch with fallback=True uses it)"
+    )
 
 
 def _maker(entry: _Replacement) -> str:
