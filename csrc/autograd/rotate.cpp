@@ -301,7 +301,8 @@ struct AutogradLayer {
 
   static void refuse_grad(const char* op, const char* form, const char* name, const at::Tensor& x) {
     TORCH_CHECK(!(at::GradMode::is_enabled() && x.requires_grad()) && !has_tangent(x), op, ": ",
-                form, " does not support autograd, but ", name, " requires grad");
+                form, " does not support autograd, but ", name,
+                " requires grad: use the operator that returns new tensors");
   }
 };
 
