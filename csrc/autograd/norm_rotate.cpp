@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "autograd/dual.h"
+#include "autograd/operations.h"
 #include "autograd/saved.h"
 #include "autograd/table_gradient.h"
 
@@ -15,11 +16,6 @@ namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-at::Tensor rotate_one(const Arguments& a, const at::Tensor& x, const at::Tensor& cos,
-                      const at::Tensor& sin) {
-  return std::get<0>(call_rotate({"rotate", {&x, nullptr}, cos, sin, a}));
-}
 
 // In the dtype that a norm is computed in.
 at::Tensor widened(const at::Tensor& x) {
@@ -91,10 +87,6 @@ struct Backward {
   at::Tensor input, weight;
   at::Tensor rotated, rotated_grad;  // what the rotation reads, and the gradient of its result
 };
-
-at::Tensor sum_or_either(const at::Tensor& x, const at::Tensor& y) {
-  return !x.defined() ? y : !y.defined() ? x : x + y;
-}
 
 struct NormRotate : public torch::autograd::Function<NormRotate> {
   static constexpr bool is_traceable = true;

@@ -2,7 +2,6 @@
 // differentiable. Calls without gradients construct no Function.
 #include <ATen/FuncTorchTLS.h>
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/add.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -12,6 +11,7 @@
 
 #include "autograd/dual.h"
 #include "autograd/norm_rotate.h"
+#include "autograd/operations.h"
 #include "autograd/saved.h"
 #include "autograd/table_gradient.h"
 #include "ops/checks.h"
@@ -49,15 +49,6 @@ bool tables_need_grad(const at::Tensor& cos, const at::Tensor& sin) {
 RawCall call_of(const Arguments& a, const at::Tensor& x, const at::Tensor& cos,
                 const at::Tensor& sin) {
   return {"rotate", {&x, nullptr}, cos, sin, a};
-}
-
-at::Tensor rotate_one(const Arguments& a, const at::Tensor& x, const at::Tensor& cos,
-                      const at::Tensor& sin) {
-  return std::get<0>(call_rotate(call_of(a, x, cos, sin)));
-}
-
-at::Tensor sum_or_either(const at::Tensor& x, const at::Tensor& y) {
-  return !x.defined() ? y : !y.defined() ? x : at::add(x, y);
 }
 
 // What a Function takes besides the tensors that it differentiates.
