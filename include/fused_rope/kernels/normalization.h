@@ -22,33 +22,42 @@ FUSED_ROPE_HOST_DEVICE constexpr int64_t tree_leaves(int64_t D) {
   return leaves;
 }
 
-// Correctly rounded.
-template <typename V>
-FUSED_ROPE_HOST_DEVICE V square_root(V x) {
 #if defined(__CUDA_ARCH__)
-  if constexpr (std::is_same_v<V, float>) {
-    return __fsqrt_rn(x);
-  } else {
-    return __dsqrt_rn(x);
-  }
-#else
-  return std::sqrt(x);
-#endif
+// Correctly rounded, for x >= 0. What __fsqrt_rn and __frcp_rn do for most arguments; their calls
+// for the others cost registers.
+__device__ __forceinline__ float square_root(float x) {
+  const bool is_small = x < 0x1p-96f;  // so that no intermediate result is subnormal
+  const float scaled = is_small ? __fmul_rn(x, 0x1p64f) : x;
+  float inverse;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(scaled));
+  const float estimate = __fmul_rn(scaled, inverse);
+  const float error = __fmaf_rn(-estimate, estimate, scaled);
+  const float root = __fmaf_rn(error, __fmul_rn(inverse, 0.5f), estimate);
+  const float result = scaled == 0 || scaled == INFINITY ? scaled : root;
+  return is_small ? __fmul_rn(result, 0x1p-32f) : result;
 }
 
-// Correctly rounded.
+// Correctly rounded, for the square roots of float32 numbers.
+__device__ __forceinline__ float reciprocal(float x) {
+  float estimate;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(estimate) : "f"(x));
+  const float error = __fmaf_rn(x, estimate, -1.0f);
+  const float result = __fmaf_rn(estimate, -error, estimate);
+  return x == 0 || x == INFINITY ? estimate : result;
+}
+
+__device__ __forceinline__ double square_root(double x) { return __dsqrt_rn(x); }
+__device__ __forceinline__ double reciprocal(double x) { return __drcp_rn(x); }
+#else
+template <typename V>
+FUSED_ROPE_HOST_DEVICE V square_root(V x) {
+  return std::sqrt(x);
+}
 template <typename V>
 FUSED_ROPE_HOST_DEVICE V reciprocal(V x) {
-#if defined(__CUDA_ARCH__)
-  if constexpr (std::is_same_v<V, float>) {
-    return __frcp_rn(x);
-  } else {
-    return __drcp_rn(x);
-  }
-#else
   return 1 / x;
-#endif
 }
+#endif
 
 // What the norm needs to know of a call, in the compute type.
 template <typename V>

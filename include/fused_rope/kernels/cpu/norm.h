@@ -10,6 +10,43 @@
 
 namespace fused_rope::kernels {
 
+// Vectors of the compiler, which every instruction set has or emulates.
+using Eight [[gnu::vector_size(32)]] = float;
+using EightIndices [[gnu::vector_size(32)]] = int32_t;
+
+// Adds the neighbors in two vectors; the sums of x come in the lower half of each 16 bytes.
+inline void add_neighbors(const Eight& x, const Eight& y, Eight& sums) {
+  constexpr EightIndices kEven = {0, 2, 8, 10, 4, 6, 12, 14};
+  constexpr EightIndices kOdd = {1, 3, 9, 11, 5, 7, 13, 15};
+  sums = __builtin_shuffle(x, y, kEven) + __builtin_shuffle(x, y, kOdd);
+}
+
+// Adds neighbors among n values, a power of two, until one is left.
+template <typename W>
+W sum_neighbors(W* values, int64_t n) {
+  if constexpr (std::is_same_v<W, float>) {
+    if (n >= 32) {
+      for (int64_t i = 0; i < n / 32; ++i) {
+        Eight v[4];
+        std::memcpy(v, values + 32 * i, sizeof(v));
+        add_neighbors(v[0], v[1], v[0]);
+        add_neighbors(v[2], v[3], v[2]);
+        add_neighbors(v[0], v[2], v[0]);
+        float fours[8];  // 0, 1, 2, 3 and their neighbors
+        std::memcpy(fours, &v[0], sizeof(fours));
+        for (int j = 0; j < 4; ++j) fours[j] = add(fours[j], fours[j + 4]);
+        values[i] = add(add(fours[0], fours[1]), add(fours[2], fours[3]));
+      }
+      n /= 32;
+    }
+  }
+  for (n /= 2; n > 0; n /= 2) {
+    FUSED_ROPE_INDEPENDENT_ITERATIONS
+    for (int64_t i = 0; i < n; ++i) values[i] = add(values[2 * i], values[2 * i + 1]);
+  }
+  return values[0];
+}
+
 // A head in memory.
 template <typename T>
 struct StridedHead {
@@ -158,15 +195,12 @@ class HeadNormalizer {
   W sum(const F& term) {
     W* const tree = tree_.data();
     const int64_t half = tree_half(p_.D);
+    FUSED_ROPE_INDEPENDENT_ITERATIONS
     for (int64_t d = 0; d < p_.D - half; ++d) tree[d] = add(term(d), term(d + half));
     if (p_.D % 2 != 0) tree[half - 1] = add(term(half - 1), W{0});
-    auto n = static_cast<int64_t>(tree_.size());
-    std::fill(tree + half, tree + n, W{0});
-    for (n /= 2; n > 0; n /= 2) {
-      FUSED_ROPE_INDEPENDENT_ITERATIONS
-      for (int64_t i = 0; i < n; ++i) tree[i] = add(tree[2 * i], tree[2 * i + 1]);
-    }
-    return tree[0];
+    const auto leaves = static_cast<int64_t>(tree_.size());
+    std::fill(tree + half, tree + leaves, W{0});
+    return sum_neighbors(tree, leaves);
   }
 
   const RotateParams& p_;

@@ -203,17 +203,18 @@ struct ThreadTile {
   // Loads the table entries of this thread's pairs: kBytes at a time or, for several heads, as many
   // as the table allows.
   template <size_t kBytes = kEntryBytes>
-  __device__ __forceinline__ void load_rows(const KernelParams& params, const RowPointers& rows) {
+  __device__ __forceinline__ void load_rows(const KernelParams& params, const RowPointers& rows,
+                                            bool wanted = true) {
     constexpr int kLoad = kBytes / sizeof(Table);
     if constexpr (kHeads > 1 && kLoad > 1) {
-      if (params.table_vector < kBytes) return load_rows<kBytes / 2>(params, rows);
+      if (params.table_vector < kBytes) return load_rows<kBytes / 2>(params, rows, wanted);
     }
     const auto load_row = [&](const char* row, int64_t stride, Wide<T>* entries) {
 #pragma unroll
       for (int i = 0; i < kPairs; i += kLoad) {
         const uint32_t j = pair[i / kGroupPairs] + i % kGroupPairs;
         const Table* entry = reinterpret_cast<const Table*>(row) + (kLoad > 1 ? j : j * stride);
-        const auto loaded = load<kLoad>(entry, params.table_policy, true);
+        const auto loaded = load<kLoad>(entry, params.table_policy, wanted);
 #pragma unroll
         for (int k = 0; k < kLoad; ++k)
           entries[i + k] = rounded<T, Traits::kPrecision>(widen(loaded.element[k]));
@@ -470,41 +471,65 @@ __device__ __forceinline__ bool find_rows(const KernelParams& params, const Tens
   return !row.copied;
 }
 
-// The factors of the weight for the elements of a thread.
+// Calls f(x) for each element.
+template <typename W, int kVectors, int kSize, typename F>
+__device__ __forceinline__ void for_each_element(W (&x)[kVectors][kSize], const F& f) {
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) f(x[v][i], v, i);
+  }
+}
+
+// The weight of a thread's elements. One of x's dtype is loaded before the sum of squares is known;
+// a wider one after it, which spares registers.
 template <typename Traits>
-__device__ __forceinline__ void load_factors(const NormArgs<Wide<typename Traits::Element>>& norm,
-                                             bool is_second, const ThreadTile<Traits>& tile,
-                                             bool exists,
-                                             typename ThreadTile<Traits>::WideVectors& factors) {
+struct ThreadWeight {
   using T = typename Traits::Element;
-  const char* const weight = norm.weights[is_second];
-  const auto read = [&]<typename Weight>() {
-    constexpr int kWidest = kVectorBytes / sizeof(Weight);
-    constexpr int kLoad = kWidest < Traits::kVectorSize ? kWidest : Traits::kVectorSize;
+  using W = Wide<T>;
+  using Tile = ThreadTile<Traits>;
+
+  typename Tile::Vectors own;
+
+  __device__ __forceinline__ ThreadWeight(const NormArgs<W>& norm, bool is_second, const Tile& tile,
+                                          bool exists) {
+    const T* const weight = reinterpret_cast<const T*>(norm.weights[is_second]);
+    const bool wanted = exists && weight != nullptr && !norm.is_wide[is_second];
+#pragma unroll
+    for (int v = 0; v < Traits::kVectors; ++v)
+      own[v] = load<Traits::kVectorSize>(weight + tile.start[v], kEvictLast, wanted);
+  }
+
+  // What n is multiplied by.
+  __device__ __forceinline__ void get_factors(const NormArgs<W>& norm, bool is_second,
+                                              const Tile& tile, bool exists,
+                                              typename Tile::WideVectors& factors) const {
+    if (norm.is_wide[is_second]) {
+      load_wide(reinterpret_cast<const W*>(norm.weights[is_second]), tile, exists, factors);
+    } else if (norm.weights[is_second] != nullptr) {
+      Tile::widen_all(own, factors);
+    } else {
+      for_each_element(factors, [](W& factor, int, int) { factor = 1; });
+    }
+    if (!norm.zero_centered[is_second]) return;
+    for_each_element(factors, [](W& factor, int, int) { factor = weight_factor(factor, true); });
+  }
+
+ private:
+  __device__ __forceinline__ static void load_wide(const W* weight, const Tile& tile, bool exists,
+                                                   typename Tile::WideVectors& factors) {
+    constexpr int kLoad = kVectorBytes / sizeof(W);
 #pragma unroll
     for (int v = 0; v < Traits::kVectors; ++v) {
 #pragma unroll
       for (int i = 0; i < Traits::kVectorSize; i += kLoad) {
-        const Weight* from = reinterpret_cast<const Weight*>(weight) + tile.start[v] + i;
-        const auto loaded = load<kLoad>(from, kEvictLast, exists);
+        const auto loaded = load<kLoad>(weight + tile.start[v] + i, kEvictLast, exists);
 #pragma unroll
-        for (int k = 0; k < kLoad; ++k)
-          factors[v][i + k] = weight_factor(widen_element(loaded, k), norm.zero_centered);
+        for (int k = 0; k < kLoad; ++k) factors[v][i + k] = loaded.element[k];
       }
     }
-  };
-  if (weight == nullptr) {
-#pragma unroll
-    for (auto& vector : factors) {
-#pragma unroll
-      for (auto& factor : vector) factor = 1;
-    }
-  } else if (norm.is_wide[is_second]) {
-    read.template operator()<Wide<T>>();
-  } else {
-    read.template operator()<T>();
   }
-}
+};
 
 // Adds the leaves of a head's threads, as the tree of normalization.h has them. `threads`, a power
 // of two, includes those beyond the head, which add zeros. All lanes of the warp must call it.
@@ -516,9 +541,11 @@ __device__ __forceinline__ W sum_of_head(W (&leaves)[kLeaves], uint32_t threads,
     for (int i = 0; i < n; ++i) leaves[i] = add(leaves[2 * i], leaves[2 * i + 1]);
   }
   W sum = exists ? leaves[0] : W{0};
+  // Without branches, so that two sums of a head overlap.
 #pragma unroll
   for (uint32_t mask = 1; mask < kWarp; mask *= 2) {
-    if (mask < threads) sum = add(sum, from_other_lane(sum, mask));
+    const W both = add(sum, from_other_lane(sum, mask));
+    sum = mask < threads ? both : sum;
   }
   return sum;
 }
@@ -532,16 +559,6 @@ __device__ __forceinline__ auto sum_of_terms(uint32_t threads, bool exists, cons
   return sum_of_head(leaves, threads, exists);
 }
 
-// Calls f(x) for each element.
-template <typename W, int kVectors, int kSize, typename F>
-__device__ __forceinline__ void for_each_element(W (&x)[kVectors][kSize], const F& f) {
-#pragma unroll
-  for (int v = 0; v < kVectors; ++v) {
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) f(x[v][i], v, i);
-  }
-}
-
 // Rounds what is between norm and rotation.
 template <typename T, typename W, int kVectors, int kSize>
 __device__ __forceinline__ void round_between(Cast cast, W (&x)[kVectors][kSize]) {
@@ -553,8 +570,8 @@ __device__ __forceinline__ void round_between(Cast cast, W (&x)[kVectors][kSize]
 template <typename Traits>
 __device__ __forceinline__ void normalize_and_rotate(
     const KernelParams& params, const NormArgs<Wide<typename Traits::Element>>& norm,
-    const ThreadTile<Traits>& tile, const typename ThreadTile<Traits>::WideVectors& factors,
-    bool exists, bool rotates, typename ThreadTile<Traits>::Vectors& x) {
+    bool is_second, const ThreadTile<Traits>& tile, const ThreadWeight<Traits>& weight, bool exists,
+    bool rotates, typename ThreadTile<Traits>::Vectors& x) {
   using T = typename Traits::Element;
   using W = Wide<T>;
   typename ThreadTile<Traits>::WideVectors wide;
@@ -566,6 +583,8 @@ __device__ __forceinline__ void normalize_and_rotate(
   const W sum = sum_of_terms<Traits>(
       params.head_threads, exists, [&](int v, int i) { return multiply(wide[v][i], wide[v][i]); });
   const W r = norm.scalars.inverse_rms(sum);
+  typename ThreadTile<Traits>::WideVectors factors;
+  weight.get_factors(norm, is_second, tile, exists, factors);
   visit(norm.cast, [&]<Cast kCast>() {
     for_each_element(wide, [&](W& value, int v, int i) {
       value = normalize<T, kCast>(value, r, factors[v][i]);
@@ -621,14 +640,14 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
 
   bool copies = !tile.rotates;
   if constexpr (Traits::kNorm) {
-    typename ThreadTile<Traits>::WideVectors factors;
-    load_factors<Traits>(extra, assigned.is_second, tile, in_tile, factors);
+    const ThreadWeight<Traits> weight(extra, assigned.is_second, tile, in_tile);
     if (in_tile) {
       RowPointers rows;
       copies = !find_rows<kLookup>(params, tensor, lookups, at, rows);
       if (!copies) tile.load_rows(params, rows);
     }
-    normalize_and_rotate(params, extra, tile, factors, in_tile, in_tile && !copies, x[0]);
+    normalize_and_rotate(params, extra, assigned.is_second, tile, weight, in_tile,
+                         in_tile && !copies, x[0]);
     if (!in_tile) return;
   } else if (tile.rotates) {
     if constexpr (kLookup == RowLookup::kAxes) {

@@ -233,19 +233,17 @@ struct NormArgs {
   NormScalars<W> scalars;
   const char* weights[kMaxTensors] = {};  // of each tile; null without one
   bool is_wide[kMaxTensors] = {};         // of type W, not x's
-  bool zero_centered;
+  bool zero_centered[kMaxTensors] = {};
   bool after;
   Cast cast;
 
   explicit NormArgs(const RotateParams& p)
-      : scalars(p.D, p.norm->eps),
-        zero_centered(p.norm->zero_centered),
-        after(p.norm->after),
-        cast(p.norm->cast) {}
+      : scalars(p.D, p.norm->eps), after(p.norm->after), cast(p.norm->cast) {}
 
   void set_tile(int i, const RotateParams& p, const WeightParams& weight) {
     weights[i] = static_cast<const char*>(weight.data);
-    is_wide[i] = weight.dtype != p.dtype;
+    is_wide[i] = weight.data != nullptr && weight.dtype != p.dtype;
+    zero_centered[i] = weight.data != nullptr && p.norm->zero_centered;
   }
 };
 

@@ -116,7 +116,9 @@ cudaError_t launch_backward_kernel(const NormBackwardParams& p, const Plan& plan
   if (tiles == 0) return cudaSuccess;
   params.second_block = blocks[0];
   return enqueue(norm_backward_kernel<Traits>, blocks[0] + blocks[1], kSmallBlockThreads,
-                 ThreadSums<Traits>::shared_bytes(args.chains_of_group), stream, params, args);
+                 args.D * sizeof(W) + ThreadSums<Traits>::shared_bytes(args.chains_of_group) +
+                     kHeadStages * sizeof(HeadStage),
+                 stream, params, args);
 }
 
 // Adds the sums of all leaves.
