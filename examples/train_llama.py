@@ -30,7 +30,7 @@ from transformers.models.llama import modeling_llama
 SEED = 0
 BATCH, LENGTH = 8, 128
 LAST = 10  # the final loss is the mean of this many steps, as one batch is noisy
-TOKENS, WARM_UPS, REPETITIONS = 2048, 3, 20  # of the functions timed alone
+TOKENS, WARM_UPS, REPETITIONS = 2048, 2, 10  # of the functions timed alone
 
 CONFIG = LlamaConfig(
     vocab_size=256,

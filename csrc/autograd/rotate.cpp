@@ -2,9 +2,6 @@
 // differentiable. Calls without gradients construct no Function.
 #include <ATen/FuncTorchTLS.h>
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/_make_dual.h>
-#include <ATen/ops/_unpack_dual.h>
-#include <ATen/ops/add.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -12,6 +9,9 @@
 
 #include <vector>
 
+#include "autograd/dual.h"
+#include "autograd/norm_rotate.h"
+#include "autograd/operations.h"
 #include "autograd/saved.h"
 #include "autograd/table_gradient.h"
 #include "ops/checks.h"
@@ -23,15 +23,22 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// Whether `predicate` holds for any of the inputs and tables.
+// Whether `predicate` holds for any of the inputs, tables and weights.
 template <typename F>
 bool any_of(const RawCall& c, F predicate) {
+  const auto of_weight = [&](int i) {
+    return c.weights[i] != nullptr && c.weight(i).has_value() && predicate(*c.weight(i));
+  };
   return predicate(*c.inputs[0]) || (c.count() == 2 && predicate(*c.inputs[1])) ||
-         predicate(c.cos) || predicate(c.sin);
+         predicate(c.cos) || predicate(c.sin) || of_weight(0) || of_weight(1);
+}
+
+bool any_of(const OptionalTensors& tensors, bool (*predicate)(const at::Tensor&)) {
+  return std::any_of(tensors.begin(), tensors.end(),
+                     [&](const OptionalTensor* x) { return x->has_value() && predicate(**x); });
 }
 
 bool requires_grad(const at::Tensor& x) { return x.requires_grad(); }
-bool has_tangent(const at::Tensor& x) { return x._fw_grad(/*level=*/0).defined(); }
 
 bool needs_grad(const RawCall& c) { return at::GradMode::is_enabled() && any_of(c, requires_grad); }
 
@@ -42,15 +49,6 @@ bool tables_need_grad(const at::Tensor& cos, const at::Tensor& sin) {
 RawCall call_of(const Arguments& a, const at::Tensor& x, const at::Tensor& cos,
                 const at::Tensor& sin) {
   return {"rotate", {&x, nullptr}, cos, sin, a};
-}
-
-at::Tensor rotate_one(const Arguments& a, const at::Tensor& x, const at::Tensor& cos,
-                      const at::Tensor& sin) {
-  return std::get<0>(call_rotate(call_of(a, x, cos, sin)));
-}
-
-at::Tensor sum_or_either(const at::Tensor& x, const at::Tensor& y) {
-  return !x.defined() ? y : !y.defined() ? x : at::add(x, y);
 }
 
 // What a Function takes besides the tensors that it differentiates.
@@ -148,14 +146,6 @@ struct RotateInPlace : public torch::autograd::Function<RotateInPlace> {
   }
 };
 
-// A tensor and its tangent. PyTorch has only one level of forward AD.
-struct Dual {
-  explicit Dual(const at::Tensor& x) {
-    std::tie(primal, tangent) = at::_unpack_dual(x, /*level=*/0);
-  }
-  at::Tensor primal, tangent;
-};
-
 // The tangent of rotate, which is linear in x and in the table.
 at::Tensor tangent_of(const Arguments& a, const Dual& x, const Dual& cos, const Dual& sin) {
   at::Tensor tangent;
@@ -167,10 +157,6 @@ at::Tensor tangent_of(const Arguments& a, const Dual& x, const Dual& cos, const 
     tangent = sum_or_either(tangent, table_tangent(a, x.primal, or_zeros(cos), or_zeros(sin)));
   }
   return tangent;
-}
-
-at::Tensor join(const at::Tensor& primal, const at::Tensor& tangent) {
-  return tangent.defined() ? at::_make_dual(primal, tangent, /*level=*/0) : primal;
 }
 
 TensorPair rotate_duals(const RawCall& c) {
@@ -215,11 +201,14 @@ void check_before_writing(const RawCall& raw) {
 
 struct AutogradLayer {
   static TensorPair rotate(const RawCall& c) {
-    if (any_of(c, has_tangent)) return rotate_duals(c);
+    if (any_of(c, has_tangent)) {
+      return c.has_norm() ? norm_rotate_duals(c, needs_grad(c)) : rotate_duals(c);
+    }
     if (!needs_grad(c)) {
       const at::AutoDispatchBelowAutograd below;
       return call_rotate(c);
     }
+    if (c.has_norm()) return record_norm_rotate(c);
     const Recorded recorded = {c.arguments, c.cos, c.sin};
     const variable_list trained = trained_tables(c.cos, c.sin);
     if (c.count() == 1) {
@@ -237,6 +226,7 @@ struct AutogradLayer {
   }
 
   static void rotate_(const RawCall& c) {
+    if (c.has_norm()) refuse_grads(c, "in place");
     const bool dual = any_of(c, has_tangent);
     if (!dual && !needs_grad(c)) {
       const at::AutoDispatchBelowAutograd below;
@@ -247,14 +237,22 @@ struct AutogradLayer {
   }
 
   static void rotate_out(const RawCall& c, const Outputs& outputs) {
+    refuse_grads(c, "out=");
     for (int i = 0; i < c.count(); ++i) {
-      refuse_grad(c.op, c.name(i), *c.inputs[i]);
-      refuse_grad(c.op, c.out_name(i), *outputs[i]);
+      refuse_grad(c.op, "out=", c.out_name(i), *outputs[i]);
     }
-    refuse_grad(c.op, "cos", c.cos);
-    refuse_grad(c.op, "sin", c.sin);
     const at::AutoDispatchBelowAutograd below;
     call_rotate_out(c, outputs);
+  }
+
+  static TensorQuad norm_backward(const RawCall& c, const OptionalTensors& grads) {
+    const bool is_recorded =
+        at::GradMode::is_enabled() && (any_of(c, requires_grad) || any_of(grads, requires_grad));
+    if (is_recorded || any_of(c, has_tangent) || any_of(grads, has_tangent)) {
+      return compose_norm_backward(c, grads);
+    }
+    const at::AutoDispatchBelowAutograd below;
+    return call_norm_rotate_backward(c, grads);
   }
 
  private:
@@ -281,9 +279,21 @@ struct AutogradLayer {
     }
   }
 
-  static void refuse_grad(const char* op, const char* name, const at::Tensor& x) {
-    TORCH_CHECK(!(at::GradMode::is_enabled() && x.requires_grad()) && !has_tangent(x), op,
-                ": out= does not support autograd, but ", name, " requires grad");
+  // What is written over, or to memory of the caller, has no backward.
+  static void refuse_grads(const RawCall& c, const char* form) {
+    for (int i = 0; i < c.count(); ++i) {
+      refuse_grad(c.op, form, c.name(i), *c.inputs[i]);
+      if (!c.has_norm() || !c.weight(i).has_value()) continue;
+      refuse_grad(c.op, form, c.weight_name(i), *c.weight(i));
+    }
+    refuse_grad(c.op, form, "cos", c.cos);
+    refuse_grad(c.op, form, "sin", c.sin);
+  }
+
+  static void refuse_grad(const char* op, const char* form, const char* name, const at::Tensor& x) {
+    TORCH_CHECK(!(at::GradMode::is_enabled() && x.requires_grad()) && !has_tangent(x), op, ": ",
+                form, " does not support autograd, but ", name,
+                " requires grad: use the operator that returns new tensors");
   }
 };
 

@@ -27,20 +27,32 @@ kernels::Isa isa_of_torch() {
   return kernels::has(isa) ? isa : Isa::kBaseline;
 }
 
+// at::internal::GRAIN_SIZE: less work per thread does not pay.
+constexpr int64_t kGrain = 32768;
+
+void check_rows(const Call& call, const kernels::RotateParams& p) {
+  if (!kernels::has_lookups(p.rows)) return;
+  at::parallel_for(0, p.B * p.S, kGrain,
+                   [&](int64_t begin, int64_t end) { check_rows(call, p, begin, end); });
+}
+
 void launch_rotate(const Call& call, const kernels::RotateParams& p) {
   const int64_t tokens = p.B * p.S;
   const int64_t elements = p.D * kernels::total_heads(p);  // of a token
   if (tokens == 0 || elements == 0) return;
-  // at::internal::GRAIN_SIZE: less work per thread does not pay.
-  constexpr int64_t kGrain = 32768;
+  check_rows(call, p);
   const int64_t grain = std::max<int64_t>(1, kGrain / elements);
-  if (kernels::has_lookups(p.rows)) {
-    at::parallel_for(0, tokens, kGrain,
-                     [&](int64_t begin, int64_t end) { check_rows(call, p, begin, end); });
-  }
   static const kernels::Isa isa = isa_of_torch();
   at::parallel_for(0, tokens, grain,
                    [&](int64_t begin, int64_t end) { kernels::rotate_tokens(p, begin, end, isa); });
+}
+
+void launch_norm_backward(const Call& call, const kernels::NormBackwardParams& p) {
+  check_rows(call, p.call);
+  static const kernels::Isa isa = isa_of_torch();
+  at::parallel_for(0, kernels::backward_leaves(p), 1,
+                   [&](int64_t begin, int64_t end) { kernels::norm_backward(p, begin, end, isa); });
+  kernels::sum_weight_gradients(p);
 }
 
 struct CpuBackend {
@@ -52,6 +64,10 @@ struct CpuBackend {
 
   static void launch(const Call& call, const kernels::RotateParams& params) {
     launch_rotate(call, params);
+  }
+
+  static void launch_backward(const Call& call, const kernels::NormBackwardParams& params) {
+    launch_norm_backward(call, params);
   }
 };
 

@@ -1,5 +1,5 @@
 // The entry to the CUDA kernels: queries the device, makes the plan, selects the element type.
-#include "fused_rope/kernels/cuda/launch.cuh"
+#include "fused_rope/kernels/cuda/norm_launch.cuh"
 
 #if defined(FUSED_ROPE_PLAN_OVERRIDES)
 #include <cstdlib>
@@ -16,6 +16,17 @@ extern template cudaError_t launch_elements<BFloat16>(const RotateParams&, const
                                                       cudaStream_t);
 extern template cudaError_t launch_elements<float>(const RotateParams&, const Plan&, cudaStream_t);
 extern template cudaError_t launch_elements<double>(const RotateParams&, const Plan&, cudaStream_t);
+
+#define FUSED_ROPE_EXTERN_NORM(T)                                                             \
+  extern template cudaError_t launch_norm<T>(const RotateParams&, const std::optional<Plan>&, \
+                                             cudaStream_t);                                   \
+  extern template cudaError_t launch_backward<T>(const NormBackwardParams&,                   \
+                                                 const std::optional<Plan>&, cudaStream_t)
+FUSED_ROPE_EXTERN_NORM(Float16);
+FUSED_ROPE_EXTERN_NORM(BFloat16);
+FUSED_ROPE_EXTERN_NORM(float);
+FUSED_ROPE_EXTERN_NORM(double);
+#undef FUSED_ROPE_EXTERN_NORM
 
 static cudaError_t read_facts(int device, DeviceFacts* facts) {
   int l2_bytes = 0;
@@ -48,18 +59,36 @@ static PlanOverrides read_overrides() {
   return {};
 }
 
+static const PlanOverrides& plan_overrides() {
+  static const PlanOverrides overrides = read_overrides();
+  return overrides;
+}
+
 cudaError_t launch_rotate(const RotateParams& params, cudaStream_t stream) {
   if (params.B == 0 || params.S == 0 || total_heads(params) == 0 || params.D == 0)
     return cudaSuccess;
   DeviceFacts facts;
   if (const cudaError_t error = device_facts(&facts); error != cudaSuccess) return error;
-  static const PlanOverrides overrides = read_overrides();
+  const PlanOverrides& overrides = plan_overrides();
+  if (params.norm != nullptr) {
+    const std::optional<Plan> plan = make_norm_plan(params, facts, overrides);
+    return visit(params.dtype, [&]<typename T>() { return launch_norm<T>(params, plan, stream); });
+  }
   const auto launch = [&](const RotateParams& p) {
     const Plan plan = make_plan(p, facts, overrides);
     if (plan.head_threads == 0) return cudaSuccess;
     return visit(p.dtype, [&]<typename T>() { return launch_elements<T>(p, plan, stream); });
   };
   return are_adjacent(params) ? launch(joined(params)) : launch(params);
+}
+
+cudaError_t launch_norm_backward(const NormBackwardParams& params, cudaStream_t stream) {
+  if (params.call.D == 0) return cudaSuccess;
+  DeviceFacts facts;
+  if (const cudaError_t error = device_facts(&facts); error != cudaSuccess) return error;
+  const std::optional<Plan> plan = make_backward_plan(params, facts, plan_overrides());
+  return visit(params.call.dtype,
+               [&]<typename T>() { return launch_backward<T>(params, plan, stream); });
 }
 
 }  // namespace fused_rope::kernels

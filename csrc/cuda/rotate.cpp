@@ -21,6 +21,11 @@ struct CudaBackend {
     const c10::DeviceIndex device = call.inputs[0]->device().index();
     C10_CUDA_CHECK(kernels::launch_rotate(params, c10::cuda::getCurrentCUDAStream(device)));
   }
+
+  static void launch_backward(const Call& call, const kernels::NormBackwardParams& params) {
+    const c10::DeviceIndex device = call.inputs[0]->device().index();
+    C10_CUDA_CHECK(kernels::launch_norm_backward(params, c10::cuda::getCurrentCUDAStream(device)));
+  }
 };
 
 }  // namespace

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <limits>
 #include <string>
 
@@ -72,6 +73,41 @@ void check_options(const Call& call) {
       call.op, ": expected cu_seqlens of shape [N + 1], got ", a.cu_seqlens->sym_sizes());
   TORCH_CHECK_VALUE(!a.axes.has_value() || a.positions.has_value(), call.op,
                     ": expected positions with a leading axis A for axes, got none");
+}
+
+void check_norm(const Call& call) {
+  const NormArguments& norm = call.arguments.norm;
+  const at::Tensor& x = *call.inputs[0];
+  TORCH_CHECK_VALUE(norm.eps >= 0 && std::isfinite(norm.eps), call.op,
+                    ": expected a finite eps >= 0, got ", norm.eps);
+  TORCH_CHECK_VALUE(call.cast != Cast::kNever || call.precision == Precision::kFp32, call.op,
+                    ": expected cast=\"before\" or \"after\" with precision=\"model\", which ",
+                    "rounds the normalized values, got cast=\"never\"");
+  for (int i = 0; i < call.count(); ++i) {
+    const OptionalTensor& weight = call.weight(i);
+    if (!weight.has_value()) continue;
+    const char* name = call.weight_name(i);
+    const at::ScalarType type = weight->scalar_type();
+    TORCH_CHECK_TYPE(type == x.scalar_type() || type == at::kFloat, call.op, ": expected ", name,
+                     " of ", call.name(i), "'s dtype ", dtype_name(x.scalar_type()),
+                     " or float32, got ", dtype_name(type));
+    TORCH_CHECK_TYPE(call.cast != Cast::kBefore || type == x.scalar_type(), call.op, ": expected ",
+                     name, " of ", call.name(i), "'s dtype ", dtype_name(x.scalar_type()),
+                     " with cast=\"before\", got ", dtype_name(type),
+                     ": convert it, or pass cast=\"after\"");
+    TORCH_CHECK_VALUE(weight->device() == x.device(), call.op, ": expected ", name, " on device ",
+                      x.device(), " as ", call.name(i), " is, got ", weight->device());
+    TORCH_CHECK_VALUE(weight->dim() == 1, call.op, ": expected ", name, " of shape [D], got ",
+                      weight->sym_sizes());
+  }
+}
+
+void check_weight_sizes(const Call& call, int64_t D) {
+  for (int i = 0; i < call.count(); ++i) {
+    const OptionalTensor& weight = call.weight(i);
+    TORCH_CHECK_VALUE(!weight.has_value() || weight->size(0) == D, call.op, ": expected ",
+                      call.weight_name(i), " of shape [D], D=", D, ", got ", weight->sizes());
+  }
 }
 
 // Per-token and per-head tables have no rows to select.
@@ -250,6 +286,16 @@ void check_no_overlap(const Call& call, const char* name, const at::Tensor& tens
               " not to share memory, got overlapping tensors");
 }
 
+// The tables and weights, which a kernel reads while it writes `tensor`.
+void check_no_overlap_with_constants(const Call& call, const char* name, const at::Tensor& tensor) {
+  check_no_overlap(call, name, tensor, "cos", call.cos);
+  check_no_overlap(call, name, tensor, "sin", call.sin);
+  for (int i = 0; call.has_norm() && i < call.count(); ++i) {
+    const OptionalTensor& weight = call.weight(i);
+    if (weight.has_value()) check_no_overlap(call, name, tensor, call.weight_name(i), *weight);
+  }
+}
+
 // Output i, written by out_rows. Under a tracer, sizes are symbolic.
 void check_scattered(const Call& call, int i, const at::Tensor& out) {
   const Sizes<c10::SymInt> x(call.inputs[i]->sym_sizes(), call.layout);
@@ -288,6 +334,7 @@ void check_metadata(const Call& call) {
   check_index(call, "cu_seqlens", a.cu_seqlens);
   check_index(call, "out_rows", a.out_rows);
   check_options(call);
+  if (call.has_norm()) check_norm(call);
   if (!is_shared(call.cos)) check_no_row_selection(call);
 }
 
@@ -309,13 +356,13 @@ void check_sizes(const Call& call) {
   }
   check_cu_seqlens(call);
   if (is_shared(call.cos)) check_shared(call, x);
+  if (call.has_norm()) check_weight_sizes(call, x.D);
 }
 
 void check_in_place(const Call& call) {
   for (int i = 0; i < call.count(); ++i) {
     check_writable(call, call.name(i), *call.inputs[i]);
-    check_no_overlap(call, call.name(i), *call.inputs[i], "cos", call.cos);
-    check_no_overlap(call, call.name(i), *call.inputs[i], "sin", call.sin);
+    check_no_overlap_with_constants(call, call.name(i), *call.inputs[i]);
   }
   if (call.count() == 2) check_no_overlap(call, "k", *call.inputs[1], "q", *call.inputs[0]);
 }
@@ -352,8 +399,31 @@ void check_out(const Call& call, const Outputs& outputs) {
       check_no_overlap(call, call.out_name(i), *outputs[i], call.name(j), *call.inputs[j]);
     for (int j = 0; j < i; ++j)
       check_no_overlap(call, call.out_name(i), *outputs[i], call.out_name(j), *outputs[j]);
-    check_no_overlap(call, call.out_name(i), *outputs[i], "cos", call.cos);
-    check_no_overlap(call, call.out_name(i), *outputs[i], "sin", call.sin);
+    check_no_overlap_with_constants(call, call.out_name(i), *outputs[i]);
+  }
+}
+
+void check_grads_metadata(const Call& call, const OptionalTensors& grads) {
+  for (int i = 0; i < call.count(); ++i) {
+    if (!grads[i]->has_value()) continue;
+    const at::Tensor &grad = **grads[i], &x = *call.inputs[i];
+    TORCH_CHECK_TYPE(grad.scalar_type() == x.scalar_type(), call.op, ": expected the gradient of ",
+                     call.out_name(i), " of dtype ", dtype_name(x.scalar_type()), ", got ",
+                     dtype_name(grad.scalar_type()));
+    TORCH_CHECK_VALUE(grad.device() == x.device(), call.op, ": expected the gradient of ",
+                      call.out_name(i), " on device ", x.device(), ", got ", grad.device());
+    TORCH_CHECK_VALUE(grad.dim() == x.dim(), call.op, ": expected the gradient of ",
+                      call.out_name(i), " of shape ", x.sym_sizes(), ", got ", grad.sym_sizes());
+  }
+}
+
+void check_grads(const Call& call, const OptionalTensors& grads) {
+  check_grads_metadata(call, grads);
+  for (int i = 0; i < call.count(); ++i) {
+    if (!grads[i]->has_value()) continue;
+    const at::Tensor& x = *call.inputs[i];
+    TORCH_CHECK_VALUE((*grads[i])->sizes() == x.sizes(), call.op, ": expected the gradient of ",
+                      call.out_name(i), " of shape ", x.sizes(), ", got ", (*grads[i])->sizes());
   }
 }
 

@@ -17,7 +17,8 @@ struct Call : RawCall {
       : RawCall(raw),
         layout(parse<Layout>(op, arguments.layout)),
         precision(parse<Precision>(op, arguments.precision)),
-        table_layout(parse<TableLayout>(op, arguments.table_layout)) {}
+        table_layout(parse<TableLayout>(op, arguments.table_layout)),
+        cast(has_norm() ? parse<Cast>(op, arguments.norm.cast) : Cast::kNever) {}
 
   int64_t P() const { return pairs_of(table_layout, cos.sizes().back()); }
 
@@ -27,6 +28,7 @@ struct Call : RawCall {
   Layout layout;
   Precision precision;
   TableLayout table_layout;
+  Cast cast;
 };
 
 // Sizes by letter; packed layouts have B = 1 and S = T. Int is int64_t or SymInt.
@@ -70,5 +72,9 @@ void check_in_place(const Call& call);
 // out_rows and provable overlap.
 void check_out_metadata(const Call& call, const Outputs& outputs);
 void check_out(const Call& call, const Outputs& outputs);
+
+// Checks the gradients of the outputs of a backward call. check_grads also checks their shapes.
+void check_grads_metadata(const Call& call, const OptionalTensors& grads);
+void check_grads(const Call& call, const OptionalTensors& grads);
 
 }  // namespace fused_rope

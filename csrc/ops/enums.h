@@ -33,6 +33,12 @@ struct Words<TableLayout> {
   static constexpr std::array<std::string_view, 3> kNames = {"half", "tiled", "repeated"};
 };
 
+template <>
+struct Words<Cast> {
+  static constexpr char kArgument[] = "cast";
+  static constexpr std::array<std::string_view, 3> kNames = {"never", "before", "after"};
+};
+
 template <typename Enum>
 std::string_view name_of(Enum value) {
   return Words<Enum>::kNames[static_cast<size_t>(value)];

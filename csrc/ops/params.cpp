@@ -4,6 +4,8 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 
+#include "fused_rope/kernels/weight_gradients.h"
+
 namespace fused_rope {
 namespace {
 
@@ -123,6 +125,7 @@ PreparedCall::PreparedCall(const Call& call, const Outputs& outputs) {
   p.precision = call.precision;
   p.inverse = a.inverse;
   p.per_head = is_per_head(call.cos);
+  if (call.has_norm()) set_norm(call);
   set_outputs(call, outputs);
 }
 
@@ -132,9 +135,43 @@ void PreparedCall::set_outputs(const Call& call, const Outputs& outputs) {
   for (int i = 0; i < p.count; ++i) {
     kernels::TensorParams& t = p.tensors[i];
     t.scattered = call.is_scattered(i);
+    if (!outputs[i]->defined()) continue;  // a gradient that nobody asks for
     t.out = outputs[i]->mutable_data_ptr();
     t.out_strides = strides_of(*outputs[i], t.scattered ? Layout::kTHD : call.layout);
     if (t.scattered) p.rows.out_rows_limit = outputs[i]->size(0);
+  }
+}
+
+C10_NOINLINE void PreparedCall::set_norm(const Call& call) {
+  const NormArguments& a = call.arguments.norm;
+  norm_.eps = a.eps;
+  norm_.zero_centered = a.zero_centered;
+  norm_.cast = call.cast;
+  norm_.after = a.after;
+  for (int i = 0; i < call.count(); ++i) {
+    const OptionalTensor& weight = call.weight(i);
+    if (!weight.has_value()) continue;
+    norm_.weights[i] = {weight->const_data_ptr(), weight->stride(0), dtype_of(*weight)};
+  }
+  params.norm = &norm_;
+}
+
+PreparedBackward::PreparedBackward(const Call& call, const OptionalTensors& grads,
+                                   const Gradients& results)
+    : forward_(call, {&results[0], &results[1]}) {
+  params.call = forward_.params;
+  for (int i = 0; i < call.count(); ++i) {
+    if (!grads[i]->has_value()) continue;
+    const at::Tensor& weight_grad = results[kernels::kMaxTensors + i];
+    kernels::GradientParams& t = params.tensors[i];
+    t.gradient = (*grads[i])->const_data_ptr();
+    t.strides = strides_of(**grads[i], call.layout);
+    if (!weight_grad.defined()) continue;
+    t.weight_gradient = weight_grad.mutable_data_ptr();
+    const kernels::RotateParams& p = params.call;
+    const int64_t bytes = kernels::workspace_bytes(p.B, p.S, p.tensors[i].H, p.D, p.dtype);
+    workspaces_[i] = at::empty({bytes}, weight_grad.options().dtype(at::kByte));
+    t.workspace = workspaces_[i].mutable_data_ptr();
   }
 }
 

@@ -11,13 +11,32 @@ class PreparedCall {
   // The call must have passed its checks. In place the outputs are the inputs.
   PreparedCall(const Call& call, const Outputs& outputs);
 
+  PreparedCall(const PreparedCall&) = delete;  // params point to members
+
   kernels::RotateParams params = {};
 
  private:
   void set_outputs(const Call& call, const Outputs& outputs);
+  void set_norm(const Call& call);
 
   std::array<at::Tensor, 2>
       converted_;  // cos and sin in a dtype that the kernels read, or undefined
+  kernels::NormParams norm_ = {};
+};
+
+// The gradients of q, k, q_weight and k_weight: undefined where not asked for.
+using Gradients = std::array<at::Tensor, 2 * kernels::kMaxTensors>;
+
+// The parameters of a backward call.
+class PreparedBackward {
+ public:
+  PreparedBackward(const Call& call, const OptionalTensors& grads, const Gradients& results);
+
+  kernels::NormBackwardParams params = {};
+
+ private:
+  PreparedCall forward_;
+  std::array<at::Tensor, kernels::kMaxTensors> workspaces_;
 };
 
 // Memory for the result of rotating x: x's own strides where x is dense, row-major otherwise.

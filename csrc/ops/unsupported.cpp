@@ -27,7 +27,9 @@ void refuse_quantized(const c10::OperatorHandle& op, torch::jit::Stack*) {
 template <void (*kRefuse)(const c10::OperatorHandle&, torch::jit::Stack*)>
 void refuse_all(torch::Library& m) {
   for (const char* name :
-       {"rotate", "rotate_", "rotate_qk", "rotate_qk_", "rotate_out", "rotate_qk_out"}) {
+       {"rotate", "rotate_", "rotate_qk", "rotate_qk_", "rotate_out", "rotate_qk_out",
+        "norm_rotate", "norm_rotate_", "norm_rotate_qk", "norm_rotate_qk_", "norm_rotate_out",
+        "norm_rotate_qk_out", "norm_rotate_qk_backward"}) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<kRefuse>());
   }
 }

@@ -81,6 +81,12 @@ class Reader {
     option = {text, static_cast<size_t>(length)};
   }
 
+  void read(const char* name, double& option) {
+    PyObject* object = next(name);
+    option = PyFloat_CheckExact(object) ? PyFloat_AS_DOUBLE(object)
+                                        : convert<double>(name, "a float", object);
+  }
+
   bool at_end() const { return next_ == end_; }
 
   Reader tuple(const char* name) {
@@ -161,7 +167,8 @@ struct RowArguments {
 };
 
 // Arguments with the options of a tuple, in the order of FUSED_ROPE_OPTIONS. Omitted last ones have
-// their defaults.
+// their defaults, but with a norm, all are there and FUSED_ROPE_NORM_OPTIONS follow.
+template <bool kNorm>
 Arguments read_arguments(const RowArguments& rows, Reader& options) {
   static const RotateOptions kDefaults;
   static const Arguments defaults = arguments_of(kDefaults);
@@ -171,6 +178,11 @@ Arguments read_arguments(const RowArguments& rows, Reader& options) {
   Arguments result = {rows.positions, rows.offsets, rows.cu_seqlens, rows.out_rows,
                       rows.offset FUSED_ROPE_OPTIONS(FUSED_ROPE_DEFAULT)};
   FUSED_ROPE_OPTIONS(FUSED_ROPE_READ)
+#undef FUSED_ROPE_READ
+#define FUSED_ROPE_READ(type, name) options.read(#name, result.norm.name);
+  if constexpr (kNorm) {
+    FUSED_ROPE_NORM_OPTIONS(FUSED_ROPE_READ)
+  }
 #undef FUSED_ROPE_DEFAULT
 #undef FUSED_ROPE_READ
   return result;
@@ -192,10 +204,10 @@ PyObject* wrap(TensorPair&& tensors) {
 
 enum class Form { kNew, kInPlace, kOut };
 
-// What Python calls for one operator: with a tuple of x, or q and k, cos, sin and the outputs; then
-// RowArguments and the tuple of options. Returns NotImplemented, and does nothing else, where
-// torch.func, a TorchFunctionMode or a subclass of Tensor may intercept the call.
-template <int kCount, Form kForm>
+// What Python calls for one operator: with a tuple of x, or q and k, cos, sin, the outputs and the
+// weights; then RowArguments and the tuple of options. Returns NotImplemented, and does nothing
+// else, where torch.func, a TorchFunctionMode or a subclass of Tensor may intercept the call.
+template <int kCount, Form kForm, bool kNorm>
 struct Entry {
   inline static PyMethodDef method = {};
 
@@ -211,10 +223,17 @@ struct Entry {
     for (int i = 0; kForm == Form::kOut && i < kCount; ++i) {
       outputs[i] = &tensors.tensor(RawCall::output_name(kCount, i));
     }
+    std::array<OptionalTensor, kNorm ? kCount : 0> weights;
+    OptionalTensors given = {};
+    for (size_t i = 0; i < weights.size(); ++i) {
+      weights[i] = tensors.optional_tensor(RawCall::weight_name(kCount, i));
+      given[i] = &weights[i];
+    }
     const RowArguments rows(reader);
     if (tensors.has_subclass() || reader.has_subclass()) Py_RETURN_NOTIMPLEMENTED;
     Reader options = reader.tuple("options");
-    return run({method.ml_name, inputs, cos, sin, read_arguments(rows, options)}, outputs);
+    const Arguments a = read_arguments<kNorm>(rows, options);
+    return run({method.ml_name, inputs, cos, sin, a, given}, outputs);
     END_HANDLE_TH_ERRORS
   }
 
@@ -222,7 +241,14 @@ struct Entry {
   static bool is_recorded(const RawCall& c) {
     return at::GradMode::is_enabled() &&
            (c.inputs[0]->requires_grad() || (kCount == 2 && c.inputs[1]->requires_grad()) ||
-            c.cos.requires_grad() || c.sin.requires_grad());
+            c.cos.requires_grad() || c.sin.requires_grad() || weights_require_grad(c));
+  }
+
+  static bool weights_require_grad([[maybe_unused]] const RawCall& c) {
+    for (int i = 0; kNorm && i < kCount; ++i) {
+      if (c.weight(i).has_value() && c.weight(i)->requires_grad()) return true;
+    }
+    return false;
   }
 
   static PyObject* run(const RawCall& call, [[maybe_unused]] const Outputs& outputs) {
@@ -247,8 +273,9 @@ struct Entry {
   }
 };
 
-template <typename E>
+template <int kCount, Form kForm, bool kNorm = false>
 void def(py::module_& m, const char* name) {
+  using E = Entry<kCount, kForm, kNorm>;
   E::method = {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&E::call)),
                METH_FASTCALL, nullptr};
   PyObject* function = PyCFunction_New(&E::method, nullptr);
@@ -266,12 +293,18 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("with_cuda") = false;
 #endif
-  def<Entry<1, Form::kNew>>(m, "rotate");
-  def<Entry<2, Form::kNew>>(m, "rotate_qk");
-  def<Entry<1, Form::kInPlace>>(m, "rotate_");
-  def<Entry<2, Form::kInPlace>>(m, "rotate_qk_");
-  def<Entry<1, Form::kOut>>(m, "rotate_out");
-  def<Entry<2, Form::kOut>>(m, "rotate_qk_out");
+  def<1, Form::kNew>(m, "rotate");
+  def<2, Form::kNew>(m, "rotate_qk");
+  def<1, Form::kInPlace>(m, "rotate_");
+  def<2, Form::kInPlace>(m, "rotate_qk_");
+  def<1, Form::kOut>(m, "rotate_out");
+  def<2, Form::kOut>(m, "rotate_qk_out");
+  def<1, Form::kNew, true>(m, "norm_rotate");
+  def<2, Form::kNew, true>(m, "norm_rotate_qk");
+  def<1, Form::kInPlace, true>(m, "norm_rotate_");
+  def<2, Form::kInPlace, true>(m, "norm_rotate_qk_");
+  def<1, Form::kOut, true>(m, "norm_rotate_out");
+  def<2, Form::kOut, true>(m, "norm_rotate_qk_out");
 }
 
 }  // namespace

@@ -57,6 +57,18 @@ struct RotateOptions {
   TORCH_ARG(TableLayout, table_layout) = TableLayout::kHalf;
 };
 
+// Options of the RMS norm of a head: NormOptions(1e-6).cast(Cast::kBefore)
+struct NormOptions {
+  explicit NormOptions(double eps) : eps_(eps) {}
+  TORCH_ARG(double, eps);  // added to the mean of the squares
+  // The factors are 1 + weight.
+  TORCH_ARG(bool, zero_centered) = false;
+  // Where a normalized value is rounded to x's dtype.
+  TORCH_ARG(Cast, cast) = Cast::kNever;
+  // The rotation comes first.
+  TORCH_ARG(bool, after) = false;
+};
+
 // Returns x rotated by shared tables [M, P], per-token tables [B or 1, S, P] or per-head tables [B
 // or 1, S, H, P]; 2P columns where table_layout says so.
 FUSED_ROPE_API at::Tensor rotate(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin,
@@ -90,6 +102,44 @@ FUSED_ROPE_API at::Tensor rotate_out(const at::Tensor& out, const at::Tensor& x,
 FUSED_ROPE_API std::tuple<at::Tensor, at::Tensor> rotate_qk_out(
     const at::Tensor& q_out, const at::Tensor& k_out, const at::Tensor& q, const at::Tensor& k,
     const at::Tensor& cos, const at::Tensor& sin, const RotateOptions& options = {});
+
+// norm_rotate: RMS norm over the D elements of each head, then the rotation, in one pass:
+//
+//   y = x / sqrt(mean(x * x) + eps) * weight,   out = rotation of y
+//
+// The weights are [D], of x's dtype or float32, or nullopt for 1. Differentiable in x, the tables
+// and the weights; the in-place and out functions do not support autograd.
+FUSED_ROPE_API at::Tensor norm_rotate(const at::Tensor& x, const at::Tensor& cos,
+                                      const at::Tensor& sin,
+                                      const std::optional<at::Tensor>& weight,
+                                      const NormOptions& norm, const RotateOptions& options = {});
+
+FUSED_ROPE_API at::Tensor norm_rotate_(const at::Tensor& x, const at::Tensor& cos,
+                                       const at::Tensor& sin,
+                                       const std::optional<at::Tensor>& weight,
+                                       const NormOptions& norm, const RotateOptions& options = {});
+
+FUSED_ROPE_API std::tuple<at::Tensor, at::Tensor> norm_rotate_qk(
+    const at::Tensor& q, const at::Tensor& k, const at::Tensor& cos, const at::Tensor& sin,
+    const std::optional<at::Tensor>& q_weight, const std::optional<at::Tensor>& k_weight,
+    const NormOptions& norm, const RotateOptions& options = {});
+
+FUSED_ROPE_API std::tuple<at::Tensor, at::Tensor> norm_rotate_qk_(
+    const at::Tensor& q, const at::Tensor& k, const at::Tensor& cos, const at::Tensor& sin,
+    const std::optional<at::Tensor>& q_weight, const std::optional<at::Tensor>& k_weight,
+    const NormOptions& norm, const RotateOptions& options = {});
+
+FUSED_ROPE_API at::Tensor norm_rotate_out(const at::Tensor& out, const at::Tensor& x,
+                                          const at::Tensor& cos, const at::Tensor& sin,
+                                          const std::optional<at::Tensor>& weight,
+                                          const NormOptions& norm,
+                                          const RotateOptions& options = {});
+
+FUSED_ROPE_API std::tuple<at::Tensor, at::Tensor> norm_rotate_qk_out(
+    const at::Tensor& q_out, const at::Tensor& k_out, const at::Tensor& q, const at::Tensor& k,
+    const at::Tensor& cos, const at::Tensor& sin, const std::optional<at::Tensor>& q_weight,
+    const std::optional<at::Tensor>& k_weight, const NormOptions& norm,
+    const RotateOptions& options = {});
 
 // Returns cos and sin of row * inv_freq[j], times scale, for rows [first, first + rows): two
 // tensors [rows, P] of `dtype` on `device` (default: inv_freq's), within 1 float32 ulp for every

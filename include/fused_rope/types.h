@@ -17,4 +17,10 @@ enum class TableLayout { kHalf, kTiled, kRepeated };
 // kModel: the table, every product and the sum to T, as eager PyTorch does in T.
 enum class Precision { kFp32, kModel };
 
+// Where a norm rounds its result to x's dtype.
+// kNever: nowhere before the output.
+// kBefore: before the product with the weight, and after it.
+// kAfter: after the product with the weight.
+enum class Cast { kNever, kBefore, kAfter };
+
 }  // namespace fused_rope

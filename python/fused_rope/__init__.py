@@ -12,7 +12,17 @@ from . import _C, compat
 from .diagnostics import build_info, self_check
 from .embedding import RotaryEmbedding
 from .frequencies import inv_freq, mrope_axes
-from .functional import cos_sin_table, rotate, rotate_, rotate_qk, rotate_qk_
+from .functional import (
+    cos_sin_table,
+    norm_rotate,
+    norm_rotate_,
+    norm_rotate_qk,
+    norm_rotate_qk_,
+    rotate,
+    rotate_,
+    rotate_qk,
+    rotate_qk_,
+)
 from .reference import register_fallback
 
 if TYPE_CHECKING:
@@ -35,6 +45,10 @@ __all__ = [
     "cos_sin_table",
     "inv_freq",
     "mrope_axes",
+    "norm_rotate",
+    "norm_rotate_",
+    "norm_rotate_qk",
+    "norm_rotate_qk_",
     "rotate",
     "rotate_",
     "rotate_qk",

@@ -14,7 +14,8 @@ from .frequencies import inv_freq
 
 __all__ = ["build_info", "self_check"]
 
-_OPERATORS = ("rotate", "rotate_", "rotate_qk", "rotate_qk_", "rotate_out", "rotate_qk_out")
+_FORMS = ("rotate", "rotate_", "rotate_qk", "rotate_qk_", "rotate_out", "rotate_qk_out")
+_OPERATORS = (*_FORMS, *(f"norm_{form}" for form in _FORMS), "norm_rotate_qk_backward")
 
 
 def build_info() -> dict[str, Any]:

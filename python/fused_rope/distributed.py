@@ -3,15 +3,16 @@
 Importing this module registers the rules. Forward and backward then behave as follows:
 
 * Shards of the batch, of the heads (of q and k independently) and partial sums rotate without
-  communication.
+  communication. A norm is not linear: before it, partial sums are added.
 * Shards of the sequence rotate without communication if positions are given, if tables are per
   token, or if the host knows the rows. Otherwise (cu_seqlens, a tensor offset) DTensor gathers the
   sequence first.
 * Shards of head_dim are gathered first, since pairs span them.
 
 Tables, positions, offset and cu_seqlens may be DTensors, replicated or sharded along the same
-dimension. With a DTensor x, plain tensors count as replicated, and their gradients are not
-supported. In place, placements must not have to change. `out=` is not supported.
+dimension; the weights of a norm are replicated, and their gradients are partial sums. With a
+DTensor x, plain tensors count as replicated, and gradients of plain tables are not supported.
+In place, placements must not have to change. `out=` is not supported.
 
 Example:
     >>> import fused_rope, fused_rope.distributed
@@ -36,7 +37,7 @@ from . import functional
 
 __all__ = ["contiguous_positions", "zigzag_positions"]
 
-_Shardings = list[tuple[list[Placement], list[Placement]]]
+_Shardings = list[tuple[list[Placement | None], list[Placement]]]
 _WHOLE = Replicate()
 
 
@@ -112,6 +113,8 @@ class _Call(NamedTuple):
     inputs: tuple[Any, ...]
     cos: Any
     sin: Any
+    weights: tuple[Any, ...]  # of a norm; None where there is none
+    grads: tuple[Any, ...]  # of the results, for a backward operator; None for no gradient
     positions: Any = None
     offsets: Any = None
     cu_seqlens: Any = None
@@ -130,9 +133,10 @@ class _Placements(NamedTuple):
 
 
 def _by_heads(call: _Call) -> Iterator[_Placements]:
-    """Heads are independent, and so are q and k; the rotation is linear in partial sums."""
+    """Heads are independent, and so are q and k; a rotation alone is linear in partial sums."""
     heads = Shard(call.layout.index("h"))
-    for inputs in itertools.product((_WHOLE, heads, Partial()), repeat=len(call.inputs)):
+    choices = (_WHOLE, heads) if call.weights else (_WHOLE, heads, Partial())
+    for inputs in itertools.product(choices, repeat=len(call.inputs)):
         if call.cos.ndim < 4 or heads not in inputs:
             yield _Placements(inputs)
         elif set(inputs) == {heads}:
@@ -164,43 +168,70 @@ def _by_sequence(call: _Call) -> Iterator[_Placements]:
         yield _Placements(inputs, table=Shard(0))
 
 
-def _shardings(call: _Call, in_place: bool) -> _Shardings:
+def _shardings(name: str, call: _Call, output_mask: Sequence[bool]) -> _Shardings:
     """All shardings, as placements of the outputs and of the tensor arguments."""
+    in_place = name.endswith("_")
     if in_place and len({x.placements for x in call.inputs}) > 1:
         raise RuntimeError(
-            "rotate_qk_: expected q and k with the same placements, since in place neither can be "
+            f"{name}: expected q and k with the same placements, since in place neither can be "
             f"redistributed, got {' and '.join(str(x.placements) for x in call.inputs)}"
         )
     shardings: _Shardings = []
     for placements in itertools.chain(_by_heads(call), _by_batch(call), _by_sequence(call)):
         if in_place and len(set(placements.inputs)) > 1:
             continue
-        rows = (
+        outputs = _outputs(call, placements, output_mask)
+        arguments = (
+            *zip(call.grads, placements.inputs, strict=False),
+            *zip(call.inputs, placements.inputs, strict=True),
+            (call.cos, placements.table),
+            (call.sin, placements.table),
+            *((weight, _WHOLE) for weight in call.weights),
             (call.positions, placements.positions),
             (call.offsets, placements.offsets),
             (call.cu_seqlens, _WHOLE),
         )
-        given = [placement for tensor, placement in rows if tensor is not None]
-        outputs = [] if in_place else list(placements.inputs)
-        shardings.append(
-            (outputs, [*placements.inputs, placements.table, placements.table, *given])
-        )
+        given = [placement for tensor, placement in arguments if tensor is not None]
+        shardings.append(([] if in_place else outputs, given))
     return shardings
+
+
+def _outputs(
+    call: _Call, placements: _Placements, output_mask: Sequence[bool]
+) -> list[Placement | None]:
+    """Where the results are; of a backward operator, those that `output_mask` asks for."""
+    if not call.grads:
+        return list(placements.inputs)
+    outputs: list[Placement | None] = [None] * 4
+    for i, placement in enumerate(placements.inputs):
+        if call.grads[i] is None:
+            continue
+        if output_mask[i]:
+            outputs[i] = placement
+        if output_mask[2 + i] and call.weights[i] is not None:
+            outputs[2 + i] = _WHOLE if placement == _WHOLE else Partial()
+    return outputs
 
 
 def _register(name: str) -> None:
     count = _inputs_of(name)
+    is_backward = name.endswith("_backward")
 
-    def rule(*arguments: Any) -> _Shardings:
-        known = len(_Call._fields) - 1 + count
-        call = _Call(arguments[:count], *arguments[count:known])
-        return _shardings(call, in_place=name.endswith("_"))
+    def rule(*arguments: Any, output_mask: Sequence[bool] = (), **_: Any) -> _Shardings:
+        grads, rest = (arguments[:2], arguments[2:]) if is_backward else ((), arguments)
+        inputs, (cos, sin), rest = rest[:count], rest[count : count + 2], rest[count + 2 :]
+        weights = ()
+        if name.startswith("norm"):
+            weights, rest = (*rest[:count], None, None)[:count], rest[count:]
+        inputs = tuple(x for x in inputs if x is not None)
+        call = _Call(inputs, cos, sin, weights, grads, *rest[: len(_Call._fields) - 5])
+        return _shardings(name, call, output_mask)
 
     register_sharding(getattr(torch.ops.fused_rope, name).default)(rule)
 
 
 def _inputs_of(name: str) -> int:
-    return 2 if name.startswith("rotate_qk") else 1
+    return 2 if "_qk" in name else 1
 
 
 def _sequence_dim(layout: str) -> int:
@@ -209,12 +240,12 @@ def _sequence_dim(layout: str) -> int:
 
 def _adapt_to_dtensors(
     name: str,
-    tensors: tuple[Tensor, ...],
+    tensors: tuple[Any, ...],
     positions: Tensor | None,
     offset: int | Tensor,
     cu_seqlens: Tensor | None,
     layout: str,
-) -> tuple[tuple[Tensor, ...], Tensor | None, int | Tensor, Tensor | None]:
+) -> tuple[tuple[Any, ...], Tensor | None, int | Tensor, Tensor | None]:
     """The arguments of operator `name`; if x is a DTensor, all tensors are DTensors of its mesh."""
     count, x = _inputs_of(name), tensors[0]
     if not isinstance(x, DTensor):
@@ -234,10 +265,15 @@ def _adapt_to_dtensors(
             return tensor
         return DTensor.from_local(tensor, x.device_mesh, run_check=False)
 
-    tensors = (*tensors[:count], replicated(cos), replicated(sin), *tensors[count + 2 :])
+    others = tensors[count + 2 :]
+    if name.startswith("norm"):
+        others = (*others[:-count], *map(replicated, others[-count:]))
+    tensors = (*tensors[:count], replicated(cos), replicated(sin), *others)
     return tensors, replicated(positions), replicated(offset), replicated(cu_seqlens)
 
 
 for _name in ("rotate", "rotate_", "rotate_qk", "rotate_qk_"):
     _register(_name)
+    _register(f"norm_{_name}")
+_register("norm_rotate_qk_backward")
 functional.adapt_to_dtensors = _adapt_to_dtensors

@@ -15,7 +15,7 @@ from .reference import table_rows
 from .scaled_frequencies import ScaledFrequencies
 from .table_cache import TableCache
 from .tracing import fake_mode_of
-from .types import Layout, Precision
+from .types import Cast, Layout, Precision
 
 __all__ = ["RotaryEmbedding"]
 
@@ -77,6 +77,8 @@ class RotaryEmbedding(torch.nn.Module):
         >>> q, k = torch.randn(2, 8, 100, 64), torch.randn(2, 2, 100, 64)
         >>> q_rotated, k_rotated = rope(q, k)
         >>> q_next, k_next = rope(q[:, :, :1], k[:, :, :1], offset=100)
+        >>> weight = torch.ones(64)  # with a norm of each head
+        >>> q_rotated, k_rotated = rope(q, k, q_weight=weight, k_weight=weight, eps=1e-6)
     """
 
     _buffer_order: tuple[int, ...] | None = None
@@ -187,6 +189,12 @@ class RotaryEmbedding(torch.nn.Module):
         positions: Tensor | None = None,
         offset: int | Tensor = 0,
         cu_seqlens: Tensor | None = None,
+        q_weight: Tensor | None = None,
+        k_weight: Tensor | None = None,
+        eps: float | None = None,
+        zero_centered: bool = False,
+        cast: Cast = "never",
+        after: bool = False,
     ) -> Tensor: ...
 
     @overload
@@ -198,6 +206,12 @@ class RotaryEmbedding(torch.nn.Module):
         positions: Tensor | None = None,
         offset: int | Tensor = 0,
         cu_seqlens: Tensor | None = None,
+        q_weight: Tensor | None = None,
+        k_weight: Tensor | None = None,
+        eps: float | None = None,
+        zero_centered: bool = False,
+        cast: Cast = "never",
+        after: bool = False,
     ) -> tuple[Tensor, Tensor]: ...
 
     def forward(
@@ -208,8 +222,14 @@ class RotaryEmbedding(torch.nn.Module):
         positions: Tensor | None = None,
         offset: int | Tensor = 0,
         cu_seqlens: Tensor | None = None,
+        q_weight: Tensor | None = None,
+        k_weight: Tensor | None = None,
+        eps: float | None = None,
+        zero_centered: bool = False,
+        cast: Cast = "never",
+        after: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Rotates q and k out of place.
+        """Rotates q and k out of place; with eps, normalizes them too.
 
         Args:
             q: [B, S, H, D] in the order of `layout`, or [T, H, D]; any float dtype.
@@ -220,12 +240,16 @@ class RotaryEmbedding(torch.nn.Module):
             offset: the number of tokens before these: an int, or an int32 or int64 tensor [B]
                 ([N] with cu_seqlens).
             cu_seqlens: int32 or int64 [N + 1], "thd" only: the start of each packed sequence.
+            q_weight, k_weight: [D], the weights of the RMS norm of each head.
+            eps: of the norm; None for no norm.
+            zero_centered, cast, after: as in `fused_rope.norm_rotate`.
 
         Returns:
             q and k rotated, or q rotated if k is None.
 
         Raises:
-            ValueError, TypeError, IndexError: as `fused_rope.rotate_qk`.
+            ValueError: as `fused_rope.norm_rotate_qk`; a weight without eps.
+            TypeError, IndexError: as `fused_rope.norm_rotate_qk`.
         """
         if q.is_nested:
             raise nested_error("RotaryEmbedding")
@@ -252,7 +276,7 @@ class RotaryEmbedding(torch.nn.Module):
                 positions = _positions(positions, offset, cu_seqlens, tokens, q.device)
                 pair, positions = self._tables.frequencies.per_token_table(positions)
             offset, cu_seqlens = 0, None
-        options = (
+        options: tuple[Any, ...] = (
             self.layout,
             axes,
             self.rotary_offset,
@@ -262,12 +286,17 @@ class RotaryEmbedding(torch.nn.Module):
             self.precision,
             "half",
         )
+        name = "rotate" if k is None else "rotate_qk"
+        tensors: tuple[Tensor | None, ...] = (q, *pair) if k is None else (q, k, *pair)
+        if eps is not None:
+            name = f"norm_{name}"
+            tensors += (q_weight,) if k is None else (q_weight, k_weight)
+            options += (eps, zero_centered, cast, after)
+        elif q_weight is not None or k_weight is not None:
+            raise ValueError("RotaryEmbedding: expected eps with a weight, got eps=None")
         rotated: Tensor | tuple[Tensor, Tensor]
         try:
-            if k is None:
-                rotated = call("rotate", (q, *pair), positions, offset, cu_seqlens, options)
-            else:
-                rotated = call("rotate_qk", (q, k, *pair), positions, offset, cu_seqlens, options)
+            rotated = call(name, tensors, positions, offset, cu_seqlens, options)
         except IndexError as error:
             raise IndexError(f"{error}{self._advice_for_rows(str(error))}") from None
         return rotated
@@ -283,6 +312,12 @@ class RotaryEmbedding(torch.nn.Module):
             positions: Tensor | None = None,
             offset: int | Tensor = 0,
             cu_seqlens: Tensor | None = None,
+            q_weight: Tensor | None = None,
+            k_weight: Tensor | None = None,
+            eps: float | None = None,
+            zero_centered: bool = False,
+            cast: Cast = "never",
+            after: bool = False,
         ) -> Tensor: ...
 
         @overload
@@ -294,6 +329,12 @@ class RotaryEmbedding(torch.nn.Module):
             positions: Tensor | None = None,
             offset: int | Tensor = 0,
             cu_seqlens: Tensor | None = None,
+            q_weight: Tensor | None = None,
+            k_weight: Tensor | None = None,
+            eps: float | None = None,
+            zero_centered: bool = False,
+            cast: Cast = "never",
+            after: bool = False,
         ) -> tuple[Tensor, Tensor]: ...
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any: ...

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch._C._functorch import TransformType
 
 from . import _C, _functorch
-from .types import Layout, Precision, TableLayout
+from .types import Cast, Layout, Precision, TableLayout
 
 _ops = torch.ops.fused_rope
 _entries = vars(_C)
@@ -43,6 +43,10 @@ class Options(NamedTuple):
     inverse: bool = False
     precision: Precision = "fp32"
     table_layout: TableLayout = "half"
+
+
+# Keyword-only in the operators' schemas; after the fields of Options in a call.
+NORM_OPTIONS = ("eps", "zero_centered", "cast", "after")
 
 
 def rotate(
@@ -253,9 +257,7 @@ def rotate_qk(
         table_layout,
     )
     if out is not None:
-        if isinstance(out, Tensor) or len(out) != 2:
-            got = "one tensor" if isinstance(out, Tensor) else f"{len(out)} tensors"
-            raise TypeError(f"rotate_qk: expected out to be a pair of tensors, got {got}")
+        check_pair("rotate_qk", out)
         call(
             "rotate_qk_out",
             (q, k, cos, sin, *out),
@@ -323,6 +325,334 @@ def rotate_qk_(
     return q, k
 
 
+def norm_rotate(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    weight: Tensor | None = None,
+    *,
+    eps: float,
+    zero_centered: bool = False,
+    cast: Cast = "never",
+    after: bool = False,
+    layout: Layout = "bshd",
+    table_layout: TableLayout = "half",
+    positions: Tensor | None = None,
+    offset: int | Tensor = 0,
+    cu_seqlens: Tensor | None = None,
+    axes: Sequence[int] | None = None,
+    rotary_offset: int = 0,
+    interleaved: bool = False,
+    blocks: int = 1,
+    inverse: bool = False,
+    precision: Precision = "fp32",
+    out: Tensor | None = None,
+    out_rows: Tensor | None = None,
+) -> Tensor:
+    """Normalizes each head by its root mean square and rotates it, in one pass.
+
+    The RMS norm (arXiv:1910.07467) is taken over all D elements of a head, also if fewer are
+    rotated::
+
+        y = x / sqrt(mean(x * x) + eps) * weight
+        out = rotate(y, cos, sin)
+
+    A token that is not rotated (position -1, padding) is normalized all the same. Results are
+    bitwise identical on every device, and do not depend on the batch size, layout or strides. With
+    the default options this is the fused form of::
+
+        y = torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps)
+        out = fused_rope.rotate(y, cos, sin)
+
+    except that the result is rounded to x's dtype once instead of twice (`cast`).
+
+    Args:
+        x: float16, bfloat16, float32 or float64, [B, S, H, D] in the order that `layout` names, or
+            [T, H, D]. Any strides.
+        cos, sin: as in `rotate`.
+        weight: [D], of x's dtype or float32, any stride; None for 1.
+        eps: added to the mean of the squares.
+        zero_centered: the factors are 1 + weight (Gemma).
+        cast: where the normalized value is rounded to x's dtype. "never": only the result is.
+            "before": before the product with the weight and after it (Llama, Qwen3); the weight
+            must have x's dtype. "after": after the product (Gemma, OLMo 2, torch.nn.RMSNorm).
+        after: the rotation comes first, then the norm (HunYuan, Llama 4). Unless cast is "never",
+            the rotated value is rounded to x's dtype.
+        precision: of the rotation, as in `rotate`. "model" with cast="before" rounds as eager Qwen3
+            does, with cast="after" as eager Gemma 3.
+        layout, table_layout, positions, offset, cu_seqlens, axes, rotary_offset, interleaved,
+            blocks, inverse, out, out_rows: as in `rotate`.
+
+    Returns:
+        A tensor of x's shape and dtype, or `out`. Differentiable in x, cos, sin and weight.
+
+    Raises:
+        ValueError: as `rotate`; a weight whose shape is not [D]; a negative or infinite eps;
+            cast="never" with precision="model".
+        TypeError: as `rotate`; a weight of another dtype; no eps.
+        IndexError: as `rotate`.
+        RuntimeError: `out` with inputs that require grad, or memory that overlaps.
+
+    Example::
+
+        >>> x, weight = torch.randn(2, 128, 32, 64), torch.ones(64)  # [B, S, H, D]
+        >>> inv_freq = 10000.0 ** -(torch.arange(0, 64, 2, dtype=torch.float64) / 64)
+        >>> cos, sin = fused_rope.cos_sin_table(inv_freq, 128)
+        >>> fused_rope.norm_rotate(x, cos, sin, weight, eps=1e-6).shape
+        torch.Size([2, 128, 32, 64])
+    """
+    options = (
+        layout,
+        axes,
+        rotary_offset,
+        interleaved,
+        blocks,
+        inverse,
+        precision,
+        table_layout,
+        eps,
+        zero_centered,
+        cast,
+        after,
+    )
+    if out is not None:
+        call(
+            "norm_rotate_out",
+            (x, cos, sin, out, weight),
+            positions,
+            offset,
+            cu_seqlens,
+            options,
+            out_rows,
+        )
+        return out
+    rotated: Tensor = call(
+        "norm_rotate", (x, cos, sin, weight), positions, offset, cu_seqlens, options, out_rows
+    )
+    return rotated
+
+
+def norm_rotate_(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    weight: Tensor | None = None,
+    *,
+    eps: float,
+    zero_centered: bool = False,
+    cast: Cast = "never",
+    after: bool = False,
+    layout: Layout = "bshd",
+    table_layout: TableLayout = "half",
+    positions: Tensor | None = None,
+    offset: int | Tensor = 0,
+    cu_seqlens: Tensor | None = None,
+    axes: Sequence[int] | None = None,
+    rotary_offset: int = 0,
+    interleaved: bool = False,
+    blocks: int = 1,
+    inverse: bool = False,
+    precision: Precision = "fp32",
+) -> Tensor:
+    """Normalizes and rotates x in place, and returns it.
+
+    All elements are written. Autograd is not supported, since the backward pass needs x.
+
+    Args:
+        x: as in `norm_rotate`, and so are all other arguments.
+
+    Returns:
+        x.
+
+    Raises:
+        ValueError, TypeError, IndexError: as `norm_rotate`.
+        RuntimeError: a tensor requires grad, or x is expanded. Raised before x is written.
+
+    Example::
+
+        >>> qkv, weight = torch.randn(2, 128, 3, 8, 64), torch.ones(64)
+        >>> inv_freq = 10000.0 ** -(torch.arange(0, 64, 2, dtype=torch.float64) / 64)
+        >>> cos, sin = fused_rope.cos_sin_table(inv_freq, 128)
+        >>> q = fused_rope.norm_rotate_(qkv[:, :, 0], cos, sin, weight, eps=1e-6)
+    """
+    options = (
+        layout,
+        axes,
+        rotary_offset,
+        interleaved,
+        blocks,
+        inverse,
+        precision,
+        table_layout,
+        eps,
+        zero_centered,
+        cast,
+        after,
+    )
+    call("norm_rotate_", (x, cos, sin, weight), positions, offset, cu_seqlens, options)
+    return x
+
+
+def norm_rotate_qk(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    *,
+    eps: float,
+    zero_centered: bool = False,
+    cast: Cast = "never",
+    after: bool = False,
+    layout: Layout = "bshd",
+    table_layout: TableLayout = "half",
+    positions: Tensor | None = None,
+    offset: int | Tensor = 0,
+    cu_seqlens: Tensor | None = None,
+    axes: Sequence[int] | None = None,
+    rotary_offset: int = 0,
+    interleaved: bool = False,
+    blocks: int = 1,
+    inverse: bool = False,
+    precision: Precision = "fp32",
+    out: tuple[Tensor, Tensor] | None = None,
+    out_rows: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Normalizes and rotates q and k in one launch.
+
+    Args:
+        q, k: [B, S, Hq, D] and [B, S, Hk, D] in the order that `layout` names, or [T, Hq, D] and
+            [T, Hk, D]. One dtype and device; any head counts, any strides.
+        q_weight, k_weight: as `weight` of `norm_rotate`; None for 1.
+        out: memory for the two results. Does not support autograd.
+        out_rows: as in `rotate_qk`, for k.
+        cos, sin and the rest: as in `norm_rotate`.
+
+    Returns:
+        q and k normalized and rotated, of their shapes and dtype, or `out`. Differentiable in q, k,
+        cos, sin and the weights.
+
+    Raises:
+        ValueError, TypeError, IndexError, RuntimeError: as `norm_rotate`.
+
+    Example::
+
+        >>> q, k = torch.randn(2, 32, 128, 64), torch.randn(2, 8, 128, 64)  # [B, H, S, D]
+        >>> q_weight, k_weight = torch.ones(64), torch.ones(64)
+        >>> inv_freq = 10000.0 ** -(torch.arange(0, 64, 2, dtype=torch.float64) / 64)
+        >>> cos, sin = fused_rope.cos_sin_table(inv_freq, 4096)
+        >>> q, k = fused_rope.norm_rotate_qk(
+        ...     q, k, cos, sin, q_weight, k_weight, eps=1e-6, layout="bhsd", offset=17
+        ... )
+    """
+    options = (
+        layout,
+        axes,
+        rotary_offset,
+        interleaved,
+        blocks,
+        inverse,
+        precision,
+        table_layout,
+        eps,
+        zero_centered,
+        cast,
+        after,
+    )
+    if out is not None:
+        check_pair("norm_rotate_qk", out)
+        call(
+            "norm_rotate_qk_out",
+            (q, k, cos, sin, *out, q_weight, k_weight),
+            positions,
+            offset,
+            cu_seqlens,
+            options,
+            out_rows,
+        )
+        return out
+    rotated: tuple[Tensor, Tensor] = call(
+        "norm_rotate_qk",
+        (q, k, cos, sin, q_weight, k_weight),
+        positions,
+        offset,
+        cu_seqlens,
+        options,
+        out_rows,
+    )
+    return rotated
+
+
+def norm_rotate_qk_(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    *,
+    eps: float,
+    zero_centered: bool = False,
+    cast: Cast = "never",
+    after: bool = False,
+    layout: Layout = "bshd",
+    table_layout: TableLayout = "half",
+    positions: Tensor | None = None,
+    offset: int | Tensor = 0,
+    cu_seqlens: Tensor | None = None,
+    axes: Sequence[int] | None = None,
+    rotary_offset: int = 0,
+    interleaved: bool = False,
+    blocks: int = 1,
+    inverse: bool = False,
+    precision: Precision = "fp32",
+) -> tuple[Tensor, Tensor]:
+    """Normalizes and rotates q and k in place, in one launch, and returns them.
+
+    Args:
+        q, k: as in `norm_rotate_qk`, and so are all other arguments. They may be slices of one
+            packed tensor, but must not overlap.
+
+    Returns:
+        q and k.
+
+    Raises:
+        ValueError, TypeError, IndexError, RuntimeError: as `norm_rotate_qk` and `norm_rotate_`.
+
+    Example::
+
+        >>> qkv, weight = torch.randn(2, 128, 12, 64), torch.ones(64)  # heads of q, k and v
+        >>> inv_freq = 10000.0 ** -(torch.arange(0, 64, 2, dtype=torch.float64) / 64)
+        >>> cos, sin = fused_rope.cos_sin_table(inv_freq, 128)
+        >>> q, k = qkv[:, :, :8], qkv[:, :, 8:10]
+        >>> q, k = fused_rope.norm_rotate_qk_(q, k, cos, sin, weight, weight, eps=1e-6)
+    """
+    options = (
+        layout,
+        axes,
+        rotary_offset,
+        interleaved,
+        blocks,
+        inverse,
+        precision,
+        table_layout,
+        eps,
+        zero_centered,
+        cast,
+        after,
+    )
+    call(
+        "norm_rotate_qk_",
+        (q, k, cos, sin, q_weight, k_weight),
+        positions,
+        offset,
+        cu_seqlens,
+        options,
+    )
+    return q, k
+
+
 def cos_sin_table(
     inv_freq: Tensor,
     rows: int,
@@ -386,9 +716,16 @@ def _(
     )
 
 
+def check_pair(operator: str, out: tuple[Tensor, Tensor]) -> None:
+    """Raises TypeError unless `out` is a pair."""
+    if isinstance(out, Tensor) or len(out) != 2:
+        got = "one tensor" if isinstance(out, Tensor) else f"{len(out)} tensors"
+        raise TypeError(f"{operator}: expected out to be a pair of tensors, got {got}")
+
+
 def call(
     name: str,
-    tensors: tuple[Tensor, ...],
+    tensors: tuple[Tensor | None, ...],
     positions: Tensor | None,
     offset: int | Tensor,
     cu_seqlens: Tensor | None,
@@ -400,8 +737,8 @@ def call(
     An eager call on plain tensors ends in the C++ entry, before any other path is considered.
 
     Args:
-        tensors: x, or q and k; cos, sin; the outputs.
-        options: the fields of Options.
+        tensors: x, or q and k; cos, sin; the outputs; with a norm, as many weights as inputs.
+        options: the fields of Options; with a norm, the values of NORM_OPTIONS after all of them.
     """
     if out_rows is not None and not name.endswith("_out"):
         raise ValueError(f"{name}: expected out with out_rows, got out=None: pass both")
@@ -412,7 +749,10 @@ def call(
         transform = torch._C._functorch.peek_interpreter_stack()
         if transform is not None and transform.key() != TransformType.Functionalize:
             rows = (positions, offset, cu_seqlens)
-            return _functorch.call(call, name, tensors, rows, Options(*options))
+            names = (*Options._fields, *NORM_OPTIONS)
+            filled = (*options, *Options()[len(options) :])
+            keywords = dict(zip(names, filled, strict=False))
+            return _functorch.call(call, name, tensors, rows, keywords)
         if adapt_to_dtensors is None:
             _register_dtensors(tensors)
     if adapt_to_dtensors is not None:
@@ -421,19 +761,21 @@ def call(
         )
     number, offsets = (0, offset) if isinstance(offset, Tensor) else (offset, None)
     extra = (out_rows,) if name.endswith("_out") else ()
-    arguments = (*tensors, positions, offsets, cu_seqlens, *extra, number, *options)
+    rotation = len(Options._fields)
+    arguments = (*tensors, positions, offsets, cu_seqlens, *extra, number, *options[:rotation])
+    norm = dict(zip(NORM_OPTIONS, options[rotation:], strict=False))
     operator = getattr(_ops, name)
     if _in_dynamo():
-        return operator(*arguments)
+        return operator(*arguments, **norm)
     try:
-        return operator(*arguments)
+        return operator(*arguments, **norm)
     except NotImplementedError:
         if any(isinstance(a, Tensor) and a.is_nested for a in arguments):
             raise nested_error(name) from None
         raise
 
 
-def _register_dtensors(tensors: tuple[Tensor, ...]) -> None:
+def _register_dtensors(tensors: tuple[Tensor | None, ...]) -> None:
     """Imports the sharding rules if a tensor is a DTensor."""
     if any(type(t).__module__.startswith("torch.distributed.tensor") for t in tensors):
         import_module(".distributed", __package__)
@@ -468,5 +810,15 @@ class _Unscriptable:
         )
 
 
-for _function in (rotate, rotate_, rotate_qk, rotate_qk_, cos_sin_table):
+for _function in (
+    rotate,
+    rotate_,
+    rotate_qk,
+    rotate_qk_,
+    norm_rotate,
+    norm_rotate_,
+    norm_rotate_qk,
+    norm_rotate_qk_,
+    cos_sin_table,
+):
     torch.jit._builtins._register_builtin(_function, _Unscriptable(_function.__name__))

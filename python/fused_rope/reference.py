@@ -3,7 +3,7 @@
 A rotary embedding rotates the pairs of elements of each token by angles from one row of a table. It
 has four steps: `table_rows` (the row that a token reads, or that it is copied unchanged), `gather`
 (cosines and sines of those rows), `split_pairs` (the two elements of each pair) and `rotate_heads`
-(the formula).
+(the formula). `rms_norm` is the norm that comes before or after it in `norm_rotate`.
 
 The functions have the arguments of their namesakes in `fused_rope`, run on any device without
 synchronizing, and are differentiable by PyTorch's own rules. On the CPU their results are bitwise
@@ -21,9 +21,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .types import Layout, Precision, TableLayout
+from .types import Cast, Layout, Precision, TableLayout
 
-__all__ = ["register_fallback", "rotate", "rotate_", "rotate_qk", "rotate_qk_"]
+__all__ = [
+    "norm_rotate",
+    "norm_rotate_",
+    "norm_rotate_qk",
+    "norm_rotate_qk_",
+    "register_fallback",
+    "rotate",
+    "rotate_",
+    "rotate_qk",
+    "rotate_qk_",
+]
 
 _TRANSPOSED = {"bshd": (0, 0), "bhsd": (1, 2), "sbhd": (0, 1)}
 
@@ -69,7 +79,7 @@ def rotate(
         torch.Size([2, 5, 3, 8])
     """
     if out is not None:
-        _refuse_grad("rotate", x, cos, sin)
+        _refuse_grad("rotate", "out=", x, cos, sin)
     (y,) = _rotated(
         (x,),
         cos,
@@ -108,7 +118,7 @@ def rotate_qk(
         >>> q, k = rotate_qk(q, k, angle.cos(), angle.sin())
     """
     if out is not None:
-        _refuse_grad("rotate_qk", q, k, cos, sin)
+        _refuse_grad("rotate_qk", "out=", q, k, cos, sin)
     y, z = _rotated((q, k), cos, sin, layout=layout, **options)
     if out is None:
         return y, z
@@ -140,6 +150,123 @@ def rotate_qk_(
     return _overwrite(q, y, cos, **options), _overwrite(k, z, cos, **options)
 
 
+def norm_rotate(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    weight: Tensor | None = None,
+    *,
+    layout: Layout = "bshd",
+    out: Tensor | None = None,
+    out_rows: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """`fused_rope.norm_rotate` in PyTorch; that function documents every argument. See `rotate`.
+
+    Example:
+        >>> angle = torch.arange(5.0)[:, None] / 10000 ** (torch.arange(0, 8, 2) / 8)
+        >>> x, weight = torch.randn(2, 5, 3, 8), torch.ones(8)
+        >>> norm_rotate(x, angle.cos(), angle.sin(), weight, eps=1e-6).shape
+        torch.Size([2, 5, 3, 8])
+    """
+    if out is not None:
+        _refuse_grad("norm_rotate", "out=", x, cos, sin, weight)
+    (y,) = _norm_rotated((x,), cos, sin, (weight,), layout=layout, **options)
+    return y if out is None else _write(out, y, layout, out_rows)
+
+
+def norm_rotate_qk(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    *,
+    layout: Layout = "bshd",
+    out: tuple[Tensor, Tensor] | None = None,
+    out_rows: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """`fused_rope.norm_rotate_qk` in PyTorch. See `norm_rotate`.
+
+    Example:
+        >>> angle = torch.arange(5.0)[:, None] / 10000 ** (torch.arange(0, 8, 2) / 8)
+        >>> q, k, weight = torch.randn(2, 5, 3, 8), torch.randn(2, 5, 1, 8), torch.ones(8)
+        >>> q, k = norm_rotate_qk(q, k, angle.cos(), angle.sin(), weight, weight, eps=1e-6)
+    """
+    if out is not None:
+        _refuse_grad("norm_rotate_qk", "out=", q, k, cos, sin, q_weight, k_weight)
+    weights = (q_weight, k_weight)
+    y, z = _norm_rotated((q, k), cos, sin, weights, layout=layout, **options)
+    if out is None:
+        return y, z
+    return _write(out[0], y, layout), _write(out[1], z, layout, out_rows)
+
+
+def norm_rotate_(
+    x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None = None, **options: Any
+) -> Tensor:
+    """`fused_rope.norm_rotate_` in PyTorch: writes the result to x and returns it.
+
+    Example:
+        >>> angle = torch.arange(5.0)[:, None] / 10000 ** (torch.arange(0, 8, 2) / 8)
+        >>> x = norm_rotate_(torch.randn(2, 5, 3, 8), angle.cos(), angle.sin(), eps=1e-6)
+    """
+    _refuse_grad("norm_rotate_", "in place", x, cos, sin, weight)
+    (y,) = _norm_rotated((x,), cos, sin, (weight,), **options)
+    return x.copy_(y)
+
+
+def norm_rotate_qk_(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """`fused_rope.norm_rotate_qk_` in PyTorch: writes the results to q and k and returns them.
+
+    Example:
+        >>> angle = torch.arange(5.0)[:, None] / 10000 ** (torch.arange(0, 8, 2) / 8)
+        >>> q, k = torch.randn(2, 5, 3, 8), torch.randn(2, 5, 1, 8)
+        >>> q, k = norm_rotate_qk_(q, k, angle.cos(), angle.sin(), eps=1e-6)
+    """
+    _refuse_grad("norm_rotate_qk_", "in place", q, k, cos, sin, q_weight, k_weight)
+    y, z = _norm_rotated((q, k), cos, sin, (q_weight, k_weight), **options)
+    return q.copy_(y), k.copy_(z)
+
+
+def norm_rotate_qk_backward(
+    grads: tuple[Tensor | None, ...],
+    tensors: tuple[Tensor, ...],
+    cos: Tensor,
+    sin: Tensor,
+    weights: tuple[Tensor | None, ...],
+    **options: Any,
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """The gradients of q and k, and those of their weights, from the gradients of the results.
+
+    One of each for `norm_rotate`. None where there is no gradient or no weight.
+    """
+    tensor_grads: list[Tensor | None] = []
+    weight_grads: list[Tensor | None] = []
+    for grad, x, weight in zip(grads, tensors, weights, strict=True):
+        if grad is None:
+            tensor_grads.append(None)
+            weight_grads.append(None)
+            continue
+        with torch.enable_grad():
+            leaves = [t.detach().requires_grad_() for t in (x, weight) if t is not None]
+            y = norm_rotate(leaves[0], cos, sin, *leaves[1:], **options)
+        found = torch.autograd.grad(y, leaves, grad)
+        tensor_grads.append(found[0])
+        weight_grads.append(found[1] if weight is not None else None)
+    return tensor_grads, weight_grads
+
+
 def table_rows(
     S: int,
     *,
@@ -162,7 +289,11 @@ def table_rows(
         token = token - starts[sequence]
     if isinstance(offset, Tensor):
         offset = offset.long()
-        offset = offset.unsqueeze(-1) if cu_seqlens is None else offset[sequence]
+        if cu_seqlens is None:
+            offset = offset.unsqueeze(-1)
+        else:
+            # One more for the padding of a batch without sequences.
+            offset = torch.nn.functional.pad(offset, (0, 1))[sequence]
 
     if positions is None:
         row = token.unsqueeze(0)
@@ -171,7 +302,9 @@ def table_rows(
         row = torch.atleast_2d(positions.long())
         skip = padding | (row == -1)
     else:
-        row = torch.stack([torch.atleast_2d(positions[axis].long()) for axis in axes], dim=-1)
+        by_pair = [torch.atleast_2d(positions[axis].long()) for axis in axes]
+        none = torch.atleast_2d(positions[0].long()).unsqueeze(-1)[..., :0]
+        row = torch.stack(by_pair, dim=-1) if by_pair else none
         skip = padding.unsqueeze(-1) | (row == -1)
         offset = offset.unsqueeze(-1) if isinstance(offset, Tensor) else offset
     return torch.where(skip, 0, row + offset), skip
@@ -263,6 +396,71 @@ def rotate_heads(
     return torch.cat((before, torch.stack((first, second), -2).flatten(-3), after), -1)
 
 
+def rms_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    *,
+    eps: float,
+    zero_centered: bool = False,
+    cast: Cast = "never",
+    dtype: torch.dtype,
+) -> Tensor:
+    """The norm of each head of x [..., D], of `dtype`, or wider if cast is "never"."""
+    wide = x.double() if dtype == torch.float64 else x.float()
+    mean = sum_heads(wide * wide) * (1 / max(x.shape[-1], 1))
+    y = wide * (mean + eps).rsqrt()  # on the CPU, a correctly rounded root and reciprocal
+    if cast == "before":
+        y = y.to(dtype)
+    if weight is not None:
+        factor = weight.to(wide.dtype)
+        y = y.to(wide.dtype) * (1 + factor if zero_centered else factor)
+    return y if cast == "never" else y.to(dtype)
+
+
+def sum_heads(terms: Tensor) -> Tensor:
+    """The sum of the last dimension D, kept with size 1, by a tree that only D determines.
+
+    Each term is added to the one half of D away; then neighbors are added until one sum is left.
+    """
+    D = terms.shape[-1]
+    first, second = terms.split((D - D // 2, D // 2), -1)
+    sums = first + torch.nn.functional.pad(second, (0, D % 2))
+    leaves = 1 << max(sums.shape[-1] - 1, 0).bit_length()
+    sums = torch.nn.functional.pad(sums, (0, leaves - sums.shape[-1]))
+    while sums.shape[-1] > 1:
+        sums = sums[..., ::2] + sums[..., 1::2]
+    return sums
+
+
+def _norm_rotated(
+    tensors: tuple[Tensor, ...],
+    cos: Tensor,
+    sin: Tensor,
+    weights: tuple[Tensor | None, ...],
+    *,
+    eps: float,
+    zero_centered: bool = False,
+    cast: Cast = "never",
+    after: bool = False,
+    **rotation: Any,
+) -> tuple[Tensor, ...]:
+    """The normalized and rotated `tensors`, which have the same tokens."""
+
+    def norm(x: Tensor, weight: Tensor | None) -> Tensor:
+        return rms_norm(x, weight, eps=eps, zero_centered=zero_centered, cast=cast, dtype=dtype)
+
+    dtype = tensors[0].dtype
+    results = tensors
+    if after:
+        # Without a cast, nothing is rounded between the rotation and the norm.
+        wide = dtype if cast != "never" or dtype == torch.float64 else torch.float32
+        results = _rotated(tuple(x.to(wide) for x in tensors), cos, sin, **rotation)
+    results = tuple(norm(x, weight) for x, weight in zip(results, weights, strict=True))
+    if not after:
+        results = _rotated(results, cos, sin, **rotation)
+    return tuple(y.to(dtype) for y in results)
+
+
 def _rotated(
     tensors: tuple[Tensor, ...],
     cos: Tensor,
@@ -330,9 +528,9 @@ def _write(out: Tensor, y: Tensor, layout: str, out_rows: Tensor | None = None) 
     return out.index_copy_(0, rows, torch.where(any_kept, values, out[0]))
 
 
-def _refuse_grad(name: str, *tensors: Tensor) -> None:
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        raise RuntimeError(f"{name}: out= does not support autograd, but an input requires grad")
+def _refuse_grad(name: str, form: str, *tensors: Tensor | None) -> None:
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        raise RuntimeError(f"{name}: {form} does not support autograd, but an input requires grad")
 
 
 _library: torch.library.Library | None = None
@@ -344,42 +542,76 @@ def register_fallback() -> None:
     if _library is not None:
         return
     _library = torch.library.Library("fused_rope", "IMPL")
-    for form in (rotate, rotate_, rotate_qk, rotate_qk_):
-        _library.impl(form.__name__, _kernel(form), "CompositeExplicitAutograd")
-    for form in (rotate, rotate_qk):
-        _library.impl(f"{form.__name__}_out", _kernel(form, out=True), "CompositeExplicitAutograd")
+    for form in (rotate, rotate_qk, norm_rotate, norm_rotate_qk):
+        name = form.__name__
+        in_place = globals()[f"{name}_"]
+        _library.impl(name, _kernel(form), "CompositeExplicitAutograd")
+        _library.impl(f"{name}_", _kernel(in_place), "CompositeExplicitAutograd")
+        _library.impl(f"{name}_out", _kernel(form, out=True), "CompositeExplicitAutograd")
+    _library.impl("norm_rotate_qk_backward", _backward_kernel, "CompositeExplicitAutograd")
 
 
 def _kernel(form: Callable[..., Any], *, out: bool = False) -> Callable[..., Any]:
-    """`form` with the positional arguments of its operator's schema."""
-    n = 2 if form in (rotate_qk, rotate_qk_) else 1
+    """`form` with the arguments of its operator's schema."""
+    n = 2 if "_qk" in form.__name__ else 1
     operator = getattr(torch.ops.fused_rope, form.__name__ + "_out" * out)
     tensors = 2 * n + 2 if out else n + 2
     names = [argument.name for argument in operator.default._schema.arguments[tensors:]]
 
-    def kernel(*args: Any) -> Any:
-        if any(isinstance(a, Tensor) and a.layout != torch.strided for a in args):
-            name = form.__name__ + "_out" * out
-            raise TypeError(f"{name}: expected strided tensors, got a sparse one")
-        shapes = [a.to("meta") if isinstance(a, Tensor) else a for a in args]
+    def kernel(*args: Any, **norm: Any) -> Any:
         inputs, outs = args[: n + 2], args[n + 2 : tensors]
         options = dict(zip(names, args[tensors:], strict=False))
-        offsets = options.pop("offsets", None)
-        if offsets is not None:
-            options["offset"] = offsets
+        _check(operator, args, norm)
         if out:
             options["out"] = outs if n == 2 else outs[0]
-        _warn_of_cuda(inputs[0].device.type)
         with torch.no_grad():
-            operator(*shapes)  # the Meta kernel checks the arguments
-            result = form(*inputs, **options)
-        if out or form in (rotate_, rotate_qk_):
+            result = form(*inputs, **_one_offset(options), **norm)
+        if out or form.__name__.endswith("_"):
             return None
         if n == 2:
             return tuple(map(_with_strides_of, result, inputs))
         return _with_strides_of(result, inputs[0])
 
     return kernel
+
+
+def _backward_kernel(*args: Any, output_mask: Sequence[bool], **norm: Any) -> tuple[Any, ...]:
+    """`norm_rotate_qk_backward` with the arguments of its operator's schema."""
+    operator = torch.ops.fused_rope.norm_rotate_qk_backward
+    _check(operator, args, norm | {"output_mask": output_mask})
+    names = [argument.name for argument in operator.default._schema.arguments]
+    options = dict(zip(names, args, strict=False))
+    grads, tensors, weights = (
+        (options.pop(first, None), options.pop(second, None))
+        for first, second in (("q_grad", "k_grad"), ("q", "k"), ("q_weight", "k_weight"))
+    )
+    cos, sin = options.pop("cos"), options.pop("sin")
+    count = 1 if tensors[1] is None else 2
+    results: tuple[list[Tensor | None], ...] = norm_rotate_qk_backward(
+        grads[:count], tensors[:count], cos, sin, weights[:count], **_one_offset(options), **norm
+    )
+    for found, like in zip(results, (tensors, weights), strict=True):
+        pairs = zip(found, like[:count], strict=True)
+        found[:] = [None if g is None else _with_strides_of(g, x) for g, x in pairs]
+    flat = [g for found in results for g in (*found, None)[:2]]
+    return tuple(g if asked else None for g, asked in zip(flat, output_mask, strict=True))
+
+
+def _check(operator: Any, args: Sequence[Any], norm: dict[str, Any]) -> None:
+    """Raises what the Meta kernel raises for these arguments, and warns of CUDA tensors."""
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    if any(t.layout != torch.strided for t in tensors):
+        name = operator.__name__
+        raise TypeError(f"{name}: expected strided tensors, got a sparse one")
+    _warn_of_cuda(tensors[0].device.type)
+    with torch.no_grad():
+        operator(*(a.to("meta") if isinstance(a, Tensor) else a for a in args), **norm)
+
+
+def _one_offset(options: dict[str, Any]) -> dict[str, Any]:
+    """The options with a tensor of offsets as offset."""
+    offsets = options.pop("offsets", None)
+    return options if offsets is None else options | {"offset": offsets}
 
 
 def _with_strides_of(y: Tensor, x: Tensor) -> Tensor:
@@ -395,5 +627,5 @@ def _warn_of_cuda(device_type: str) -> None:
     if device_type == "cuda":
         warnings.warn(
             "fused_rope was built without CUDA kernels: CUDA tensors use the PyTorch reference",
-            stacklevel=3,
+            stacklevel=4,
         )

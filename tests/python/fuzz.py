@@ -24,7 +24,16 @@ from typing import Any, NamedTuple
 import fused_rope
 import numpy as np
 import torch
-from oracle import DTYPES, LAYOUTS, as_bshd, bits, error_over_bound, shape
+from fused_rope import reference
+from oracle import (
+    DTYPES,
+    LAYOUTS,
+    as_bshd,
+    bits,
+    error_over_bound,
+    norm_error_over_bound,
+    shape,
+)
 from torch import Tensor
 
 FORMS = ("rotate", "rotate_", "rotate_qk", "rotate_qk_", "out", "out_qk", "out_rows", "backward")
@@ -155,6 +164,7 @@ class Call(NamedTuple):
     kw: dict[str, Any]
     gradients: list[View]
     results: list[View]
+    weights: list[View | None]  # of a norm, which is among the keywords then
 
 
 class Case:
@@ -181,6 +191,23 @@ class Case:
             self.rows()
         self.kw["precision"] = rng.choice(("fp32", "fp32", "model"))
         self.kw["inverse"] = rng.random() < 0.5
+        self.norm: dict[str, Any] = {}
+        self.weights: list[Tensor | None] = []
+        if rng.random() < 0.5:
+            self.norms()
+
+    def norms(self) -> None:
+        rng = self.rng
+        cast = rng.choice(("never", "never", "before", "after"))
+        if cast == "never":
+            self.kw["precision"] = "fp32"
+        self.norm = {"eps": rng.choice((1e-6, 1e-5, 0.1)), "cast": cast}
+        self.norm |= {name: rng.random() < 0.5 for name in ("zero_centered", "after")}
+        for _ in self.H:
+            own = cast == "before" or rng.random() < 0.5
+            dtype = self.dtype if own else torch.float32
+            absent = rng.random() < 0.2
+            self.weights.append(None if absent else self.memory.floats((self.D,), dtype, True))
 
     def span(self) -> None:
         rng, D = self.rng, self.D
@@ -261,7 +288,8 @@ class Case:
             return repr(value)
 
         sizes = f"B={self.B} S={self.S} H={self.H} D={self.D} P={self.P} {self.dtype}"
-        named = {"cos": self.full[0], "sin": self.full[1], **self.kw}
+        named = {"cos": self.full[0], "sin": self.full[1], **self.kw, **self.norm}
+        named |= {f"weight {i}": weight for i, weight in enumerate(self.weights)}
         return "\n  ".join([f"{self.form} {sizes}", *(f"{n}={text(v)}" for n, v in named.items())])
 
     # --- what is called, and what must come of it ------------------------------------------------
@@ -273,9 +301,12 @@ class Case:
         gradients = self.gradients(inputs) if self.form == "backward" else []
         kw = self.kw | {"inverse": self.kw["inverse"] != (self.form == "backward")}
         del kw["table_layout"]
-        want = [bits(x, self.cos, self.sin, **kw) for x in gradients or inputs]
-        if self.kw["precision"] == "fp32":
-            self.check_bound(gradients or inputs, want, kw)
+        if self.norm:
+            want = self.normalized(inputs, gradients)
+        else:
+            want = [bits(x, self.cos, self.sin, **kw) for x in gradients or inputs]
+            if self.kw["precision"] == "fp32":
+                self.check_bound(gradients or inputs, want, kw)
         to_cache = self.form == "out_rows"
         dense = want[:1] if to_cache else want
         results = inputs if in_place else [self.memory.floats(w.shape, w.dtype) for w in dense]
@@ -289,10 +320,93 @@ class Case:
             self.form,
             [view(x) for x in inputs],
             [view(t) for t in self.full],
-            {n: view(v) if isinstance(v, Tensor) else v for n, v in self.kw.items()},
+            {n: view(v) if isinstance(v, Tensor) else v for n, v in (self.kw | self.norm).items()},
             [view(g) for g in gradients],
             [view(t) for t in results],
+            [w if w is None else view(w) for w in self.weights],
         )
+
+    def normalized(self, inputs: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
+        """The results of a norm and rotation, or the gradients of q, k and the weights.
+
+        Computed by the reference, or by the CPU's backward in dense memory.
+        """
+        device = self.cos.device
+        cos, sin = self.cos.cpu(), self.sin.cpu()
+        kw = {n: v.cpu() if isinstance(v, Tensor) else v for n, v in self.kw.items()} | self.norm
+        del kw["table_layout"]
+        xs = [x.cpu().contiguous() for x in inputs]
+        weights = [w if w is None else w.cpu().contiguous() for w in self.weights]
+        if gradients:
+            return [g.to(device) for g in self.norm_gradients(xs, weights, gradients, kw)]
+        want = []
+        for x, weight in zip(xs, weights, strict=True):
+            want.append(reference.norm_rotate(x, cos, sin, weight, **kw))
+            if self.norm["cast"] != "never":
+                continue
+            bounded = {n: v for n, v in kw.items() if n not in ("precision", "cast")}
+            error = norm_error_over_bound(want[-1], x, cos, sin, weight, **bounded)
+            if error > 1:
+                raise AssertionError(f"the prescribed bits are {error:.3g} times the bound off")
+        return [w.to(device) for w in want]
+
+    def norm_gradients(
+        self,
+        xs: list[Tensor],
+        weights: list[Tensor | None],
+        gradients: list[Tensor],
+        kw: dict[str, Any],
+    ) -> list[Tensor]:
+        """The gradients of the inputs, then those of the weights that are there."""
+
+        def leaves(wide: torch.dtype | None) -> list[Tensor | None]:
+            every = (*xs, *weights)
+            return [t if t is None else t.to(wide or t.dtype).requires_grad_() for t in every]
+
+        cos, sin = self.cos.cpu(), self.sin.cpu()
+        gs = [g.cpu().contiguous() for g in gradients]
+        *_, first, second = own = leaves(None)
+        outs = fused_rope.norm_rotate_qk(*own[:2], cos, sin, first, second, **kw)
+        found = list(torch.autograd.grad(outs, [t for t in own if t is not None], gs))
+        if self.norm["cast"] == "never":
+            *_, first, second = wide = leaves(torch.float64)
+            tables = (t.float().double() for t in (cos, sin))
+            if self.dtype == torch.float64:
+                tables = (cos.double(), sin.double())
+            outs = reference.norm_rotate_qk(*wide[:2], *tables, first, second, **kw)
+            wanted = [t for t in wide if t is not None]
+            exact = torch.autograd.grad(outs, wanted, [g.double() for g in gs])
+            self.check_gradients(found, exact, xs, gs, kw)
+        return found
+
+    def check_gradients(
+        self,
+        found: list[Tensor],
+        exact: Sequence[Tensor],
+        xs: list[Tensor],
+        gs: list[Tensor],
+        kw: dict[str, Any],
+    ) -> None:
+        """Fails unless they are within float32 rounding of what their sums are made of."""
+        double = self.dtype == torch.float64
+        unit = 64 * torch.finfo(torch.float64 if double else torch.float32).eps
+        factor = max([1.0] + [float(w.abs().max()) + 1 for w in self.weights if w is not None])
+        table = max([1.0] + [float(t.abs().max()) for t in (self.cos, self.sin) if t.numel()])
+        for i, (got, want) in enumerate(zip(found, exact, strict=True)):
+            if got.numel() == 0 or xs[0].numel() == 0 or xs[1].numel() == 0:
+                continue
+            scale = table**2 * factor * max(float(g.abs().max()) for g in gs)
+            if i < 2:
+                x = xs[i].double()
+                mean = x.pow(2).mean(-1, keepdim=True)
+                least = 1 / max(1.0, table) ** 2 if kw["after"] else 1.0
+                scale = scale * self.D**0.5 / (mean * least + kw["eps"]).sqrt()
+            else:
+                scale = scale * self.D**0.5 * self.B * self.S * max(self.H)
+            half_ulp = torch.finfo(got.dtype).eps / 2 * want.abs() * 1.02
+            tiny = torch.finfo(got.dtype).tiny
+            if not ((got.double() - want).abs() <= half_ulp + unit * scale + tiny).all():
+                raise AssertionError(f"gradient {i} is far from the one in float64")
 
     def gradients(self, inputs: list[Tensor]) -> list[Tensor]:
         return [self.memory.floats(x.shape, self.dtype, expand=True) for x in inputs]
@@ -365,6 +479,7 @@ def perform(call: Call, find: Callable[[View], Tensor]) -> str | None:
     inputs, tables, gradients = (
         [find(v) for v in views] for views in (call.inputs, call.tables, call.gradients)
     )
+    weights = [v if v is None else find(v) for v in call.weights]
     kw = {n: find(v) if isinstance(v, View) else v for n, v in call.kw.items()}
     in_place, out = call.form.endswith("_"), call.form.startswith("out")
     results = inputs if in_place else [find(v) for v in call.results]
@@ -372,11 +487,13 @@ def perform(call: Call, find: Callable[[View], Tensor]) -> str | None:
         kw["out"] = tuple(results) if len(results) > 1 else results[0]
     if gradients:
         inputs = [x.detach().requires_grad_() for x in inputs]
-    name = "rotate" if len(inputs) == 1 else "rotate_qk"
-    got = getattr(fused_rope, name + "_" * in_place)(*inputs, *tables, **kw)
+        weights = [w if w is None else w.detach().requires_grad_() for w in weights]
+    name = "norm_" * bool(weights) + ("rotate" if len(inputs) == 1 else "rotate_qk")
+    got = getattr(fused_rope, name + "_" * in_place)(*inputs, *tables, *weights, **kw)
     got = list(got) if len(inputs) > 1 else [got]
     if gradients:
-        got = torch.autograd.grad(got, inputs, gradients)
+        leaves = [*inputs, *(w for w in weights if w is not None)]
+        got = torch.autograd.grad(got, leaves, gradients)
     for i, (g, t) in enumerate(zip(got, results, strict=True)):
         if in_place or out:
             if g is not t:

@@ -7,6 +7,7 @@ A position axes. This file does not import fused_rope. The keywords are those of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -207,18 +208,145 @@ def error_over_bound(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor, **kw: Any
     want = oracle(x, cos, sin, **kw)
     double = x.dtype == torch.float64
     unit = 4 * torch.finfo(torch.float64).eps if double else 2 * torch.finfo(torch.float32).eps
-    layout, P = kw.get("layout", "bshd"), cos.shape[-1]
+    v = x.detach().double()
+    first, second = _pairs(v, cos.shape[-1], **kw)
+    norms = _in_pairs(torch.zeros_like(v), torch.hypot(first, second), **kw)
+    return _over_bound(out, want, unit * _magnitude(cos, sin) * norms)
+
+
+def _elements(P: int, device: torch.device, **kw: Any) -> tuple[Tensor, Tensor]:
     span = {n: kw[n] for n in ("rotary_offset", "interleaved", "blocks") if n in kw}
-    a, b = (t.to(x.device) for t in pair_elements(P, **span))
-    v = as_bshd(x.detach(), layout).double()
-    norm = torch.zeros_like(v)
-    norm[..., a] = norm[..., b] = torch.hypot(v[..., a], v[..., b])
-    largest = max([1.0] + [float(t.abs().max()) for t in (cos, sin) if t.numel()])
+    first, second = pair_elements(P, **span)
+    return first.to(device), second.to(device)
+
+
+def _pairs(x: Tensor, P: int, **kw: Any) -> tuple[Tensor, Tensor]:
+    """The first and the second elements of all pairs, [..., P] each."""
+    first, second = _elements(P, x.device, **kw)
+    return x[..., first], x[..., second]
+
+
+def _in_pairs(x: Tensor, values: Tensor, **kw: Any) -> Tensor:
+    """x with both elements of each pair replaced by the pair's value."""
+    result = x.clone()
+    for element in _elements(values.shape[-1], x.device, **kw):
+        result[..., element] = values
+    return result
+
+
+def _magnitude(cos: Tensor, sin: Tensor) -> float:
+    """The table's largest absolute value, or 1."""
+    return max([1.0] + [float(t.abs().max()) for t in (cos, sin) if t.numel()])
+
+
+def _over_bound(out: Tensor, want: Tensor, allowed: Tensor) -> float:
+    """Largest error of `out` as a fraction of `allowed` and half a unit in the last place."""
     info = torch.finfo(out.dtype)
     magnitude = torch.maximum(out.double().abs(), want.abs()).clamp_min(info.tiny)
     half_ulp = torch.exp2(torch.floor(torch.log2(magnitude))) * (info.eps / 2)
-    allowed = half_ulp + unit * largest * from_bshd(norm, layout)
-    return float(((out.double() - want).abs() / allowed).max())
+    return float(((out.double() - want).abs() / (half_ulp + allowed)).max())
+
+
+# --- the norm ----------------------------------------------------------------------------------
+
+
+def _factor(weight: Tensor | None, zero_centered: bool) -> Tensor | float:
+    if weight is None:
+        return 1.0
+    return weight.detach().double() + zero_centered
+
+
+def norm_oracle(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    weight: Tensor | None = None,
+    *,
+    eps: float,
+    zero_centered: bool = False,
+    after: bool = False,
+    **kw: Any,
+) -> Tensor:
+    """RMS norm and rotation in float64; the keywords are those of `fused_rope.norm_rotate`."""
+    table = torch.float64 if x.dtype == torch.float64 else torch.float32
+
+    def norm(y: Tensor) -> Tensor:
+        mean = y.pow(2).sum(-1, keepdim=True) / max(y.shape[-1], 1)
+        return y / (mean + eps).sqrt() * _factor(weight, zero_centered)
+
+    def rotate(y: Tensor) -> Tensor:
+        return _rotated(y, cos.to(table), sin.to(table), _complex, torch.float64, **kw)
+
+    v = x.detach().double()
+    return norm(rotate(v)) if after else rotate(norm(v))
+
+
+def norm_bits(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    weight: Tensor | None = None,
+    *,
+    eps: float,
+    zero_centered: bool = False,
+    cast: str = "never",
+    after: bool = False,
+    precision: str = "fp32",
+    **kw: Any,
+) -> Tensor:
+    """The exact result where D is a power of two and the sum of squares is exact in any order."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+
+    def norm(y: Tensor) -> Tensor:
+        y = y.to(wide)
+        mean = y.pow(2).double().sum(-1, keepdim=True).to(wide) / y.shape[-1]
+        n = y * (1 / (mean + eps).double().sqrt().to(wide))
+        n = n.to(x.dtype).to(wide) if cast == "before" else n
+        factor = torch.ones((), dtype=wide) if weight is None else weight.to(wide)
+        n = n * (1 + factor if zero_centered and weight is not None else factor)
+        return n if cast == "never" else n.to(x.dtype)
+
+    def rotate(y: Tensor) -> Tensor:
+        return bits(y, cos, sin, precision, **kw)
+
+    v = x.to(wide) if after and cast == "never" else x
+    return (norm(rotate(v)) if after else rotate(norm(v))).to(x.dtype)
+
+
+def norm_error_over_bound(
+    out: Tensor,
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    weight: Tensor | None = None,
+    *,
+    eps: float,
+    zero_centered: bool = False,
+    after: bool = False,
+    **kw: Any,
+) -> float:
+    """Largest error of `out`, computed with cast="never", as a fraction of what is allowed.
+
+    Allowed are half a unit in the last place of the output plus log2(D)/2 + 5 float32 units
+    (float64 ones for float64) of the norm of the normalized and weighted pair, times the table's
+    largest magnitude where that exceeds 1.
+    """
+    if out.numel() == 0:
+        return 0.0
+    options = dict(eps=eps, zero_centered=zero_centered, after=after)
+    want = norm_oracle(x, cos, sin, weight, **options, **kw)
+    v = x.detach().double()
+    normed = oracle(v, cos.double(), sin.double(), **kw) if after else v
+    normalized = v / (normed.pow(2).mean(-1, keepdim=True) + eps).sqrt()
+    factor = torch.as_tensor(_factor(weight, zero_centered), dtype=torch.float64).abs()
+    factors = factor.to(x.device).expand_as(normalized)
+    first, second = _pairs(factors, cos.shape[-1], **kw)
+    largest_factors = _in_pairs(factors, torch.maximum(first, second), **kw)
+    first, second = _pairs(normalized, cos.shape[-1], **kw)
+    norms = _in_pairs(normalized.abs(), torch.hypot(first, second), **kw)
+    eps_of_sum = torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).eps
+    unit = (math.log2(x.shape[-1]) / 2 + 5) * eps_of_sum
+    return _over_bound(out, want, unit * _magnitude(cos, sin) * norms * largest_factors)
 
 
 # --- memory ------------------------------------------------------------------------------------

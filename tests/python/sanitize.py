@@ -23,14 +23,25 @@ INTEGERS = (torch.int32, torch.int64)
 
 
 class Case:
-    """One call: a form ("", "_", "out" or "backward"), x or q and k, the tables, and keywords."""
+    """One call: a form ("", "_", "out" or "backward"), x or q and k, the tables, and keywords.
 
-    def __init__(self, form: str, xs: list[Tensor], tables: Sequence[Tensor], **kw: Any):
-        self.form, self.xs, self.tables, self.kw = form, xs, tables, kw
+    With eps among these, it normalizes, and `weights` are as many as there are xs.
+    """
+
+    def __init__(
+        self,
+        form: str,
+        xs: list[Tensor],
+        tables: Sequence[Tensor],
+        weights: Sequence[Tensor | None] = (),
+        **kw: Any,
+    ):
+        self.form, self.xs, self.tables, self.weights, self.kw = form, xs, tables, weights, kw
 
     def __str__(self) -> str:
         words = [f"{name}={describe(value)}" for name, value in self.kw.items()]
-        return ", ".join([repr(self.form), *map(describe, (*self.xs, *self.tables)), *words])
+        tensors = (*self.xs, *self.tables, *self.weights)
+        return ", ".join([repr(self.form), *map(describe, tensors), *words])
 
     def run(self, device: str) -> list[Tensor]:
         """What the call returns or writes, copied to the CPU."""
@@ -39,17 +50,21 @@ class Case:
             name: there(value, device) if isinstance(value, Tensor) else value
             for name, value in self.kw.items()
         }
+        weights = [None if w is None else there(w, device) for w in self.weights]
         qk = "_qk" * (len(xs) == 2)
+        name = "norm_" * ("eps" in kw) + "rotate" + qk
         if self.form == "backward":
-            leaves = [x.detach().requires_grad_() for x in xs]
-            result = outputs(getattr(fused_rope, "rotate" + qk)(*leaves, *tables, **kw))
+            xs = [x.detach().requires_grad_() for x in xs]
+            weights = [None if w is None else w.detach().requires_grad_() for w in weights]
+            leaves = [t for t in (*xs, *weights) if t is not None]
+            result = outputs(getattr(fused_rope, name)(*xs, *tables, *weights, **kw))
             return [g.cpu() for g in torch.autograd.grad(sum(y.sum() for y in result), leaves)]
         if self.form == "out":
             outs = [there(out, device) for out in kw.pop("outs")]
             kw["out"] = tuple(outs) if qk else outs[0]
-            getattr(fused_rope, "rotate" + qk)(*xs, *tables, **kw)
+            getattr(fused_rope, name)(*xs, *tables, *weights, **kw)
             return [whole(out).cpu() for out in outs]
-        result = outputs(getattr(fused_rope, "rotate" + qk + self.form)(*xs, *tables, **kw))
+        result = outputs(getattr(fused_rope, name + self.form)(*xs, *tables, *weights, **kw))
         return [y.cpu() for y in result] + [whole(x).cpu() for x in xs]
 
 
@@ -198,13 +213,62 @@ def rows() -> Iterator[Case]:
         )
 
 
+def norms() -> Iterator[Case]:
+    """Element and weight types, casts, pairings, sizes and memory of heads, rows, all forms."""
+    widths = ((32, 16, 0), (48, 16, 16), (19, 6, 3), (128, 64, 0), (576, 32, 512), (1026, 4, 1))
+    rounding = (("never", "fp32"), ("before", "model"), ("after", "fp32"), ("after", "model"))
+    for dtype, (D, P, o), pairing in itertools.product(DTYPES, widths, PAIRINGS):
+        index = positions(2, 5, rows=9)
+        for (cast, precision), after in itertools.product(rounding, (False, True)):
+            other = dtype if cast == "before" else torch.float32
+            weights = [draw(D, dtype=dtype), draw(D, dtype=other)]
+            kw = dict(eps=1e-6, cast=cast, precision=precision, after=after)
+            kw |= dict(rotary_offset=o, **pairing)
+            for form in ("", "_", "backward"):
+                yield Case(form, qk(dtype, D), angles(9, P), weights, **kw)
+            yield Case("backward", qk(dtype, D), angles(9, P), [None, weights[1]], **kw)
+            yield Case("", qk(dtype, D)[:1], angles(9, P), weights[:1], positions=index, **kw)
+    for name, dtype, after in itertools.product(
+        VIEWS, (torch.bfloat16, torch.float32), (False, True)
+    ):
+        kw = dict(eps=1e-6, after=after)
+        weights = [draw(32, dtype=dtype)[::2]]
+        for form in ("", "backward"):
+            yield Case(form, [view(name, dtype)], angles(5, 8), weights, **kw)
+        if name not in OVERLAPPING:
+            yield Case("_", [view(name, dtype)], angles(5, 4), weights, rotary_offset=4, **kw)
+            outs = [view(name, dtype)]
+            yield Case("out", [view("contiguous", dtype)], angles(5, 8), weights, outs=outs, **kw)
+    for layout, sizes in itertools.product(LAYOUTS, ((2, 5), (3, 300))):
+        xs = [draw(*shape(layout, *sizes, H, 64)) for H in (3, 2)]
+        table = angles(sizes[0] * sizes[1], 32)
+        yield Case("backward", xs, table, [draw(64), draw(64)], layout=layout, eps=1e-6)
+    packed = [draw(10, H, 16) for H in (3, 2)]
+    cu = torch.tensor([0, 0, 4, 4, 7])
+    weights = [draw(16), None]
+    for form in ("", "_", "backward"):
+        kw = dict(layout="thd", cu_seqlens=cu, eps=1e-6)
+        yield Case(form, packed, angles(20, 8), weights, **kw)
+        axes = [j % 2 for j in range(8)]
+        index = positions(2, 10, rows=20)
+        kw = dict(layout="thd", positions=index, axes=axes, eps=1e-6)
+        yield Case(form, packed, angles(20, 8), weights, **kw)
+    slots = torch.tensor([7, -1, 0, 3, 11, -1, 10, 5, 4, 9])
+    outs = [torch.zeros_like(packed[0]), draw(12, 2, 16)]
+    kw = dict(layout="thd", out_rows=slots, eps=1e-6)
+    yield Case("out", packed, angles(10, 8), weights, outs=outs, **kw)
+    for sizes in ((2, 5, 0, 16), (0, 5, 3, 16), (2, 0, 3, 16), (1, 1, 1, 1)):
+        x = [draw(*sizes)]
+        yield Case("backward", x, angles(5, sizes[-1] // 2), [draw(sizes[-1])], eps=1e-6)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda")
     device = parser.parse_args().device
     torch.manual_seed(0)
     count = 0
-    for case in itertools.chain(instances(), forms(), memory(), tables(), rows()):
+    for case in itertools.chain(instances(), forms(), memory(), tables(), rows(), norms()):
         for got, want in zip(case.run(device), case.run("cpu"), strict=True):
             try:
                 same(got, want)

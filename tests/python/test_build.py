@@ -107,9 +107,10 @@ def test_compatible_torch(built, cuda_built):
 
 
 # Methods of exported classes are their own; constructors and private helpers are among them.
+FORMS = ("rotate", "rotate_", "rotate_qk", "rotate_qk_", "rotate_out", "rotate_qk_out")
 EXPORTED = {
     *("cos_sin_table", "frequencies", "RotaryEmbeddingImpl"),
-    *("rotate", "rotate_", "rotate_qk", "rotate_qk_", "rotate_out", "rotate_qk_out"),
+    *(*FORMS, *(f"norm_{form}" for form in FORMS)),
     *("call_rotate", "call_rotate_", "call_rotate_out"),  # by the Python extension
 }
 

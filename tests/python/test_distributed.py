@@ -286,6 +286,62 @@ def in_place(mesh: DeviceMesh) -> None:
     expect_same(y, before)
 
 
+def expect_local_norm(mesh: DeviceMesh, placements, cos, sin, **options) -> None:
+    """Equal bits and no collective; the gradients of the weights are partial sums."""
+    device = mesh.device_type
+    q, k = (torch.randn(B, S, H, D, device=device) for H in (HQ, HK))
+    weights = [torch.randn(D, device=device) for _ in range(2)]
+    grads = [torch.randn_like(x) for x in (q, k)]
+    leaves = [x.clone().requires_grad_() for x in (q, k, *weights)]
+    function = fused_rope.norm_rotate_qk
+    options["eps"] = 1e-6
+    expected = function(*leaves[:2], cos, sin, *leaves[2:], **options)
+    expected_grads = torch.autograd.grad(expected, leaves, grads)
+
+    shards = [distribute_tensor(x, mesh, placements).requires_grad_() for x in (q, k)]
+    replicas = [distribute_tensor(w, mesh, [Replicate()]).requires_grad_() for w in weights]
+    incoming = [distribute_tensor(g, mesh, placements) for g in grads]
+    with CommDebugMode() as communication:
+        got = function(*shards, cos, sin, *replicas, **options)
+        got_grads = torch.autograd.grad(got, [*shards, *replicas], incoming)
+    assert communication.get_total_counts() == 0
+    for x, y in zip((*got, *got_grads[:2]), (*expected, *expected_grads[:2]), strict=True):
+        assert list(x.placements) == placements
+        expect_same(x, y)
+    partial = [Replicate() if p == Replicate() else Partial() for p in placements]
+    for x, y in zip(got_grads[2:], expected_grads[2:], strict=True):
+        assert list(x.placements) == partial
+        torch.testing.assert_close(x.full_tensor(), y)
+
+
+@check
+def norms(mesh: DeviceMesh) -> None:
+    device = mesh.device_type
+    cos, sin = tables(device, M)
+    positions = torch.randint(-1, M, (B, S), device=device)
+    for dim in range(3):
+        expect_local_norm(mesh, [Shard(dim)], cos, sin, offset=3)
+        expect_local_norm(mesh, [Shard(dim)], cos, sin, positions=positions, after=True)
+    expect_local_norm(mesh, [Replicate()], cos, sin)
+    q, k = (torch.randn(B, S, H, D, device=device) for H in (HQ, HK))
+    weight = torch.randn(D, device=device)
+    expected = fused_rope.norm_rotate_qk(q, k, cos, sin, weight, eps=1e-6)
+    x, y = (distribute_tensor(t.clone(), mesh, [Shard(2)]) for t in (q, k))
+    for got, want in zip(
+        fused_rope.norm_rotate_qk_(x, y, cos, sin, weight, eps=1e-6), expected, strict=True
+    ):
+        expect_same(got, want)
+    parts = DTensor.from_local(q, mesh, [Partial()])  # a norm is not linear
+    got = fused_rope.norm_rotate(parts, cos, sin, weight, eps=1e-6)
+    expect_same(got, fused_rope.norm_rotate(q * WORLD, cos, sin, weight, eps=1e-6))
+    own = weight.clone().requires_grad_()  # a plain tensor
+    got = fused_rope.norm_rotate(distribute_tensor(q, mesh, [Shard(2)]), cos, sin, own, eps=1e-6)
+    got.sum().backward()
+    alone = weight.clone().requires_grad_()
+    fused_rope.norm_rotate(q, cos, sin, alone, eps=1e-6).sum().backward()
+    torch.testing.assert_close(own.grad, alone.grad)
+
+
 @check
 def refusals(mesh: DeviceMesh) -> None:
     cos, sin = tables(mesh.device_type, M)

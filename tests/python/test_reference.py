@@ -151,14 +151,16 @@ def test_out_refuses_gradients(device):
 @pytest.mark.parametrize(
     "name", ["rotate", "rotate_", "rotate_qk", "rotate_qk_", "rotate_out", "rotate_qk_out"]
 )
-def test_other_devices_have_a_kernel(name, key):
-    assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"fused_rope::{name}", key)
+@pytest.mark.parametrize("norm", ["", "norm_"], ids=["rotation", "norm"])
+def test_other_devices_have_a_kernel(name, norm, key):
+    operator = f"fused_rope::{norm}{name}"
+    assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(operator, key)
 
 
-def fallback(name, *args):
+def fallback(name, *args, **kw):
     """Calls the operator as on a device without a kernel of this library, with CPU tensors."""
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.XPU)
-    return getattr(torch.ops.fused_rope, name).default.redispatch(keys, *args)
+    return getattr(torch.ops.fused_rope, name).default.redispatch(keys, *args, **kw)
 
 
 def test_fallback_through_the_dispatcher():
@@ -181,6 +183,28 @@ def test_fallback_through_the_dispatcher():
         for y, expected in zip(results, want, strict=True):
             same(y, expected)
     same(fallback("rotate", q, cos, sin), bits(q, cos, sin))  # every option at its default
+
+
+def test_fallback_of_norms():
+    cos, sin = angles(M, P)
+    q, k = (tensor("bhsd", 2 * P, torch.bfloat16, "cpu").transpose(1, 2) for _ in range(2))
+    weights = torch.randn(2, 2 * P).bfloat16().unbind()
+    tail = (None, torch.tensor([3, 1]), None, 0, "bshd", None, 0, True)
+    norm = {"eps": 1e-6, "cast": "before", "after": True}
+    kw = {"offset": torch.tensor([3, 1]), "interleaved": True, **norm}
+    want = fused_rope.norm_rotate_qk(q, k, cos, sin, *weights, **kw)
+    got = fallback("norm_rotate_qk", q, k, cos, sin, *weights, *tail, **norm)
+    assert [y.stride() for y in got] == [y.stride() for y in want]
+    same(fallback("norm_rotate", q, cos, sin, weights[0], *tail, **norm), want[0])
+    out = torch.empty_like(q), torch.empty_like(k)
+    with_rows = (*tail[:3], None, *tail[3:])
+    fallback("norm_rotate_qk_out", q, k, cos, sin, *out, *weights, *with_rows, **norm)
+    fallback("norm_rotate_qk_", q, k, cos, sin, *weights, *tail, **norm)
+    for results in (got, out, (q, k)):
+        for y, expected in zip(results, want, strict=True):
+            same(y, expected)
+    with pytest.raises(ValueError, match="weight"):
+        fallback("norm_rotate", q, cos, sin, weights[0][None], **norm)
 
 
 def test_fallback_refuses_what_the_operator_refuses():

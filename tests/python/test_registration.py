@@ -26,6 +26,18 @@ SCHEMAS = {
     "rotate_qk_out": "(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor(a!) q_out, "
     f"Tensor(b!) k_out, {OUT}) -> ()",
 }
+NORM = "*, float eps, bool zero_centered=False, str cast='never', bool after=False"
+WEIGHTS = {1: "Tensor? weight=None", 2: "Tensor? q_weight=None, Tensor? k_weight=None"}
+for _name, _schema in list(SCHEMAS.items()):
+    _weights = WEIGHTS[2 if "qk" in _name else 1]
+    _schema = _schema.replace(ROWS, f"{_weights}, {ROWS}").replace(OPTIONS, f"{OPTIONS}, {NORM}")
+    SCHEMAS[f"norm_{_name}"] = _schema
+FUNCTIONAL = ("rotate", "rotate_qk", "norm_rotate", "norm_rotate_qk", "norm_rotate_qk_backward")
+SCHEMAS["norm_rotate_qk_backward"] = (
+    "(Tensor? q_grad, Tensor? k_grad, Tensor q, Tensor? k, Tensor cos, Tensor sin, "
+    f"{WEIGHTS[2]}, {ROWS}, {OPTIONS}, {NORM}, bool[4] output_mask)"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
+)
 
 
 def arguments(name, device, grad=False):
@@ -34,14 +46,24 @@ def arguments(name, device, grad=False):
         q.requires_grad_(), k.requires_grad_()
     inputs = (q, k) if "qk" in name else (q,)
     outputs = tuple(torch.empty_like(t) for t in inputs) if name.endswith("out") else ()
-    return (*inputs, *angles(9, 8, device), *outputs)
+    grads = tuple(torch.randn_like(t) for t in inputs) if name.endswith("backward") else ()
+    weights = ()
+    if name.startswith("norm"):
+        weights = tuple(torch.randn(16, device=device, requires_grad=grad) for _ in inputs)
+    return (*grads, *inputs, *angles(9, 8, device), *outputs, *weights)
+
+
+def required(name):
+    """The keywords without a default."""
+    kw = {"eps": 1e-6} if name.startswith("norm") else {}
+    return kw | ({"output_mask": [True] * 4} if name.endswith("backward") else {})
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_schema(name):
     schema = getattr(torch.ops.fused_rope, name).default._schema
     assert schema == torch._C.parse_schema(f"fused_rope::{name}{SCHEMAS[name]}")
-    assert schema.is_mutable == (name not in ("rotate", "rotate_qk"))
+    assert schema.is_mutable == (name not in FUNCTIONAL)
 
 
 def test_schema_of_the_table():
@@ -58,7 +80,7 @@ def test_kernels(name):
     keys = ["CPU", "Meta", "Autograd"]
     if torch.cuda.is_available():
         keys.append("CUDA")
-    if name not in ("rotate", "rotate_qk"):
+    if name not in FUNCTIONAL:
         keys += ["ADInplaceOrView", "Functionalize"]
     for key in keys:
         assert has(f"fused_rope::{name}", key), key
@@ -70,7 +92,7 @@ def test_tag(name):
 
 
 # With gradients opcheck takes leaves, which in-place operators refuse, as out refuses gradients.
-CHECKED = [(name, False) for name in SCHEMAS] + [("rotate", True), ("rotate_qk", True)]
+CHECKED = [(name, False) for name in SCHEMAS] + [(name, True) for name in FUNCTIONAL]
 
 
 @pytest.mark.parametrize("name,grad", CHECKED)
@@ -84,16 +106,18 @@ def test_opcheck(name, grad, rows, device):
         "lengths": dict(offsets=torch.tensor([0, 4], dtype=torch.int32), precision="model"),
     }[rows]
     kw = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in kw.items()}
+    kw |= required(name)
+    if "eps" in kw and "precision" in kw:
+        kw["cast"] = "before"
     opcheck(getattr(torch.ops.fused_rope, name).default, arguments(name, device, grad), kw)
 
 
 @pytest.mark.parametrize("table_layout", ["half", "tiled", "repeated"])
-@pytest.mark.parametrize("name", ["rotate", "rotate_qk"])
+@pytest.mark.parametrize("name", ["rotate", "rotate_qk", "norm_rotate", "norm_rotate_qk"])
 def test_opcheck_of_trained_tables(name, table_layout, device):
-    *inputs, cos, sin = arguments(name, device, grad=True)
+    tensors = [t.requires_grad_() for t in arguments(name, device, grad=True)]
     op = getattr(torch.ops.fused_rope, name).default
-    tables = (cos.requires_grad_(), sin.requires_grad_())
-    opcheck(op, (*inputs, *tables), dict(table_layout=table_layout))
+    opcheck(op, tuple(tensors), dict(table_layout=table_layout, **required(name)))
 
 
 def test_opcheck_of_out_rows(device):
@@ -132,31 +156,38 @@ class Subclass(torch.Tensor):
         return super().__torch_function__(func, types, args, kwargs or {})
 
 
+FUNCTION_NAMES = [name for name in SCHEMAS if not name.endswith("backward")]
+
+
 def call_function(name, device, change=lambda x: x):
     """The function behind operator `name`, with an output of its own where it takes one."""
-    *inputs, cos, sin = arguments(name.removesuffix("_out"), device)
+    tensors = arguments(name.removesuffix("_out"), device)
+    count = 2 if "qk" in name else 1
+    inputs, others = list(tensors[:count]), tensors[count:]
     inputs[-1] = change(inputs[-1])
-    kw = {}
+    kw = required(name)
     if name.endswith("_out"):
         outputs = [torch.empty_like(x) for x in inputs]
         kw["out"] = outputs[0] if len(outputs) == 1 else tuple(outputs)
-    return getattr(fused_rope, name.removesuffix("_out")), (*inputs, cos, sin), kw
+    return getattr(fused_rope, name.removesuffix("_out")), (*inputs, *others), kw
 
 
-@pytest.mark.parametrize("name", SCHEMAS)
+@pytest.mark.parametrize("name", FUNCTION_NAMES)
 def test_a_function_mode_sees_the_operator(name, device):
     function, inputs, kw = call_function(name, device)
     with Seen() as mode:
         function(*inputs, offset=2, **kw)
     [(seen, args, kwargs)] = mode.calls
     assert seen is getattr(torch.ops.fused_rope, name)
-    assert all(a is b for a, b in zip(args, inputs, strict=False)) and not kwargs
+    assert {id(t) for t in inputs} <= {id(a) for a in args}
+    assert set(kwargs) == ({"eps", "zero_centered", "cast", "after"} if "norm" in name else set())
     if not name.endswith(("_", "_out")):
-        for got, want in zip(pair(seen(*args)), pair(function(*inputs, offset=2)), strict=True):
+        results = pair(seen(*args, **kwargs)), pair(function(*inputs, offset=2, **kw))
+        for got, want in zip(*results, strict=True):
             same(got, want)
 
 
-@pytest.mark.parametrize("name", SCHEMAS)
+@pytest.mark.parametrize("name", FUNCTION_NAMES)
 def test_a_subclass_sees_the_operator(name, device):
     function, inputs, kw = call_function(name, device, lambda x: x.as_subclass(Subclass))
     Subclass.seen.clear()
@@ -221,7 +252,7 @@ def meta_table(rows, P):
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_meta_runs(name):
     inputs = [t.to("meta") for t in arguments(name, "cpu")]
-    getattr(torch.ops.fused_rope, name)(*inputs)
+    getattr(torch.ops.fused_rope, name)(*inputs, **required(name))
 
 
 META = torch.empty(2, 5, 4, 16, device="meta")
@@ -253,6 +284,7 @@ def test_fake_tensors_propagate(device):
 
 
 FUNCTIONS = ["rotate", "rotate_", "rotate_qk", "rotate_qk_"]
+FUNCTIONS += [f"norm_{name}" for name in FUNCTIONS]
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -288,14 +320,7 @@ def test_operators_return_what_functions_return(device):
 
 
 def test_documentation():
-    for name in (
-        "rotate",
-        "rotate_",
-        "rotate_qk",
-        "rotate_qk_",
-        "cos_sin_table",
-        "RotaryEmbedding",
-    ):
+    for name in (*FUNCTIONS, "cos_sin_table", "RotaryEmbedding"):
         doc = inspect.getdoc(getattr(fused_rope, name))
         assert doc and len(doc) > 200 and ">>>" in doc, name
     assert set(fused_rope.__all__) <= set(dir(fused_rope))

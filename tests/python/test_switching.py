@@ -99,6 +99,7 @@ SIGNATURES = {
     "start_positions=None, interleaved=False, fused=False, cu_seqlens=None, cp_size=1, cp_rank=0",
     "triton_rotary.TritonRotary": "dim, max_seq_len",
     "triton_rotary.TritonRotary.forward": "self, q, k",
+    "unsloth.fast_qk_norm_rope": "q_norm, k_norm, Q, K, cos, sin, position_ids=None",
     "unsloth.fast_rope_embedding": "Q, K, cos, sin, rope_embedding_indices=None",
     "unsloth.inplace_rope_embedding": "Q, K, cos, sin, position_ids",
     "unsloth.Fast_RoPE_Embedding.apply": "Q, cos, sin",

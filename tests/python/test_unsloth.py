@@ -1,10 +1,12 @@
 """Unsloth's entry points: its callers' shapes, the operator's numbers, inputs left alone."""
 
+import fused_rope
 import pytest
 import torch
 from fused_rope.compat.unsloth import (
     Fast_RoPE_Embedding,
     Fast_RoPE_Embedding_QK,
+    fast_qk_norm_rope,
     fast_rope_embedding,
     inplace_rope_embedding,
 )
@@ -57,6 +59,37 @@ def test_functions(itype, device):
 
 def want_of(Q, cos, sin):
     return bits(Q, cos, sin, layout="bhsd").transpose(1, 2)
+
+
+class Norm(torch.nn.Module):
+    def __init__(self, eps, device):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(D, device=device))
+        self.variance_epsilon = eps
+
+
+@pytest.mark.parametrize("k_eps", [1e-6, 1e-3])
+def test_norms(k_eps, device):
+    Q, K = (x.transpose(1, 2) for x in inputs(device))
+    cos, sin = angles(M, D // 2, device)
+    norms = Norm(1e-6, device), torch.nn.RMSNorm(D, eps=k_eps, device=device)
+    indices = torch.randint(0, M, (B, S), device=device)
+    for tables in table_forms(cos, sin):
+        for given, positions in [
+            (None, None),
+            (indices, indices),
+            (indices.flatten(), indices),
+            (indices[0], indices[:1]),
+        ]:
+            want = [
+                fused_rope.norm_rotate(x, cos, sin, norm.weight, eps=eps, positions=positions)
+                for x, norm, eps in zip((Q, K), norms, (1e-6, k_eps), strict=True)
+            ]
+            got = fast_qk_norm_rope(*norms, Q, K, *tables, given)
+            for x, expected in zip(got, want, strict=True):
+                same(x, expected.transpose(1, 2))
+    sum(x.sum() for x in got).backward()
+    assert all(norm.weight.grad is not None for norm in norms)
 
 
 def test_one_row(device):

@@ -14,6 +14,8 @@ constexpr int kMaxTensors = 2;       // q and k
 constexpr int kMaxAxes = 8;          // of M-RoPE positions
 constexpr int kMaxAxisPairs = 1024;  // P, where each pair names an axis
 
+constexpr int64_t ceil_divide(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
 struct Strides {
   int64_t b, s, h, d;
 };
@@ -60,6 +62,22 @@ struct RowParams {
   int64_t out_rows_limit;  // rows of the scattered output
 };
 
+// The weight of a norm, [D].
+struct WeightParams {
+  const void* data;  // null: without a weight
+  int64_t stride;
+  DType dtype;  // x's, or float32
+};
+
+// RMS norm over the D elements of each head, before the rotation or after it.
+struct NormParams {
+  WeightParams weights[kMaxTensors];
+  double eps;
+  bool zero_centered;  // multiplies by 1 + weight
+  Cast cast;
+  bool after;  // the rotation
+};
+
 struct RotateParams {
   int64_t B, S, D;
   int count;  // tensors: 1 for rotate, 2 for rotate_qk
@@ -72,7 +90,8 @@ struct RotateParams {
   Precision precision;
   bool inverse;
   bool in_place;
-  bool per_head;  // the table differs between heads
+  bool per_head;           // the table differs between heads
+  const NormParams* norm;  // null without a norm
 };
 
 inline int64_t total_heads(const RotateParams& p) {
@@ -105,5 +124,21 @@ inline std::array<Axis, 3> memory_order(const RotateParams& p, const TensorParam
   }
   return order;
 }
+
+// What the backward of one tensor reads and writes, apart from x.
+struct GradientParams {
+  const void* gradient;  // of the output, [B, S, H, D]; null: the tensor is skipped
+  Strides strides;
+  void* weight_gradient;  // [D] contiguous, of the weight's dtype (x's without a weight), or null
+  void* workspace;        // workspace_bytes() of weight_gradients.h, aligned to 16 bytes, or null
+};
+
+// The backward of a call with a norm.
+struct NormBackwardParams {
+  // The forward call, out of place: tensors[i].in is x, and tensors[i].out receives its gradient,
+  // or is null.
+  RotateParams call;
+  GradientParams tensors[kMaxTensors];
+};
 
 }  // namespace fused_rope::kernels

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <numeric>
+#include <optional>
 
 #include "fused_rope/kernels/rows.h"
 #include "fused_rope/kernels/tiling.h"
@@ -116,8 +117,6 @@ constexpr int kSharedBytes = 48 * 1024;  // of a block, without an opt-in
 constexpr int kMinRunBytes = 1024;       // of a staged block, to occupy its threads
 constexpr int kMaxChunks = 64;           // of a staged block, to limit its rows
 constexpr int kRowBytes = 16;            // of pointers to rows of cos and sin
-
-constexpr int64_t ceil_divide(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
 // The largest power of two that divides n, or 16 for 0.
 constexpr int64_t alignment(int64_t n) { return n == 0 ? kVectorBytes : n & -n; }
@@ -465,6 +464,84 @@ inline Plan make_plan(const RotateParams& p, const DeviceFacts& device,
   if (full && linear && size == 2 && fits_vectors(p, shortest))
     return plan_direct(p, device, overrides, shortest);
   return plan_direct(p, device, overrides, 1);
+}
+
+// Whether a norm's weight can be read in vectors.
+inline bool has_vectors(const WeightParams& weight) {
+  return weight.data == nullptr ||
+         (weight.stride == 1 && reinterpret_cast<uintptr_t>(weight.data) % kVectorBytes == 0);
+}
+
+// The plan of a call with a norm whose heads rotate as a whole, in whole vectors, each of a thread
+// having its counterpart half a head away; null for all other calls, which a warp for each head
+// serves.
+inline std::optional<Plan> make_norm_plan(const RotateParams& p, const DeviceFacts& device,
+                                          const PlanOverrides& overrides = {}) {
+  const int vector = kVectorBytes / size_of(p.dtype);
+  const auto threads = static_cast<int>(p.D / (2 * vector));
+  const bool whole = p.D == 2 * p.pairing.P && rotates_full_heads(p) && p.D % (2 * vector) == 0 &&
+                     threads <= kWarp && fits_vectors(p, vector);
+  const bool reads_vectors =
+      has_vectors(p.norm->weights[0]) && (p.count == 1 || has_vectors(p.norm->weights[1]));
+  if (!whole || !reads_vectors || p.axes != nullptr || p.dtype == DType::kFloat64 ||
+      overrides.full == 0)
+    return std::nullopt;
+  const int wanted = choose(overrides.threads, kSmallBlockThreads);
+  const int block_threads = std::clamp(wanted / kWarp * kWarp, kWarp, kSmallBlockThreads);
+  return Plan{.arrangement = p.pairing.distance == 1 ? Arrangement::kAdjacent : Arrangement::kPair,
+              .lookup = has_linear_rows(p) ? RowLookup::kLinear : RowLookup::kIndexed,
+              .staged = false,
+              .keeps_tables = choose(overrides.keep, should_keep_tables(p, device)),
+              .streams = choose(overrides.stream, should_stream(p, device)),
+              .vector = vector,
+              .rotating_threads = threads,
+              .head_threads = static_cast<int>(std::bit_ceil(static_cast<unsigned>(threads))),
+              .chunk_heads = 1,
+              .single_elements = false,
+              .block_vectors = 0,
+              .full_head = true,
+              .block_threads = block_threads,
+              .block_units = block_threads,
+              .launch_threads = choose(overrides.work, kMaxLaunchThreads)};
+}
+
+// All heads of a tensor in the order of weight_gradients.h.
+inline Tile heads_in_order(const RotateParams& p, const TensorParams& t) {
+  return {{kHead, kSequence, kBatch}, {0, 0, 0}, {p.B, p.S, t.H}};
+}
+
+inline ByteStrides gradient_strides(const RotateParams& p, const TensorParams& t,
+                                    const GradientParams& gradient) {
+  TensorParams of_gradient = t;
+  of_gradient.in_strides = gradient.strides;
+  return operand_strides(p, of_gradient, false)[kIn];
+}
+
+// The same for the backward, whose tiles are whole tensors.
+inline std::optional<Plan> make_backward_plan(const NormBackwardParams& p,
+                                              const DeviceFacts& device,
+                                              const PlanOverrides& overrides = {}) {
+  std::optional<Plan> plan = make_norm_plan(p.call, device, overrides);
+  if (!plan.has_value()) return plan;
+  RotateParams gradients = p.call;  // in the place of x
+  for (int i = 0; i < p.call.count; ++i) {
+    const TensorParams& t = p.call.tensors[i];
+    const GradientParams& g = p.tensors[i];
+    if (g.gradient == nullptr || t.H == 0) continue;
+    OperandStrides strides = operand_strides(p.call, t, is_linear(plan->lookup));
+    const Tile tile = heads_in_order(p.call, t);
+    // FastDivmod needs indices below 2^31, also of heads that the last threads find missing.
+    constexpr int64_t kMaxHeads = INT32_MAX / 2;
+    const auto fits = [&] { return !axis_to_split(strides, tile, kMaxHeads).has_value(); };
+    if (!fits()) return std::nullopt;
+    strides[kIn] = gradient_strides(p.call, t, g);
+    if (!fits()) return std::nullopt;
+    gradients.tensors[i].in = g.gradient;
+    gradients.tensors[i].in_strides = g.strides;
+  }
+  if (rotated_vector(gradients) < plan->vector) return std::nullopt;
+  plan->head_threads = 1;  // params number heads, not threads
+  return plan;
 }
 
 }  // namespace fused_rope::kernels

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import functional
+from ..types import Precision
 
 __all__ = ["rotary_embedding"]
 
@@ -28,7 +29,7 @@ def rotary_embedding(
     rope_dim_offset: int = 0,
     inverse: bool = False,
     *,
-    precision: str = "fp32",
+    precision: Precision = "fp32",
 ) -> None:
     """Rotates query and key in place.
 

@@ -1,9 +1,10 @@
-// The part of CUDA that the kernel's headers need to compile for the host, where threads run one
-// after another. So the addressing is tested without a GPU or nvcc.
+// The part of CUDA that the kernels' headers need to compile for the host. So they are tested
+// without a GPU or nvcc.
 #pragma once
 
 #include <algorithm>
 
+#include "fibers.h"
 #include "fused_rope/kernels/numeric.h"
 
 #define __device__
@@ -16,10 +17,16 @@
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
 using cudaStream_t = void*;
 
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
+  return cudaSuccess;
+}
+
 struct Index {
   unsigned x;
 };
-inline Index blockIdx, blockDim, threadIdx;
+inline Index blockIdx, blockDim, gridDim, threadIdx;
 
 using std::max;
 using std::min;
@@ -42,18 +49,12 @@ inline uint16_t __half_as_ushort(fused_rope::kernels::Float16 x) { return x.bits
 
 namespace fused_rope::kernels {
 
-// As much as a launch may ask for.
-alignas(16) inline unsigned char block_memory[48 * 1024];
+// As much as a block of sm_90 can have.
+alignas(16) inline unsigned char block_memory[227 * 1024];
 inline void* shared_memory() { return block_memory; }
 
-// Orders the accesses of shared memory, whose types differ.
-inline void wait_for_block() { asm volatile("" ::: "memory"); }
 inline void copy_async(void* to, const void* from) { std::memcpy(to, from, 16); }
 inline void wait_for_copies() {}
-template <typename Int>
-Int from_lane(Int value, uint32_t) {
-  return value;
-}
 template <typename F>
 void share_in_warps(uint32_t n, uint32_t lanes, const F& f) {
   for (uint32_t i = 0; i < n; ++i) {
@@ -61,14 +62,40 @@ void share_in_warps(uint32_t n, uint32_t lanes, const F& f) {
   }
 }
 
-template <typename Params, typename Axes>
-cudaError_t enqueue(void (*kernel)(Params, Axes), unsigned blocks, int threads, size_t shared_bytes,
-                    cudaStream_t, const Params& params, const Axes& axes) {
+// Whether threads exchange values. Otherwise they run one after another, as if each were alone.
+inline bool together = false;
+
+template <typename V>
+V from_lane(V value, uint32_t lane) {
+  return together ? emulation::block.exchange(value, lane) : value;
+}
+template <typename V>
+V from_other_lane(V value, uint32_t mask) {
+  return emulation::block.exchange(value, emulation::block.lane() ^ mask);
+}
+inline void sync_warp() { emulation::block.wait_for_warp(); }
+inline void sync_block() {
+  asm volatile("" ::: "memory");  // accesses of shared memory have different types
+  if (together) emulation::block.wait_for_block();
+}
+
+// Kernels whose threads exchange values have an argument that says so. The threads of others run
+// one after another.
+template <typename... Args>
+cudaError_t enqueue(void (*kernel)(Args...), unsigned blocks, int threads, size_t shared_bytes,
+                    cudaStream_t, const Args&... args) {
   if (shared_bytes > sizeof(block_memory)) return cudaErrorInvalidValue;
-  // One thread does the work of a block that shares memory.
-  blockDim.x = shared_bytes > 0 ? 1 : static_cast<unsigned>(threads);
+  // One thread does the work of a block that shares memory without exchanging values.
+  together = (requires { Args::kSharesWarps; } || ...);
+  blockDim.x = shared_bytes > 0 && !together ? 1 : static_cast<unsigned>(threads);
+  gridDim.x = blocks;
+  const auto enter = [](unsigned thread) { threadIdx.x = thread; };
   for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
-    for (threadIdx.x = 0; threadIdx.x < blockDim.x; ++threadIdx.x) kernel(params, axes);
+    if (together) {
+      emulation::block.run(blockDim.x, [&] { kernel(args...); }, enter);
+    } else {
+      for (threadIdx.x = 0; threadIdx.x < blockDim.x; ++threadIdx.x) kernel(args...);
+    }
   }
   return cudaSuccess;
 }

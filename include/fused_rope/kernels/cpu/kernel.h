@@ -7,6 +7,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "fused_rope/kernels/cpu/norm.h"
 #include "fused_rope/kernels/cpu/rotate_pairs.h"
 #include "fused_rope/kernels/cpu/table_rows.h"
 
@@ -59,7 +60,9 @@ class TokenRotator {
         slots_(slots()),
         table_(params, slots_),
         head_(params.D),
-        original_(params.axes == nullptr ? 0 : 2 * params.pairing.P) {}
+        original_(params.axes == nullptr ? 0 : 2 * params.pairing.P) {
+    if (params.norm != nullptr) normalizer_.emplace(params);
+  }
 
   // Tokens [begin, end) of the B*S tokens.
   void rotate(int64_t begin, int64_t end) {
@@ -138,9 +141,24 @@ class TokenRotator {
   }
 
   void rotate_heads(const TensorParams& t, const HeadRange<T>& heads) {
+    if (normalizer_.has_value()) return normalize_heads(t, heads);
     run_on(isa_, [this, heads, in_d = t.in_strides.d, out_d = t.out_strides.d](auto isa) {
       choose_loop<isa()>(
           [=, this](const auto& rotate) { rotate_heads(heads, in_d, out_d, rotate); });
+    });
+  }
+
+  void normalize_heads(const TensorParams& t, const HeadRange<T>& heads) {
+    const auto tensor = static_cast<int>(&t - p_.tensors);
+    visit(p_.norm->cast, [&, this]<Cast kCast>() {
+      run_on(isa_, [&, this](auto) {
+        for (int64_t i = 0; i < heads.count; ++i) {
+          normalizer_->template forward<kCast>(tensor,
+                                               {heads.in + i * heads.in_stride, t.in_strides.d},
+                                               {heads.out + i * heads.out_stride, t.out_strides.d},
+                                               table_, heads.slot + i * heads.slot_stride);
+        }
+      });
     });
   }
 
@@ -238,19 +256,14 @@ class TokenRotator {
   TableRows<T, kPrecision> table_;
   std::vector<T> head_;      // a head whose elements are not contiguous
   std::vector<T> original_;  // its R elements before the rotation
+  std::optional<HeadNormalizer<T, kPrecision>> normalizer_;
 };
 
 // Rotates tokens [begin, end) of the B*S tokens with `isa`, which does not change results. Rows
 // must be in range: call find_bad_row first.
 inline void rotate_tokens(const RotateParams& p, int64_t begin, int64_t end, Isa isa = best_isa()) {
-  visit(p.dtype, [&]<typename T>() {
-    const auto run = [&]<Precision kPrecision>() {
-      TokenRotator<T, kPrecision>(p, isa).rotate(begin, end);
-    };
-    if constexpr (sizeof(T) == 2) {  // in float32 and float64 the two precisions are equal
-      if (p.precision == Precision::kModel) return run.template operator()<Precision::kModel>();
-    }
-    run.template operator()<Precision::kFp32>();
+  visit(p, [&]<typename T, Precision kPrecision>() {
+    TokenRotator<T, kPrecision>(p, isa).rotate(begin, end);
   });
 }
 

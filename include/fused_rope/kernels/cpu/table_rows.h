@@ -93,6 +93,13 @@ class TableRows {
     }
   }
 
+  // The same for elements of the compute type.
+  [[gnu::noinline]] void restore_wide(const Wide<T>* original, Wide<T>* out, int64_t slot) const {
+    const int64_t R = 2 * p_.pairing.P;
+    const Bits* const mask = mask_.data() + slot * R;
+    for (int64_t d = 0; d < R; ++d) out[d] = mask[d] != 0 ? original[d] : out[d];
+  }
+
  private:
   enum class Order {
     kByPair,
@@ -107,7 +114,7 @@ class TableRows {
   bool interleaved() const { return p_.pairing.distance == 1; }
 
   Order order() const {
-    if constexpr (std::is_same_v<T, BFloat16>)
+    if (std::is_same_v<T, BFloat16> && p_.norm == nullptr)
       return interleaved() ? Order::kByPair : Order::kEvenThenOdd;
     return interleaved() ? Order::kByElement : Order::kByPair;
   }

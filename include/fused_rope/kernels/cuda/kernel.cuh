@@ -2,7 +2,7 @@
 #pragma once
 
 #include "fused_rope/kernels/cuda/kernel_params.cuh"
-#include "fused_rope/kernels/rotation.h"
+#include "fused_rope/kernels/normalization.h"
 
 // Fails as PyTorch's own indexing does: "device-side assert triggered", also with NDEBUG.
 extern "C" __host__ __device__ void __assert_fail(const char* expression, const char* file,
@@ -28,6 +28,7 @@ struct Variant {
   RowLookup lookup;
   bool full_head;
   bool staged;
+  bool norm;  // of full heads, whose threads are in one warp
 };
 
 template <typename T, typename TableT, Variant kVariant>
@@ -39,15 +40,25 @@ struct KernelTraits {
   static constexpr int kVectorSize = kVariant.vector;
   static constexpr RowLookup kLookup = kVariant.lookup;
   static constexpr bool kFullHead = kVariant.full_head;
+  static constexpr bool kNorm = kVariant.norm;
+  // What a launch passes besides KernelParams.
+  using Extra = std::conditional_t<kNorm, NormArgs<Wide<T>>, AxesOf<kLookup>>;
 
   static constexpr bool kOnlyRotates = kFullHead || kVariant.staged;
   static constexpr bool kAdjacent = kArrangement == Arrangement::kAdjacent;
-  static constexpr int kVectors = kVariant.staged ? (kArrangement == Arrangement::kPair ? 2 : 1)
-                                                  : vectors_of_thread(kArrangement, kLookup);
+  // Staged threads, and those of a norm's tree of sums, have one vector of each half of a head; the
+  // former only one of whole pairs.
+  static constexpr int kVectors = kNorm             ? 2
+                                  : kVariant.staged ? (kArrangement == Arrangement::kPair ? 2 : 1)
+                                                    : vectors_of_thread(kArrangement, kLookup);
   static constexpr int kPairs = kVectorSize * kVectors / 2;  // of each head
   // Groups of consecutive pairs: one for both vectors, or one in each.
   static constexpr int kGroups = kAdjacent ? kVectors : 1;
   static constexpr int kGroupPairs = kPairs / kGroups;
+  // Blocks that must fit on a multiprocessor. This limits registers, so that enough loads of x are
+  // in flight.
+  static constexpr int kMaxThreads = kNorm ? kSmallBlockThreads : kMaxBlockThreads;
+  static constexpr int kMinBlocks = kNorm ? 8 : kResidentThreads / kMaxBlockThreads;
 };
 
 // Widens one element. The upper bfloat16 of a register needs only a mask.
@@ -97,6 +108,7 @@ struct ThreadTile {
   static constexpr int kGroupPairs = Traits::kGroupPairs;
   static constexpr uint32_t kAllPairs = (1u << kPairs) - 1;
   using Vectors = Vector<T, kVectorSize>[kVectors];
+  using WideVectors = Wide<T>[kVectors][kVectorSize];
 
   bool rotates;
   uint32_t start[kVectors];  // the first element of each vector
@@ -113,7 +125,8 @@ struct ThreadTile {
       for (uint32_t& element : start)
         element += element < params.first_copied ? 0 : params.copied_gap;
     } else if constexpr (Traits::kAdjacent) {
-      spread(thread, Traits::kFullHead ? params.head_threads : params.rotating_threads,
+      const bool all_rotate = Traits::kFullHead && !Traits::kNorm;
+      spread(thread, all_rotate ? params.head_threads : params.rotating_threads,
              params.rotated_elements);
 #pragma unroll
       for (int i = 0; i < kVectors; ++i) {
@@ -146,7 +159,8 @@ struct ThreadTile {
   }
 
   // Loads the table entries of this thread's pairs.
-  __device__ __forceinline__ void load_rows(const KernelParams& params, const RowPointers& rows) {
+  __device__ __forceinline__ void load_rows(const KernelParams& params, const RowPointers& rows,
+                                            bool wanted = true) {
     constexpr int kWidest = kVectorBytes / sizeof(Table);
     constexpr int kLoad = kGroupPairs < kWidest ? kGroupPairs : kWidest;
     const auto load_row = [&](const char* row, int64_t stride, Wide<T>* entries) {
@@ -154,7 +168,7 @@ struct ThreadTile {
       for (int i = 0; i < kPairs; i += kLoad) {
         const uint32_t j = pair[i / kGroupPairs] + i % kGroupPairs;
         const Table* entry = reinterpret_cast<const Table*>(row) + (kLoad > 1 ? j : j * stride);
-        const auto loaded = load<kLoad>(entry, params.table_policy, true);
+        const auto loaded = load<kLoad>(entry, params.table_policy, wanted);
 #pragma unroll
         for (int k = 0; k < kLoad; ++k)
           entries[i + k] = rounded<T, Traits::kPrecision>(widen(loaded.element[k]));
@@ -163,6 +177,37 @@ struct ThreadTile {
     load_row(rows.cos, params.cos_j, c);
     load_row(rows.sin, params.sin_j, s);
     invert(params);
+  }
+
+  __device__ __forceinline__ static void widen_all(const Vectors& x, WideVectors& wide) {
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+#pragma unroll
+      for (int i = 0; i < kVectorSize; ++i) wide[v][i] = widen_element(x[v], i);
+    }
+  }
+
+  __device__ __forceinline__ static void narrow_all(const WideVectors& wide, Vectors& x) {
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+#pragma unroll
+      for (int i = 0; i < kVectorSize; i += 2)
+        narrow_two<T>(wide[v][i], wide[v][i + 1], x[v].element[i], x[v].element[i + 1]);
+    }
+  }
+
+  // Rotates all pairs, without the last rounding. inverts: by the inverse rotation.
+  template <bool kInverts = false>
+  __device__ __forceinline__ void rotate_wide(WideVectors& wide) const {
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      constexpr auto at = position_of;
+      Wide<T>& a = wide[at(i, 0).vector][at(i, 0).element];
+      Wide<T>& b = wide[at(i, 1).vector][at(i, 1).element];
+      const auto pair = rotate_pair<T, Traits::kPrecision>(a, b, c[i], kInverts ? -s[i] : s[i]);
+      a = pair.a;
+      b = pair.b;
+    }
   }
 
   // The same where each pair j has a row of its own, row_of(j), whose cos is null if the pair is
@@ -305,14 +350,147 @@ __device__ __forceinline__ bool to_out_row(const KernelParams& params, const Loo
   return slot >= 0;
 }
 
-// Blocks of kMaxBlockThreads that must fit on a multiprocessor. This limits registers, so that
-// enough loads of x are in flight.
-constexpr int kMinBlocks = kResidentThreads / kMaxBlockThreads;
+// Finds the table rows of a token; false where the token is copied. For kLinear and kIndexed.
+template <RowLookup kLookup>
+__device__ __forceinline__ bool find_rows(const KernelParams& params, const TensorArgs& tensor,
+                                          const LookupArgs& lookups, const LinearCoordinates& at,
+                                          RowPointers& rows) {
+  if (is_linear(kLookup) || (params.row_flags & kGathered)) {
+    rows = gathered_row(tensor, lookups, at, is_linear(kLookup));
+    return true;
+  }
+  const Row row = find_row(params, params.row_flags, TileToken{params, tensor, lookups, at, 0});
+  if (!row.copied) rows = pointers_to(params, tensor, row.index);
+  return !row.copied;
+}
+
+// Calls f(x) for each element.
+template <typename W, int kVectors, int kSize, typename F>
+__device__ __forceinline__ void for_each_element(W (&x)[kVectors][kSize], const F& f) {
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) f(x[v][i], v, i);
+  }
+}
+
+// The weight of a thread's elements. One of x's dtype is loaded before the sum of squares is known;
+// a wider one after it, which spares registers.
+template <typename Traits>
+struct ThreadWeight {
+  using T = typename Traits::Element;
+  using W = Wide<T>;
+  using Tile = ThreadTile<Traits>;
+
+  typename Tile::Vectors own;
+
+  __device__ __forceinline__ ThreadWeight(const NormArgs<W>& norm, bool is_second, const Tile& tile,
+                                          bool exists) {
+    const T* const weight = reinterpret_cast<const T*>(norm.weights[is_second]);
+    const bool wanted = exists && weight != nullptr && !norm.is_wide[is_second];
+#pragma unroll
+    for (int v = 0; v < Traits::kVectors; ++v)
+      own[v] = load<Traits::kVectorSize>(weight + tile.start[v], kEvictLast, wanted);
+  }
+
+  // What n is multiplied by.
+  __device__ __forceinline__ void get_factors(const NormArgs<W>& norm, bool is_second,
+                                              const Tile& tile, bool exists,
+                                              typename Tile::WideVectors& factors) const {
+    if (norm.is_wide[is_second]) {
+      load_wide(reinterpret_cast<const W*>(norm.weights[is_second]), tile, exists, factors);
+    } else if (norm.weights[is_second] != nullptr) {
+      Tile::widen_all(own, factors);
+    } else {
+      for_each_element(factors, [](W& factor, int, int) { factor = 1; });
+    }
+    if (!norm.zero_centered[is_second]) return;
+    for_each_element(factors, [](W& factor, int, int) { factor = weight_factor(factor, true); });
+  }
+
+ private:
+  __device__ __forceinline__ static void load_wide(const W* weight, const Tile& tile, bool exists,
+                                                   typename Tile::WideVectors& factors) {
+    constexpr int kLoad = kVectorBytes / sizeof(W);
+#pragma unroll
+    for (int v = 0; v < Traits::kVectors; ++v) {
+#pragma unroll
+      for (int i = 0; i < Traits::kVectorSize; i += kLoad) {
+        const auto loaded = load<kLoad>(weight + tile.start[v] + i, kEvictLast, exists);
+#pragma unroll
+        for (int k = 0; k < kLoad; ++k) factors[v][i + k] = loaded.element[k];
+      }
+    }
+  }
+};
+
+// Adds the leaves of a head's threads, as the tree of normalization.h has them. `threads`, a power
+// of two, includes those beyond the head, which add zeros. All lanes of the warp must call it.
+template <typename W, int kLeaves>
+__device__ __forceinline__ W sum_of_head(W (&leaves)[kLeaves], uint32_t threads, bool exists) {
+#pragma unroll
+  for (int n = kLeaves / 2; n > 0; n /= 2) {
+#pragma unroll
+    for (int i = 0; i < n; ++i) leaves[i] = add(leaves[2 * i], leaves[2 * i + 1]);
+  }
+  W sum = exists ? leaves[0] : W{0};
+  // Without branches, so that two sums of a head overlap.
+#pragma unroll
+  for (uint32_t mask = 1; mask < kWarp; mask *= 2) {
+    const W both = add(sum, from_other_lane(sum, mask));
+    sum = mask < threads ? both : sum;
+  }
+  return sum;
+}
+
+// The sum of term(v, i) over the vectors v of a thread's head, and the elements i of each.
+template <typename Traits, typename F>
+__device__ __forceinline__ auto sum_of_terms(uint32_t threads, bool exists, const F& term) {
+  Wide<typename Traits::Element> leaves[Traits::kVectorSize];
+#pragma unroll
+  for (int i = 0; i < Traits::kVectorSize; ++i) leaves[i] = add(term(0, i), term(1, i));
+  return sum_of_head(leaves, threads, exists);
+}
+
+// Rounds what is between norm and rotation.
+template <typename T, typename W, int kVectors, int kSize>
+__device__ __forceinline__ void round_between(Cast cast, W (&x)[kVectors][kSize]) {
+  if (cast == Cast::kNever) return;
+  for_each_element(x, [](W& value, int, int) { value = between<T, Cast::kAfter>(value); });
+}
+
+// Normalizes a head and rotates it. All lanes of the warp must call it.
+template <typename Traits>
+__device__ __forceinline__ void normalize_and_rotate(
+    const KernelParams& params, const NormArgs<Wide<typename Traits::Element>>& norm,
+    bool is_second, const ThreadTile<Traits>& tile, const ThreadWeight<Traits>& weight, bool exists,
+    bool rotates, typename ThreadTile<Traits>::Vectors& x) {
+  using T = typename Traits::Element;
+  using W = Wide<T>;
+  typename ThreadTile<Traits>::WideVectors wide;
+  tile.widen_all(x, wide);
+  if (norm.after) {
+    if (rotates) tile.rotate_wide(wide);
+    round_between<T>(norm.cast, wide);
+  }
+  const W sum = sum_of_terms<Traits>(
+      params.head_threads, exists, [&](int v, int i) { return multiply(wide[v][i], wide[v][i]); });
+  const W r = norm.scalars.inverse_rms(sum);
+  typename ThreadTile<Traits>::WideVectors factors;
+  weight.get_factors(norm, is_second, tile, exists, factors);
+  visit(norm.cast, [&]<Cast kCast>() {
+    for_each_element(wide, [&](W& value, int v, int i) {
+      value = normalize<T, kCast>(value, r, factors[v][i]);
+    });
+  });
+  if (!norm.after && rotates) tile.rotate_wide(wide);
+  tile.narrow_all(wide, x);
+}
 
 template <typename Traits>
-__global__ void __launch_bounds__(kMaxBlockThreads, kMinBlocks)
+__global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
     rotate_kernel(const __grid_constant__ KernelParams params,
-                  const __grid_constant__ AxesOf<Traits::kLookup> axes) {
+                  const __grid_constant__ typename Traits::Extra extra) {
   using T = typename Traits::Element;
   constexpr RowLookup kLookup = Traits::kLookup;
   const TileBlock assigned = assign_block<kLookup>(params, blockIdx.x);
@@ -322,8 +500,9 @@ __global__ void __launch_bounds__(kMaxBlockThreads, kMinBlocks)
                     : kLookup == RowLookup::kPositions ? int{kHasPositions}
                                                        : params.row_flags;
   uint32_t index = assigned.block * blockDim.x + threadIdx.x;
-  const bool in_tile = index < tensor.threads;
+  bool in_tile = index < tensor.threads;
   const LinearCoordinates at = tensor.locate(params.head_threads, params.per_head, index);
+  if constexpr (Traits::kNorm) in_tile = in_tile && index < params.rotating_threads;
   ThreadTile<Traits> tile(params, index);
 
   // Issue the load of a position first, then those of x, before waiting for either and before the
@@ -340,10 +519,20 @@ __global__ void __launch_bounds__(kMaxBlockThreads, kMinBlocks)
     place = find_sequence_in_warp(params.rows, first);
     if (token.s() != first) place = find_sequence(params.rows, token.s());
   }
-  if (!in_tile) return;
+  if (!Traits::kNorm && !in_tile) return;
 
   bool copies = !tile.rotates;
-  if (tile.rotates) {
+  if constexpr (Traits::kNorm) {
+    const ThreadWeight<Traits> weight(extra, assigned.is_second, tile, in_tile);
+    if (in_tile) {
+      RowPointers rows;
+      copies = !find_rows<kLookup>(params, tensor, lookups, at, rows);
+      if (!copies) tile.load_rows(params, rows);
+    }
+    normalize_and_rotate(params, extra, assigned.is_second, tile, weight, in_tile,
+                         in_tile && !copies, x);
+    if (!in_tile) return;
+  } else if (tile.rotates) {
     if (is_linear(kLookup) || (flags & kGathered)) {
       tile.load_rows(params, gathered_row(tensor, lookups, at, is_linear(kLookup)));
     } else if constexpr (kLookup == RowLookup::kPositions) {
@@ -355,7 +544,7 @@ __global__ void __launch_bounds__(kMaxBlockThreads, kMinBlocks)
       tile.load_rows(params, {cos, cos + tensor.sin_after_cos});
       copies = find_row(params, flags, loaded).copied;
     } else {
-      if constexpr (kLookup == RowLookup::kSections) token.axis = axes.axis[tile.pair[0]];
+      if constexpr (kLookup == RowLookup::kSections) token.axis = extra.axis[tile.pair[0]];
       const Row row = kLookup == RowLookup::kPacked
                           ? find_row(params, flags, PlacedToken{token, place})
                           : find_row(params, flags, token);
@@ -364,7 +553,7 @@ __global__ void __launch_bounds__(kMaxBlockThreads, kMinBlocks)
     }
     if (!copies) tile.template rotate<true>(x, tile.kAllPairs);
   }
-  if (copies && params.in_place) return;
+  if (copies && params.in_place && !Traits::kNorm) return;
 
   char* out = tensor.out + tensor.out_offset.at(at);
   if (flags & kHasOutRows) {

@@ -6,6 +6,7 @@
 
 #include "fused_rope/kernels/cuda/memory.cuh"
 #include "fused_rope/kernels/fast_divmod.h"
+#include "fused_rope/kernels/normalization.h"
 #include "fused_rope/kernels/plan.h"
 #include "fused_rope/kernels/rows.h"
 #include "fused_rope/kernels/tiling.h"
@@ -222,6 +223,28 @@ struct KernelParams {
   int64_t blocks(int i, const Plan& plan) const {
     if (!plan.staged) return ceil_divide(tensors[i].threads, plan.block_units);
     return tensors[i].threads / lookups[i].run_chunks * lookups[i].run_blocks;
+  }
+};
+
+// The norm of a launch. W is the compute type.
+template <typename W>
+struct NormArgs {
+  static constexpr bool kSharesWarps = true;
+
+  NormScalars<W> scalars;
+  const char* weights[kMaxTensors] = {};  // of each tile; null without one
+  bool is_wide[kMaxTensors] = {};         // of type W, not x's
+  bool zero_centered[kMaxTensors] = {};
+  bool after;
+  Cast cast;
+
+  explicit NormArgs(const RotateParams& p)
+      : scalars(p.D, p.norm->eps), after(p.norm->after), cast(p.norm->cast) {}
+
+  void set_tile(int i, const RotateParams& p, const WeightParams& weight) {
+    weights[i] = static_cast<const char*>(weight.data);
+    is_wide[i] = weight.data != nullptr && weight.dtype != p.dtype;
+    zero_centered[i] = weight.data != nullptr && p.norm->zero_centered;
   }
 };
 

@@ -61,7 +61,8 @@ auto choose_kernel(const Plan& plan) {
                                .vector = kVectorBytes / sizeof(T),
                                .lookup = kLookup,
                                .full_head = false,
-                               .staged = false};
+                               .staged = false,
+                               .norm = false};
     if constexpr (is_staged(kLookup)) {
       if (plan.staged) return choose_staged<T, Table, kBase>(plan);
     }
@@ -73,24 +74,19 @@ auto choose_kernel(const Plan& plan) {
 }
 
 #if defined(__CUDACC__)  // the tests' emulation on the host has its own
-template <typename Axes>
-cudaError_t enqueue(void (*kernel)(KernelParams, Axes), unsigned blocks, int threads,
-                    size_t shared_bytes, cudaStream_t stream, const KernelParams& params,
-                    const Axes& axes) {
-  kernel<<<blocks, static_cast<unsigned>(threads), shared_bytes, stream>>>(params, axes);
+template <typename... Args>
+cudaError_t enqueue(void (*kernel)(Args...), unsigned blocks, int threads, size_t shared_bytes,
+                    cudaStream_t stream, const Args&... args) {
+  kernel<<<blocks, static_cast<unsigned>(threads), shared_bytes, stream>>>(args...);
   return cudaGetLastError();
 }
 #endif
 
 // Launches once for q and k together, unless one of them is so large that it needs several tiles.
-template <typename T, typename Table, Precision kPrecision, RowLookup kLookup>
-cudaError_t launch_tiles(const RotateParams& p, const Plan& plan, cudaStream_t stream) {
-  const auto kernel = choose_kernel<T, Table, kPrecision, kLookup>(plan);
-  AxesOf<kLookup> axes;
-  if constexpr (has_axes(kLookup)) {
-    for (int64_t j = 0; j < p.pairing.P; ++j)
-      axes.axis[j] = static_cast<uint8_t>(p.axes == nullptr ? 0 : p.axes[j]);
-  }
+// entry_bytes: of combined rows.
+template <typename Extra>
+cudaError_t launch_tiles(const RotateParams& p, const Plan& plan, size_t entry_bytes,
+                         void (*kernel)(KernelParams, Extra), Extra extra, cudaStream_t stream) {
   KernelParams params(p, plan);
   int tiles = 0;
   unsigned blocks[kMaxTensors] = {};  // of each tile
@@ -101,7 +97,7 @@ cudaError_t launch_tiles(const RotateParams& p, const Plan& plan, cudaStream_t s
     params.alternate = plan.lookup == RowLookup::kPerHead && blocks[0] == blocks[1] ? 1 : 0;
     if (tiles > 0 && error == cudaSuccess)
       error = enqueue(kernel, blocks[0] + blocks[1], plan.block_threads, shared_bytes, stream,
-                      params, axes);
+                      params, extra);
     tiles = 0;
     blocks[0] = blocks[1] = 0;
   };
@@ -113,12 +109,24 @@ cudaError_t launch_tiles(const RotateParams& p, const Plan& plan, cudaStream_t s
     for_each_tile(strides, whole_tile(p, t, plan.chunk_heads), max_heads, [&](const Tile& tile) {
       if (tiles == kMaxTensors) flush();
       params.set_tile(tiles, p, t, plan, strides, tile);
+      if constexpr (requires { extra.weights; }) extra.set_tile(tiles, p, p.norm->weights[i]);
       blocks[tiles] = static_cast<unsigned>(params.blocks(tiles, plan));
       ++tiles;
     });
   }
   flush();
   return error;
+}
+
+template <typename T, typename Table, Precision kPrecision, RowLookup kLookup>
+cudaError_t launch_tiles(const RotateParams& p, const Plan& plan, cudaStream_t stream) {
+  AxesOf<kLookup> axes;
+  if constexpr (has_axes(kLookup)) {
+    for (int64_t j = 0; j < p.pairing.P; ++j)
+      axes.axis[j] = static_cast<uint8_t>(p.axes == nullptr ? 0 : p.axes[j]);
+  }
+  const auto kernel = choose_kernel<T, Table, kPrecision, kLookup>(plan);
+  return launch_tiles(p, plan, sizeof(Wide<T>), kernel, axes, stream);
 }
 
 template <typename T, typename Table, Precision kPrecision>

@@ -7,8 +7,11 @@
 
 namespace fused_rope::kernels {
 
-// Enqueues the rotation on `stream` of the current device. Does not synchronize; safe under stream
+// Enqueues the call on `stream` of the current device. Does not synchronize; safe under stream
 // capture.
 cudaError_t launch_rotate(const RotateParams& params, cudaStream_t stream);
+
+// Enqueues the backward of a call with a norm in the same way.
+cudaError_t launch_norm_backward(const NormBackwardParams& params, cudaStream_t stream);
 
 }  // namespace fused_rope::kernels

@@ -106,6 +106,53 @@ __device__ __forceinline__ void store(T* to, const Vector<T, kSize>& value, uint
   }
 }
 
+// Loads 16 bytes of shared memory, each time that it is called: no register holds them in between.
+template <int kSize, typename T>
+__device__ __forceinline__ Vector<T, kSize> load_shared(const T* from) {
+  static_assert(kSize * sizeof(T) == 16);
+  Vector<T, kSize> value;
+#if defined(__CUDA_ARCH__)
+  uint32_t word[4];
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(from))));
+  std::memcpy(&value, word, sizeof(value));
+#else
+  value = *reinterpret_cast<const Vector<T, kSize>*>(from);
+#endif
+  return value;
+}
+
+// Starts to copy 16 bytes to shared memory if they are `wanted`; otherwise they become zeros. This
+// thread may read them after wait_for_copies.
+template <typename To>
+__device__ __forceinline__ void copy_async(To& to, const void* from, bool wanted) {
+  static_assert(sizeof(To) == 16);
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(&to))),
+               "l"(from), "r"(wanted ? 16 : 0)
+               : "memory");
+#else
+  to = wanted ? *static_cast<const To*>(from) : To{};
+#endif
+}
+
+// Ends a group of copies.
+__device__ __forceinline__ void commit_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits for all groups but the last kLeft.
+template <int kLeft>
+__device__ __forceinline__ void wait_for_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+#endif
+}
+
 #if defined(__CUDACC__)  // the tests' emulation on the host has its own
 constexpr unsigned kAllLanes = 0xffffffffu;
 
@@ -114,12 +161,20 @@ __device__ __forceinline__ Int from_lane(Int value, uint32_t lane) {
   return __shfl_sync(kAllLanes, value, static_cast<int>(lane));
 }
 
+// The value of the lane whose index differs in the bits of `mask`. All lanes of the warp must call
+// it.
+template <typename V>
+__device__ __forceinline__ V from_other_lane(V value, uint32_t mask) {
+  return __shfl_xor_sync(kAllLanes, value, static_cast<int>(mask));
+}
+
+__device__ __forceinline__ void sync_warp() { __syncwarp(); }
+__device__ __forceinline__ void sync_block() { __syncthreads(); }
+
 extern __shared__ int4 shared_vectors[];
 
 // The dynamic shared memory of a block.
 __device__ __forceinline__ void* shared_memory() { return shared_vectors; }
-
-__device__ __forceinline__ void wait_for_block() { __syncthreads(); }
 
 // Copies 16 bytes to shared memory without registers; wait_for_copies waits for those of a thread.
 __device__ __forceinline__ void copy_async(void* to, const void* from) {

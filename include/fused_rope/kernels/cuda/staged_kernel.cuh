@@ -140,7 +140,7 @@ struct SharedRows {
       if (axis < count)
         find(TileToken{params, tensor, lookups, at, axis}, i / kMaxAxes, SequencePosition{0, 0});
     }
-    wait_for_block();
+    sync_block();
   }
 };
 
@@ -218,12 +218,12 @@ __device__ __forceinline__ void rotate_span(const KernelParams& params, const Te
   const uint32_t rotations = span.count * params.rotating_threads;
   Rotation<Traits> rotation(params, tensor, span, rows, threadIdx.x);
   wait();
-  wait_for_block();
+  sync_block();
   for (uint32_t i = threadIdx.x; i < rotations; i += blockDim.x) {
     if (i != threadIdx.x) rotation = Rotation<Traits>(params, tensor, span, rows, i);
     rotation.rotate(params.chunks, staged);
   }
-  wait_for_block();
+  sync_block();
 }
 
 // A block copies its span to shared memory in vectors of 16 bytes, rotates pairs there, and copies

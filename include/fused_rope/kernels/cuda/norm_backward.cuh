@@ -1,0 +1,287 @@
+// The backward of a norm and the rotation for heads that rotate as a whole, in whole vectors.
+#pragma once
+
+#include "fused_rope/kernels/cuda/kernel.cuh"
+#include "fused_rope/kernels/weight_gradients.h"
+
+namespace fused_rope::kernels {
+
+// What the backward reads besides KernelParams. W is the compute type.
+template <typename W>
+struct BackwardArgs {
+  static constexpr bool kSharesWarps = true;
+
+  struct Tensor {
+    const char* gradient;
+    LinearOffset gradient_offset;
+    W* sums;  // of leaves, [leaves, D], or null
+    uint32_t leaves, leaf_heads, heads;
+  };
+
+  NormArgs<W> norm;
+  Tensor tensors[kMaxTensors] = {};
+  uint32_t D;
+  uint32_t group_threads;  // of a head, those beyond it included
+  uint32_t leaves_of_warp;
+  uint32_t chains_of_group;  // one after another
+
+  BackwardArgs(const RotateParams& p, const Plan& plan)
+      : norm(p),
+        D(static_cast<uint32_t>(p.D)),
+        group_threads(std::bit_ceil(static_cast<unsigned>(plan.rotating_threads))) {
+    const uint32_t groups = kWarp / group_threads;
+    leaves_of_warp = std::max<uint32_t>(groups / kChains, 1);
+    chains_of_group = std::max<uint32_t>(kChains / groups, 1);
+  }
+};
+
+// The gradients that a thread sums for the weight, over a chain, and then over the chains of a
+// leaf.
+template <typename Traits>
+class ThreadSums {
+ public:
+  using W = Wide<typename Traits::Element>;
+  static constexpr int kElements = Traits::kVectors * Traits::kVectorSize;
+
+  W values[Traits::kVectors][Traits::kVectorSize];
+
+  __device__ __forceinline__ void clear() {
+    for_each_element(values, [](W& value, int, int) { value = 0; });
+  }
+
+  // After each chain of a group: adds neighbors, then their sums. Earlier ones wait in shared
+  // memory.
+  __device__ __forceinline__ void add_chains(uint32_t chain, uint32_t chains) {
+    if (chains == 1) return;
+    if (chain % 2 == 0) return save(chain / 2);
+    add_saved(chain / 2);
+    if (chains == 2) return;
+    chain == 1 ? save(0) : add_saved(0);
+  }
+
+  // Adds those of `groups` groups of lanes.
+  __device__ __forceinline__ void add_groups(uint32_t groups, uint32_t group_threads) {
+    for (uint32_t mask = group_threads; mask < groups * group_threads; mask *= 2)
+      for_each_element(
+          values, [&](W& value, int, int) { value = add(value, from_other_lane(value, mask)); });
+  }
+
+  __device__ __forceinline__ void store_to(W* sums, const uint32_t (&start)[Traits::kVectors]) {
+    constexpr int kStore = kVectorBytes / sizeof(W);
+#pragma unroll
+    for (int v = 0; v < Traits::kVectors; ++v) {
+#pragma unroll
+      for (int i = 0; i < Traits::kVectorSize; i += kStore) {
+        Vector<W, kStore> vector;
+#pragma unroll
+        for (int k = 0; k < kStore; ++k) vector.element[k] = values[v][i + k];
+        store(sums + start[v] + i, vector, kEvictNormal, true);
+      }
+    }
+  }
+
+  // saved: shared memory for those that wait.
+  __device__ __forceinline__ explicit ThreadSums(W* saved) : saved_(saved) {}
+
+  // The end of what has to wait in shared memory.
+  __device__ __forceinline__ W* end(uint32_t chains) const {
+    return saved_ + shared_bytes(chains) / sizeof(W);
+  }
+  FUSED_ROPE_HOST_DEVICE static constexpr size_t shared_bytes(uint32_t chains) {
+    return chains == 1 ? 0 : 2 * kElements * kSmallBlockThreads * sizeof(W);
+  }
+
+ private:
+  __device__ __forceinline__ W& saved(uint32_t slot, int v, int i) const {
+    const uint32_t element = slot * kElements + v * Traits::kVectorSize + i;
+    return saved_[element * kSmallBlockThreads + threadIdx.x];
+  }
+  __device__ __forceinline__ void save(uint32_t slot) {
+    for_each_element(values, [&](W& value, int v, int i) { saved(slot, v, i) = value; });
+  }
+  __device__ __forceinline__ void add_saved(uint32_t slot) {
+    for_each_element(values,
+                     [&](W& value, int v, int i) { value = add(saved(slot, v, i), value); });
+  }
+
+  W* const saved_;
+};
+
+// The factors of a weight, [D] in shared memory. All threads of the block must call it.
+template <typename T>
+__device__ __forceinline__ void share_factors(const NormArgs<Wide<T>>& norm, bool is_second,
+                                              uint32_t D, Wide<T>* factors) {
+  using W = Wide<T>;
+  const char* const weight = norm.weights[is_second];
+  for (uint32_t d = threadIdx.x; d < D; d += blockDim.x) {
+    W value = 1;
+    if (weight != nullptr) {
+      value = norm.is_wide[is_second] ? reinterpret_cast<const W*>(weight)[d]
+                                      : widen(reinterpret_cast<const T*>(weight)[d]);
+    }
+    factors[d] = weight_factor(value, norm.zero_centered[is_second]);
+  }
+  sync_block();
+}
+
+// Calls f(dn, v, e) for element e of each vector v of a thread, few of them at a time to spare
+// registers.
+template <typename Traits, Cast kCast, typename F>
+__device__ __forceinline__ void for_each_weighted(
+    const Wide<typename Traits::Element>* factors, const ThreadTile<Traits>& tile,
+    const typename ThreadTile<Traits>::WideVectors& dy, const F& f) {
+  using T = typename Traits::Element;
+  constexpr int kLoad = kVectorBytes / sizeof(Wide<T>);
+#pragma unroll
+  for (int i = 0; i < Traits::kVectorSize; i += kLoad) {
+#pragma unroll
+    for (int v = 0; v < Traits::kVectors; ++v) {
+      const auto loaded = load_shared<kLoad>(factors + tile.start[v] + i);
+#pragma unroll
+      for (int k = 0; k < kLoad; ++k)
+        f(weighted_gradient<T, kCast>(dy[v][i + k], loaded.element[k]), v, i + k);
+    }
+  }
+}
+
+struct alignas(kVectorBytes) Bytes16 {
+  unsigned char bytes[kVectorBytes];
+};
+
+// A head of each group of a block, in shared memory: each thread's vectors.
+struct HeadStage {
+  Bytes16 x[2][kSmallBlockThreads];
+  Bytes16 gradient[2][kSmallBlockThreads];
+};
+constexpr uint32_t kHeadStages = 2;
+
+// Of four warps, resident on a multiprocessor. More leave too few registers for a head in flight.
+constexpr int kBackwardBlocks = 5;
+
+// A group of lanes takes the heads of a chain one after another, the next one's x and gradient in
+// flight. The rows in params are those of the rotation when it comes before the norm, else those of
+// its inverse.
+template <typename Traits>
+__global__ void __launch_bounds__(kSmallBlockThreads, kBackwardBlocks) norm_backward_kernel(
+    const __grid_constant__ KernelParams params,
+    const __grid_constant__ BackwardArgs<Wide<typename Traits::Element>> args) {
+  using T = typename Traits::Element;
+  using W = Wide<T>;
+  using Vectors = typename ThreadTile<Traits>::Vectors;
+  using WideVectors = typename ThreadTile<Traits>::WideVectors;
+  const bool is_second = blockIdx.x >= params.second_block;
+  const uint32_t block = blockIdx.x - (is_second ? params.second_block : 0);
+  const TensorArgs& tensor = params.tensors[is_second];
+  const LookupArgs& lookups = params.lookups[is_second];
+  const auto& of_tensor = args.tensors[is_second];
+
+  const uint32_t warp = block * (kSmallBlockThreads / kWarp) + threadIdx.x / kWarp;
+  const uint32_t lane = threadIdx.x % kWarp;
+  const uint32_t group = lane / args.group_threads;
+  const uint32_t thread = lane % args.group_threads;
+  const uint32_t groups = kChains / args.chains_of_group;  // of a leaf
+  const uint32_t leaf = warp * args.leaves_of_warp + group / groups;
+  const bool exists = thread < params.rotating_threads && leaf < of_tensor.leaves;
+  ThreadTile<Traits> tile(params, thread);
+  W* const factors = static_cast<W*>(shared_memory());
+  share_factors<T>(args.norm, is_second, args.D, factors);
+  ThreadSums<Traits> sums(factors + args.D);
+
+  const auto locate = [&](uint32_t index) { return tensor.locate(1, params.per_head, index); };
+  // Heads in flight: they need no registers.
+  auto* const stages = reinterpret_cast<HeadStage*>(sums.end(args.chains_of_group));
+  const auto fetch_head = [&](uint32_t stage, uint32_t index, bool wanted) {
+    const LinearCoordinates at = locate(index);
+    const T* const x = reinterpret_cast<const T*>(tensor.in + tensor.in_offset.at(at));
+    const T* const gradient =
+        reinterpret_cast<const T*>(of_tensor.gradient + of_tensor.gradient_offset.at(at));
+#pragma unroll
+    for (int v = 0; v < Traits::kVectors; ++v) {
+      copy_async(stages[stage].x[v][threadIdx.x], x + tile.start[v], wanted);
+      copy_async(stages[stage].gradient[v][threadIdx.x], gradient + tile.start[v], wanted);
+    }
+    commit_copies();
+  };
+  const auto read = [&](const Bytes16(&from)[Traits::kVectors][kSmallBlockThreads],
+                        WideVectors& wide) {
+    Vectors vectors;
+#pragma unroll
+    for (int v = 0; v < Traits::kVectors; ++v)
+      std::memcpy(&vectors[v], &from[v][threadIdx.x], sizeof(vectors[v]));
+    tile.widen_all(vectors, wide);
+  };
+
+  const auto load_rows = [&](uint32_t index, bool wanted) {
+    RowPointers rows = {nullptr, nullptr};
+    bool rotates = true;
+    if (is_linear(Traits::kLookup) || wanted)
+      rotates = find_rows<Traits::kLookup>(params, tensor, lookups, locate(index), rows);
+    tile.load_rows(params, rows, wanted && rotates);
+    return rotates;  // a head that does not exist, too
+  };
+
+  for (uint32_t pass = 0; pass < args.chains_of_group; ++pass) {
+    sums.clear();
+    uint32_t index = leaf * of_tensor.leaf_heads + group % groups * args.chains_of_group + pass;
+    const uint32_t end = min(index + of_tensor.leaf_heads, of_tensor.heads);
+    constexpr uint32_t kAhead = kHeadStages - 1;
+    for (uint32_t i = 0; i < kAhead; ++i)
+      fetch_head(i, index + i * kChains, exists && index + i * kChains < end);
+    for (uint32_t i = 0; i < of_tensor.leaf_heads; i += kChains) {
+      const uint32_t stage = i / kChains % kHeadStages;
+      const bool is_head = exists && index < end;
+      bool rotates = load_rows(index, is_head);
+      const uint32_t ahead = index + kAhead * kChains;
+      fetch_head((stage + kAhead) % kHeadStages, ahead, exists && ahead < end);
+
+      wait_for_copies<kAhead>();
+      WideVectors x, dy;  // the one that is rotated first, to spare registers
+      if (args.norm.after) {
+        read(stages[stage].x, x);
+        if (rotates) tile.rotate_wide(x);
+        round_between<T>(args.norm.cast, x);
+        read(stages[stage].gradient, dy);
+      } else {
+        read(stages[stage].gradient, dy);
+        if (rotates) tile.rotate_wide(dy);
+        round_between<T>(args.norm.cast, dy);
+        read(stages[stage].x, x);
+      }
+      visit(args.norm.cast, [&]<Cast kCast>() {
+        const W squares = sum_of_terms<Traits>(
+            args.group_threads, is_head, [&](int v, int e) { return multiply(x[v][e], x[v][e]); });
+        W leaves[Traits::kVectorSize];
+        for_each_weighted<Traits, kCast>(factors, tile, dy, [&](W dn, int v, int e) {
+          const W product = multiply(dn, x[v][e]);
+          leaves[e] = v == 0 ? product : add(leaves[e], product);
+        });
+        const W products = sum_of_head(leaves, args.group_threads, is_head);
+        const W r = args.norm.scalars.inverse_rms(squares);
+        const W mean = args.norm.scalars.mean_product(products, r);
+        for_each_weighted<Traits, kCast>(factors, tile, dy, [&](W dn, int v, int e) {
+          if (is_head) {
+            sums.values[v][e] =
+                add(sums.values[v][e], weight_gradient<T, kCast>(dy[v][e], x[v][e], r));
+          }
+          dy[v][e] = input_gradient(dn, x[v][e], r, mean);
+        });
+      });
+      if (args.norm.after) {
+        round_between<T>(args.norm.cast, dy);
+        rotates = load_rows(index, is_head);  // once more, to spare registers
+        if (rotates) tile.template rotate_wide<true>(dy);
+      }
+      Vectors vectors[1];
+      tile.narrow_all(dy, vectors[0]);
+      tile.store_elements(params, tensor.out + tensor.out_offset.at(locate(index)), 0,
+                          is_head && tensor.out != nullptr ? 1 : 0, 1, vectors);
+      index += kChains;
+    }
+    sums.add_chains(pass, args.chains_of_group);
+  }
+  sums.add_groups(groups, args.group_threads);
+  if (exists && group % groups == 0 && of_tensor.sums != nullptr)
+    sums.store_to(of_tensor.sums + size_t{leaf} * args.D, tile.start);
+}
+
+}  // namespace fused_rope::kernels

@@ -1,0 +1,167 @@
+// From a call with a norm to its kernels. The .cu files instantiate launch_norm and
+// launch_backward.
+#pragma once
+
+#include "fused_rope/kernels/cuda/launch.cuh"
+#include "fused_rope/kernels/cuda/norm_backward.cuh"
+#include "fused_rope/kernels/cuda/norm_heads.cuh"
+
+namespace fused_rope::kernels {
+
+constexpr size_t kSharedBytes = 48 * 1024;  // of a block, without asking for more
+
+// Launches a kernel of whole warps for `units` heads or leaves.
+template <typename W>
+cudaError_t launch_warps(void (*kernel)(WarpHeadParams), const WarpHeadParams& params,
+                         int64_t units, int64_t arrays, cudaStream_t stream) {
+  if (units == 0) return cudaSuccess;
+  const size_t warp_bytes = static_cast<size_t>(params.warp_entries(arrays)) * sizeof(W);
+  const auto warps = std::clamp<size_t>(kSharedBytes / warp_bytes, 1, kSmallBlockThreads / kWarp);
+  const size_t shared_bytes = warps * warp_bytes;
+  if (shared_bytes > kSharedBytes) {
+    const cudaError_t error = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    if (error != cudaSuccess) return error;
+  }
+  const int64_t blocks =
+      std::min<int64_t>(ceil_divide(units, static_cast<int64_t>(warps)), INT32_MAX);
+  return enqueue(kernel, static_cast<unsigned>(blocks), static_cast<int>(warps) * kWarp,
+                 shared_bytes, stream, params);
+}
+
+template <typename T, Precision kPrecision>
+constexpr Variant norm_variant(Arrangement arrangement, RowLookup lookup) {
+  return {.precision = kPrecision,
+          .arrangement = arrangement,
+          .vector = kVectorBytes / sizeof(T),
+          .heads = 1,
+          .lookup = lookup,
+          .full_head = true,
+          .norm = true};
+}
+
+// Calls f<Traits>() with the instance of a plan.
+template <typename T, typename Table, Precision kPrecision, typename F>
+cudaError_t visit_norm(const Plan& plan, const F& f) {
+  const auto choose = [&]<Arrangement kArrangement>() {
+    constexpr Variant kLinear = norm_variant<T, kPrecision>(kArrangement, RowLookup::kLinear);
+    constexpr Variant kIndexed = norm_variant<T, kPrecision>(kArrangement, RowLookup::kIndexed);
+    return plan.lookup == RowLookup::kLinear
+               ? f.template operator()<KernelTraits<T, Table, kLinear>>()
+               : f.template operator()<KernelTraits<T, Table, kIndexed>>();
+  };
+  return plan.arrangement == Arrangement::kAdjacent
+             ? choose.template operator()<Arrangement::kAdjacent>()
+             : choose.template operator()<Arrangement::kPair>();
+}
+
+// Calls f<Table, kPrecision>() with what a call reads and how it rounds.
+template <typename T, typename F>
+cudaError_t visit_table(const RotateParams& p, const F& f) {
+  const auto choose = [&]<Precision kPrecision>() {
+    return p.table_dtype == p.dtype ? f.template operator()<T, kPrecision>()
+                                    : f.template operator()<Wide<T>, kPrecision>();
+  };
+  if constexpr (sizeof(T) == 2) {  // in float32 and float64 the two precisions are equal
+    if (p.precision == Precision::kModel) return choose.template operator()<Precision::kModel>();
+  }
+  return choose.template operator()<Precision::kFp32>();
+}
+
+// plan: null for a warp for each head.
+template <typename T>
+cudaError_t launch_norm(const RotateParams& p, const std::optional<Plan>& plan,
+                        cudaStream_t stream) {
+  return visit_table<T>(p, [&]<typename Table, Precision kPrecision>() {
+    if constexpr (!std::is_same_v<T, double>) {
+      if (plan.has_value()) {
+        return visit_norm<T, Table, kPrecision>(*plan, [&]<typename Traits>() {
+          return launch_tiles(p, *plan, 0, rotate_kernel<Traits>, NormArgs<Wide<T>>(p), stream);
+        });
+      }
+    }
+    const WarpHeadParams params(p);
+    return launch_warps<Wide<T>>(norm_heads_kernel<T, Table, kPrecision>, params,
+                                 params.heads[0] + params.heads[1], 1, stream);
+  });
+}
+
+// One launch for q and k; each of their leaves is a warp's, or a part of one.
+template <typename Traits>
+cudaError_t launch_backward_kernel(const NormBackwardParams& p, const Plan& plan,
+                                   cudaStream_t stream) {
+  using W = Wide<typename Traits::Element>;
+  const RotateParams& call = p.call;
+  KernelParams params(call, plan);
+  BackwardArgs<W> args(call, plan);
+  unsigned blocks[kMaxTensors] = {};
+  int tiles = 0;
+  for (int i = 0; i < call.count; ++i) {
+    const TensorParams& t = call.tensors[i];
+    const GradientParams& g = p.tensors[i];
+    if (g.gradient == nullptr || t.H == 0) continue;
+    const Tile tile = heads_in_order(call, t);
+    params.set_tile(tiles, call, t, plan, operand_strides(call, t, is_linear(plan.lookup)), tile);
+    args.norm.set_tile(tiles, call, call.norm->weights[i]);
+    const Leaves leaves = leaves_of(call, t);
+    args.tensors[tiles] = {static_cast<const char*>(g.gradient),
+                           LinearOffset(gradient_strides(call, t, g), tile),
+                           g.weight_gradient == nullptr ? nullptr : static_cast<W*>(g.workspace),
+                           static_cast<uint32_t>(leaves.count),
+                           static_cast<uint32_t>(leaves.leaf_rows),
+                           static_cast<uint32_t>(leaves.rows)};
+    const int64_t block_leaves = kSmallBlockThreads / kWarp * args.leaves_of_warp;
+    blocks[tiles++] = static_cast<unsigned>(ceil_divide(leaves.count, block_leaves));
+  }
+  if (tiles == 0) return cudaSuccess;
+  params.second_block = blocks[0];
+  return enqueue(norm_backward_kernel<Traits>, blocks[0] + blocks[1], kSmallBlockThreads,
+                 args.D * sizeof(W) + ThreadSums<Traits>::shared_bytes(args.chains_of_group) +
+                     kHeadStages * sizeof(HeadStage),
+                 stream, params, args);
+}
+
+// Adds the sums of all leaves.
+template <typename T>
+cudaError_t launch_leaf_sums(const NormBackwardParams& p, cudaStream_t stream) {
+  LeafSumParams params = {};
+  params.D = static_cast<uint32_t>(p.call.D);
+  unsigned tensors = 0;
+  for (int i = 0; i < p.call.count; ++i) {
+    const GradientParams& g = p.tensors[i];
+    if (g.gradient == nullptr || g.weight_gradient == nullptr) continue;
+    const WeightParams& weight = p.call.norm->weights[i];
+    params.leaves[tensors] = static_cast<uint32_t>(leaves_of(p.call, p.call.tensors[i]).count);
+    params.sums[tensors] = g.workspace;
+    params.to[tensors] = g.weight_gradient;
+    params.is_wide[tensors++] = weight.data != nullptr && weight.dtype != p.call.dtype;
+  }
+  if (tensors == 0) return cudaSuccess;
+  const auto blocks = static_cast<unsigned>(ceil_divide(p.call.D, kSumElements));
+  return enqueue(sum_leaves_kernel<T>, tensors * blocks, kSumThreads, kSumThreads * sizeof(Wide<T>),
+                 stream, params);
+}
+
+// plan: of the rotation in its place, or null for a warp for each leaf.
+template <typename T>
+cudaError_t launch_backward(const NormBackwardParams& p, const std::optional<Plan>& plan,
+                            cudaStream_t stream) {
+  const cudaError_t error = visit_table<T>(p.call, [&]<typename Table, Precision kPrecision>() {
+    if constexpr (!std::is_same_v<T, double>) {
+      if (plan.has_value()) {
+        NormBackwardParams rotation = p;
+        // Rows before the norm are those of the rotation's inverse.
+        if (!p.call.norm->after) rotation.call.inverse = !p.call.inverse;
+        return visit_norm<T, Table, kPrecision>(*plan, [&]<typename Traits>() {
+          return launch_backward_kernel<Traits>(rotation, *plan, stream);
+        });
+      }
+    }
+    const WarpHeadParams params(p);
+    return launch_warps<Wide<T>>(norm_leaves_kernel<T, Table, kPrecision>, params,
+                                 params.leaves[0] + params.leaves[1], 2 + kChains, stream);
+  });
+  return error != cudaSuccess ? error : launch_leaf_sums<T>(p, stream);
+}
+
+}  // namespace fused_rope::kernels
