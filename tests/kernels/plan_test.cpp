@@ -707,6 +707,9 @@ TEST(BackwardPlan, NeedsAlignedGradientsAndTilesOfWholeTensors) {
   EXPECT_TRUE(make_backward_plan(p, kLargeCache).has_value());
   p.tensors[0].strides.s = int64_t{1} << 32;
   EXPECT_FALSE(make_backward_plan(p, kLargeCache).has_value());
+  p.tensors[0].strides.s = 0;
+  p.call.S = 0;
+  EXPECT_FALSE(make_backward_plan(p, kLargeCache).has_value()) << "no tokens";
 }
 
 }  // namespace
