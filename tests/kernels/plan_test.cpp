@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <array>
 #include <string>
 #include <vector>
 
@@ -660,6 +661,103 @@ TEST(Plan, MakesLargerBlocksWhenAllAreResidentAtOnce) {
   EXPECT_EQ(threads(3 * 132), 256);
   EXPECT_EQ(threads(24 * 132), 256);
   EXPECT_EQ(threads(25 * 132), 128) << "more than are resident";
+}
+
+struct NormCase {
+  const char* name;
+  void (*change)(RotateParams&, NormParams&);
+  bool whole;  // heads in whole vectors
+};
+
+void PrintTo(const NormCase& c, std::ostream* out) { *out << c.name; }
+
+class NormPlan : public ::testing::TestWithParam<NormCase> {};
+
+TEST_P(NormPlan, HasWholeVectorsWhereMemoryAndPairsAllow) {
+  NormParams norm = {};
+  RotateParams p = call(2, 3, 4, 128, 128);
+  p.norm = &norm;
+  GetParam().change(p, norm);
+  EXPECT_EQ(make_norm_plan(p, kLargeCache).has_value(), GetParam().whole);
+}
+
+void make_heads(RotateParams& p, int64_t D) {
+  const NormParams* const norm = p.norm;
+  p = call(2, 3, 4, D, D);
+  p.norm = norm;
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    All, NormPlan,
+    ::testing::Values(
+        NormCase{"half", [](RotateParams&, NormParams&) {}, true},
+        NormCase{"interleaved", [](RotateParams& p, NormParams&) { p.pairing.distance = 1; }, true},
+        NormCase{"blocks", [](RotateParams& p, NormParams&) { p.pairing.distance = 32; }, false},
+        NormCase{"partial", [](RotateParams& p, NormParams&) { p.pairing = {32, 0, 32}; }, false},
+        NormCase{"partial_in_place",
+                 [](RotateParams& p, NormParams&) {
+                   p.pairing = {32, 0, 32};
+                   p.in_place = true;
+                 },
+                 false},
+        NormCase{"D80", [](RotateParams& p, NormParams&) { make_heads(p, 80); }, true},
+        NormCase{"D72", [](RotateParams& p, NormParams&) { make_heads(p, 72); }, false},
+        NormCase{"D512", [](RotateParams& p, NormParams&) { make_heads(p, 512); }, true},
+        NormCase{"D528", [](RotateParams& p, NormParams&) { make_heads(p, 528); }, false},
+        NormCase{"unaligned", [](RotateParams& p, NormParams&) { p.tensors[0].in_strides.h = 129; },
+                 false},
+        NormCase{"short_table", [](RotateParams& p, NormParams&) { p.cos.m = 65; }, false},
+        NormCase{"strided_weight",
+                 [](RotateParams&, NormParams& norm) {
+                   norm.weights[0] = {memory, 2, DType::kBFloat16};
+                 },
+                 false},
+        NormCase{
+            "wide_weight",
+            [](RotateParams&, NormParams& norm) { norm.weights[0] = {memory, 1, DType::kFloat32}; },
+            true},
+        NormCase{"float64",
+                 [](RotateParams& p, NormParams&) { p.dtype = p.table_dtype = DType::kFloat64; },
+                 false}),
+    [](const auto& info) { return info.param.name; });
+
+TEST(NormPlanOfHeads, KeepsTheThreadsOfAHeadInOneWarp) {
+  for (const auto& [D, rotating, all] :
+       {std::array{16, 1, 1}, {64, 4, 4}, {80, 5, 8}, {128, 8, 8}, {512, 32, 32}}) {
+    NormParams norm = {};
+    RotateParams p = call(2, 3, 4, D, D);
+    p.norm = &norm;
+    const Plan plan = make_norm_plan(p, kLargeCache).value();
+    EXPECT_EQ(plan.rotating_threads, rotating) << D;
+    EXPECT_EQ(plan.head_threads, all) << D;
+  }
+}
+
+TEST(NormPlanOfHeads, LooksUpOnlyWhatItMust) {
+  NormParams norm = {};
+  RotateParams p = call(2, 3, 4, 128, 128);
+  p.norm = &norm;
+  EXPECT_EQ(make_norm_plan(p, kLargeCache)->lookup, RowLookup::kLinear);
+  p.rows.positions = {memory, true};
+  EXPECT_EQ(make_norm_plan(p, kLargeCache)->lookup, RowLookup::kIndexed);
+}
+
+TEST(BackwardPlan, NeedsAlignedGradientsAndTilesOfWholeTensors) {
+  NormParams norm = {};
+  NormBackwardParams p = {};
+  p.call = call(2, 3, 4, 128, 128);
+  p.call.norm = &norm;
+  p.tensors[0] = {memory, bshd(3, 4, 128), memory, memory};
+  EXPECT_TRUE(make_backward_plan(p, kLargeCache).has_value());
+  p.tensors[0].strides.h = 129;
+  EXPECT_FALSE(make_backward_plan(p, kLargeCache).has_value());
+  p.tensors[0].strides = {0, 0, 0, 1};
+  EXPECT_TRUE(make_backward_plan(p, kLargeCache).has_value());
+  p.tensors[0].strides.s = int64_t{1} << 32;
+  EXPECT_FALSE(make_backward_plan(p, kLargeCache).has_value());
+  p.tensors[0].strides.s = 0;
+  p.call.S = 0;
+  EXPECT_FALSE(make_backward_plan(p, kLargeCache).has_value()) << "no tokens";
 }
 
 }  // namespace

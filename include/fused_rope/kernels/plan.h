@@ -521,6 +521,7 @@ inline ByteStrides gradient_strides(const RotateParams& p, const TensorParams& t
 inline std::optional<Plan> make_backward_plan(const NormBackwardParams& p,
                                               const DeviceFacts& device,
                                               const PlanOverrides& overrides = {}) {
+  if (p.call.B * p.call.S == 0) return std::nullopt;
   std::optional<Plan> plan = make_norm_plan(p.call, device, overrides);
   if (!plan.has_value()) return plan;
   RotateParams gradients = p.call;  // in the place of x

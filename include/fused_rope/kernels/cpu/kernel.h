@@ -56,9 +56,10 @@ class TokenRotator {
  public:
   TokenRotator(const RotateParams& params, Isa isa)
       : p_(params),
-        isa_(widest(isa)),
+        isa_(params.norm == nullptr ? widest(isa) : isa),
         slots_(slots()),
-        table_(params, slots_),
+        table_(params, slots_,
+               params.norm == nullptr || HeadNormalizer<T, kPrecision>::has_words(params)),
         head_(params.D),
         original_(params.axes == nullptr ? 0 : 2 * params.pairing.P) {
     if (params.norm != nullptr) normalizer_.emplace(params);
@@ -152,12 +153,9 @@ class TokenRotator {
     const auto tensor = static_cast<int>(&t - p_.tensors);
     visit(p_.norm->cast, [&, this]<Cast kCast>() {
       run_on(isa_, [&, this](auto) {
-        for (int64_t i = 0; i < heads.count; ++i) {
-          normalizer_->template forward<kCast>(tensor,
-                                               {heads.in + i * heads.in_stride, t.in_strides.d},
-                                               {heads.out + i * heads.out_stride, t.out_strides.d},
-                                               table_, heads.slot + i * heads.slot_stride);
-        }
+        normalizer_->template forward<kCast>(tensor, {heads.in, t.in_strides.d}, heads.in_stride,
+                                             {heads.out, t.out_strides.d}, heads.out_stride,
+                                             heads.count, table_, heads.slot, heads.slot_stride);
       });
     });
   }

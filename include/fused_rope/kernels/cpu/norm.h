@@ -63,30 +63,59 @@ class HeadNormalizer {
 
   explicit HeadNormalizer(const RotateParams& params)
       : p_(params),
+        is_direct_(is_direct(params)),
+        has_words_(has_words(params)),
         scalars_(params.D, params.norm->eps),
         x_(params.D),
         dy_(params.D),
         dn_(params.D),
         tree_(tree_leaves(params.D)),
         original_(params.axes == nullptr ? 0 : 2 * params.pairing.P) {
-    for (int i = 0; i < params.count; ++i) factors_[i] = factors(params.norm->weights[i]);
+    for (int i = 0; i < params.count; ++i) {
+      factors_[i] = factors(params.norm->weights[i]);
+      for (int64_t d = 0; d < params.D; ++d)
+        (d % 2 == 0 ? even_factors_ : odd_factors_)[i].push_back(factors_[i][d]);
+    }
   }
 
-  // tensor: whose weight it is.
+  // Whether `forward` takes bfloat16 by words: contiguous heads, in which elements before, in and
+  // after the pairs of a block are whole vectors of words.
+  static bool has_words(const RotateParams& p) {
+    const Pairing& pairing = p.pairing;
+    const int64_t block = pairing.distance == 1 ? 2 * pairing.P : pairing.distance;
+    return std::is_same_v<T, BFloat16> && is_direct(p) &&
+           (p.D | pairing.offset | pairing.end() | block) % (2 * kWords) == 0;
+  }
+
+  // Normalizes `count` heads, whose rows are in `slot`, slot + slot_step, ... of the rows in the
+  // order for words if the call has them. tensor: whose weight it is.
   template <Cast kCast>
-  void forward(int tensor, StridedHead<const T> in, StridedHead<T> out, const Rows& rows,
-               int64_t slot) {
-    W* const x = x_.data();
-    const W* const w = factors_[tensor].data();
-    load(in, x);
-    if (p_.norm->after) {
-      rotate(rows, slot, x);
-      round_between<kCast>(x);
+  void forward(int tensor, StridedHead<const T> in, int64_t in_step, StridedHead<T> out,
+               int64_t out_step, int64_t count, const Rows& rows, int64_t slot, int64_t slot_step) {
+    const auto for_each = [=](int64_t begin, int64_t end, const auto& f) {
+      for (int64_t i = begin; i < end; ++i)
+        f(i, in.data + i * in_step, out.data + i * out_step, slot + i * slot_step);
+    };
+    if (!has_words_ && !(is_direct_ && std::is_same_v<T, W>)) {
+      return for_each(0, count, [&](int64_t, const T* from, T* to, int64_t row) {
+        forward_in_buffer<kCast>(tensor, {from, in.stride}, {to, out.stride}, rows, row);
+      });
     }
-    const W r = scalars_.inverse_rms(sum([x](int64_t d) { return multiply(x[d], x[d]); }));
-    for (int64_t d = 0; d < p_.D; ++d) x[d] = normalize<T, kCast>(x[d], r, w[d]);
-    if (!p_.norm->after) rotate(rows, slot, x);
-    store(x, out);
+    // Several heads at a time, so that one does not wait for the sum of another.
+    constexpr int64_t kHeads = 8;
+    W r[kHeads];
+    for (int64_t first = 0; first < count; first += kHeads) {
+      const int64_t end = std::min(first + kHeads, count);
+      for_each(first, end,
+               [&](int64_t i, const T* from, T*, int64_t) { r[i - first] = inverse_rms(from); });
+      for_each(first, end, [&](int64_t i, const T* from, T* to, int64_t row) {
+        if constexpr (std::is_same_v<T, BFloat16>) {
+          forward_words<kCast>(tensor, from, to, r[i - first], rows, row);
+        } else if constexpr (std::is_same_v<T, W>) {
+          forward_direct<kCast>(tensor, from, to, r[i - first], rows, row);
+        }
+      });
+    }
   }
 
   // Writes the gradient of x and adds that of the weight to `sums`, each unless it is null.
@@ -127,12 +156,182 @@ class HeadNormalizer {
   }
 
  private:
+  static constexpr int kWords = 8;  // of a vector
+
+  template <Cast kCast>
+  void forward_in_buffer(int tensor, StridedHead<const T> in, StridedHead<T> out, const Rows& rows,
+                         int64_t slot) {
+    W* const x = x_.data();
+    const W* const w = factors_[tensor].data();
+    load(in, x);
+    if (p_.norm->after) {
+      rotate(rows, slot, x);
+      round_between<kCast>(x);
+    }
+    const W r = scalars_.inverse_rms(sum([x](int64_t d) { return multiply(x[d], x[d]); }));
+    for (int64_t d = 0; d < p_.D; ++d) x[d] = normalize<T, kCast>(x[d], r, w[d]);
+    if (!p_.norm->after) rotate(rows, slot, x);
+    store(x, out);
+  }
+
+  // r of a head in memory: bfloat16 by words, or of the compute type.
+  W inverse_rms(const T* in) {
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      const int64_t D = p_.D;
+      float* const tree = tree_.data();
+      const auto square = [](float x) { return multiply(x, x); };
+      FUSED_ROPE_INDEPENDENT_ITERATIONS
+      for (int64_t i = 0; i < D / 4; ++i) {  // two leaves, which are neighbors
+        const TwoElements x = load_word(in + 2 * i);
+        const TwoElements y = load_word(in + D / 2 + 2 * i);
+        tree[i] =
+            add(add(square(x.first), square(y.first)), add(square(x.second), square(y.second)));
+      }
+      const auto sums = static_cast<int64_t>(tree_.size()) / 2;
+      std::fill(tree + D / 4, tree + sums, 0.0f);
+      return scalars_.inverse_rms(sum_neighbors(tree, sums));
+    } else if constexpr (std::is_same_v<T, W>) {
+      return scalars_.inverse_rms(sum([in](int64_t d) { return multiply(in[d], in[d]); }));
+    } else {
+      return 0;
+    }
+  }
+
+  // Whether heads can be read and written without a buffer.
+  static bool is_direct(const RotateParams& p) {
+    bool contiguous = true;
+    for (int i = 0; i < p.count; ++i)
+      contiguous = contiguous && p.tensors[i].in_strides.d == 1 && p.tensors[i].out_strides.d == 1;
+    return contiguous && !p.norm->after && p.axes == nullptr;
+  }
+
+  template <Cast kCast>
+  void forward_words(int tensor, const BFloat16* in, BFloat16* out, float r, const Rows& rows,
+                     int64_t slot) {
+    const int64_t D = p_.D;
+    const float* const even = even_factors_[tensor].data();
+    const float* const odd = odd_factors_[tensor].data();
+    const auto normalized = [=](int64_t d) {
+      return NormalizedWords<kCast>{in + d, even + d / 2, odd + d / 2, r};
+    };
+    const auto copy = [=](int64_t begin, int64_t end) {
+      for (int64_t d = begin; d < end; d += 2 * kWords) copy_words(normalized(d), out + d);
+    };
+    if (rows.copied()[slot] == Copied::kAll) return copy(0, D);
+    const Pairing& pairing = p_.pairing;
+    const float* const cos = rows.cos() + slot * rows.size();
+    const float* const sin = rows.sin() + slot * rows.size();
+    copy(0, pairing.offset);
+    copy(pairing.end(), D);
+    const int64_t n = pairing.distance;
+    if (n == 1) {
+      for (int64_t j = 0; j < pairing.P; j += kWords) {
+        const int64_t d = pairing.offset + 2 * j;
+        rotate_words(normalized(d), out + d, cos + j, sin + j);
+      }
+      return;
+    }
+    for (int64_t first = 0; first < pairing.P; first += n) {
+      for (int64_t i = 0; i < n / 2; i += kWords) {
+        const int64_t a = pairing.offset + 2 * first + 2 * i;
+        const int64_t b = a + n;
+        const float* const c = cos + first + i;
+        const float* const s = sin + first + i;
+        rotate_words(normalized(a), normalized(b), out + a, out + b, c, s, c + n / 2, s + n / 2);
+      }
+    }
+  }
+
+  // kWords words of a head, normalized.
+  template <Cast kCast>
+  struct NormalizedWords {
+    const BFloat16* from;
+    const float* even;
+    const float* odd;
+    float r;
+
+    TwoElements at(int i) const {
+      const TwoElements x = load_word(from + 2 * i);
+      return {normalize<BFloat16, kCast>(x.first, r, even[i]),
+              normalize<BFloat16, kCast>(x.second, r, odd[i])};
+    }
+  };
+
+  template <typename Words>
+  static void copy_words(const Words& words, BFloat16* out) {
+    FUSED_ROPE_ONE_VECTOR
+    for (int i = 0; i < kWords; ++i) store_word(out + 2 * i, words.at(i));
+  }
+
+  template <typename Words>
+  static void rotate_words(const Words& words, BFloat16* out, const float* c, const float* s) {
+    FUSED_ROPE_ONE_VECTOR
+    for (int i = 0; i < kWords; ++i) {
+      const TwoElements x = words.at(i);
+      const auto [a, b] = rotate_pair<BFloat16, kPrecision>(x.first, x.second, c[i], s[i]);
+      store_word(out + 2 * i, {a, b});
+    }
+  }
+
+  template <typename Words>
+  static void rotate_words(const Words& first, const Words& second, BFloat16* out_a,
+                           BFloat16* out_b, const float* c1, const float* s1, const float* c2,
+                           const float* s2) {
+    FUSED_ROPE_ONE_VECTOR
+    for (int i = 0; i < kWords; ++i) {
+      const TwoElements x = first.at(i);
+      const TwoElements y = second.at(i);
+      const auto one = rotate_pair<BFloat16, kPrecision>(x.first, y.first, c1[i], s1[i]);
+      const auto two = rotate_pair<BFloat16, kPrecision>(x.second, y.second, c2[i], s2[i]);
+      store_word(out_a + 2 * i, {one.a, two.a});
+      store_word(out_b + 2 * i, {one.b, two.b});
+    }
+  }
+
+  template <Cast kCast>
+  void forward_direct(int tensor, const W* in, W* out, W r, const Rows& rows, int64_t slot) {
+    const W* const w = factors_[tensor].data();
+    const auto normalized = [=](int64_t d) { return normalize<T, kCast>(in[d], r, w[d]); };
+    const auto copy = [=](int64_t begin, int64_t end) {
+      FUSED_ROPE_INDEPENDENT_ITERATIONS
+      for (int64_t d = begin; d < end; ++d) out[d] = normalized(d);
+    };
+    if (rows.copied()[slot] == Copied::kAll) return copy(0, p_.D);
+    const Pairing& pairing = p_.pairing;
+    const W* const cos = rows.cos() + slot * rows.size();
+    const W* const sin = rows.sin() + slot * rows.size();
+    copy(0, pairing.offset);
+    copy(pairing.end(), p_.D);
+    if (pairing.distance == 1) {
+      FUSED_ROPE_INDEPENDENT_ITERATIONS
+      for (int64_t i = 0; i < 2 * pairing.P; i += 2) {
+        const int64_t d = pairing.offset + i;
+        const W a = normalized(d), b = normalized(d + 1);
+        out[d] = rotate_element<T, kPrecision>(a, b, cos[i], sin[i]);
+        out[d + 1] = rotate_element<T, kPrecision>(b, a, cos[i + 1], sin[i + 1]);
+      }
+      return;
+    }
+    const int64_t n = pairing.distance;
+    for (int64_t first = 0; first < pairing.P; first += n) {
+      const int64_t d = pairing.offset + 2 * first;
+      FUSED_ROPE_INDEPENDENT_ITERATIONS
+      for (int64_t j = 0; j < n; ++j) {
+        const auto pair = rotate_pair<T, kPrecision>(normalized(d + j), normalized(d + n + j),
+                                                     cos[first + j], sin[first + j]);
+        out[d + j] = pair.a;
+        out[d + n + j] = pair.b;
+      }
+    }
+  }
+
   std::vector<W> factors(const WeightParams& weight) const {
     std::vector<W> result(p_.D, W{1});
     const auto read = [&]<typename Weight>() {
       const auto* data = static_cast<const Weight*>(weight.data);
       for (int64_t d = 0; d < p_.D; ++d) {
-        const auto value = static_cast<W>(widen(data[d * weight.stride]));
+        W value = static_cast<W>(widen(data[d * weight.stride]));
+        if (value != value) value = widen(narrow<T>(value));  // as store_word expects
         result[d] = weight_factor(value, p_.norm->zero_centered);
       }
     };
@@ -204,8 +403,10 @@ class HeadNormalizer {
   }
 
   const RotateParams& p_;
+  const bool is_direct_, has_words_;
   const NormScalars<W> scalars_;
   std::vector<W> factors_[kMaxTensors];
+  std::vector<W> even_factors_[kMaxTensors], odd_factors_[kMaxTensors];  // of words
   std::vector<W> x_, dy_, dn_, tree_;
   std::vector<W> original_;  // rotated elements before the rotation
 };
@@ -221,8 +422,8 @@ class NormBackward {
         transposed_call_(transposed(params.call)),
         isa_(isa),
         head_(params.call),
-        rows_(params.call, 1),
-        transposed_(transposed_call_, 1),
+        rows_(params.call, 1, false),
+        transposed_(transposed_call_, 1, false),
         chains_(kChains * params.call.D) {}
 
   // Leaf `leaf` of tensor i.

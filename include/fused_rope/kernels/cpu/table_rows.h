@@ -31,8 +31,10 @@ enum class Copied { kNone, kSome, kAll };
 template <typename T, Precision kPrecision>
 class TableRows {
  public:
-  TableRows(const RotateParams& params, int64_t slots)
+  // for_words: bfloat16 rows in the order of WordPairs.
+  TableRows(const RotateParams& params, int64_t slots, bool for_words)
       : p_(params),
+        for_words_(std::is_same_v<T, BFloat16> && for_words),
         axes_(used_axes(params)),
         size_(order() == Order::kByElement ? 2 * params.pairing.P : params.pairing.P),
         copied_(slots),
@@ -114,8 +116,7 @@ class TableRows {
   bool interleaved() const { return p_.pairing.distance == 1; }
 
   Order order() const {
-    if (std::is_same_v<T, BFloat16> && p_.norm == nullptr)
-      return interleaved() ? Order::kByPair : Order::kEvenThenOdd;
+    if (for_words_) return interleaved() ? Order::kByPair : Order::kEvenThenOdd;
     return interleaved() ? Order::kByElement : Order::kByPair;
   }
 
@@ -189,6 +190,7 @@ class TableRows {
   }
 
   const RotateParams& p_;
+  const bool for_words_;
   const std::vector<int64_t> axes_;
   const int64_t size_;  // entries of a row
   std::vector<Copied> copied_;

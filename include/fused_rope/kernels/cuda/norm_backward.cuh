@@ -160,8 +160,9 @@ constexpr int kBackwardBlocks = 5;
 
 // A group of lanes takes the heads of a chain one after another, the next one's x and gradient in
 // flight. The rows in params are those of the rotation when it comes before the norm, else those of
-// its inverse.
-template <typename Traits>
+// its inverse. kAfter: the norm comes after the rotation; at run time that choice would cost
+// registers.
+template <typename Traits, bool kAfter>
 __global__ void __launch_bounds__(kSmallBlockThreads, kBackwardBlocks) norm_backward_kernel(
     const __grid_constant__ KernelParams params,
     const __grid_constant__ BackwardArgs<Wide<typename Traits::Element>> args) {
@@ -236,7 +237,7 @@ __global__ void __launch_bounds__(kSmallBlockThreads, kBackwardBlocks) norm_back
 
       wait_for_copies<kAhead>();
       WideVectors x, dy;  // the one that is rotated first, to spare registers
-      if (args.norm.after) {
+      if (kAfter) {
         read(stages[stage].x, x);
         if (rotates) tile.rotate_wide(x);
         round_between<T>(args.norm.cast, x);
@@ -250,7 +251,7 @@ __global__ void __launch_bounds__(kSmallBlockThreads, kBackwardBlocks) norm_back
       visit(args.norm.cast, [&]<Cast kCast>() {
         const W squares = sum_of_terms<Traits>(
             args.group_threads, is_head, [&](int v, int e) { return multiply(x[v][e], x[v][e]); });
-        W leaves[Traits::kVectorSize];
+        W leaves[Traits::kVectorSize] = {};
         for_each_weighted<Traits, kCast>(factors, tile, dy, [&](W dn, int v, int e) {
           const W product = multiply(dn, x[v][e]);
           leaves[e] = v == 0 ? product : add(leaves[e], product);
@@ -266,7 +267,7 @@ __global__ void __launch_bounds__(kSmallBlockThreads, kBackwardBlocks) norm_back
           dy[v][e] = input_gradient(dn, x[v][e], r, mean);
         });
       });
-      if (args.norm.after) {
+      if (kAfter) {
         round_between<T>(args.norm.cast, dy);
         rotates = load_rows(index, is_head);  // once more, to spare registers
         if (rotates) tile.template rotate_wide<true>(dy);

@@ -87,7 +87,7 @@ cudaError_t launch_norm(const RotateParams& p, const std::optional<Plan>& plan,
 }
 
 // One launch for q and k; each of their leaves is a warp's, or a part of one.
-template <typename Traits>
+template <typename Traits, bool kAfter>
 cudaError_t launch_backward_kernel(const NormBackwardParams& p, const Plan& plan,
                                    cudaStream_t stream) {
   using W = Wide<typename Traits::Element>;
@@ -115,7 +115,7 @@ cudaError_t launch_backward_kernel(const NormBackwardParams& p, const Plan& plan
   }
   if (tiles == 0) return cudaSuccess;
   params.second_block = blocks[0];
-  return enqueue(norm_backward_kernel<Traits>, blocks[0] + blocks[1], kSmallBlockThreads,
+  return enqueue(norm_backward_kernel<Traits, kAfter>, blocks[0] + blocks[1], kSmallBlockThreads,
                  args.D * sizeof(W) + ThreadSums<Traits>::shared_bytes(args.chains_of_group) +
                      kHeadStages * sizeof(HeadStage),
                  stream, params, args);
@@ -153,7 +153,9 @@ cudaError_t launch_backward(const NormBackwardParams& p, const std::optional<Pla
         // Rows before the norm are those of the rotation's inverse.
         if (!p.call.norm->after) rotation.call.inverse = !p.call.inverse;
         return visit_norm<T, Table, kPrecision>(*plan, [&]<typename Traits>() {
-          return launch_backward_kernel<Traits>(rotation, *plan, stream);
+          return p.call.norm->after
+                     ? launch_backward_kernel<Traits, true>(rotation, *plan, stream)
+                     : launch_backward_kernel<Traits, false>(rotation, *plan, stream);
         });
       }
     }
