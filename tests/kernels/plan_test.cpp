@@ -66,6 +66,25 @@ TEST(StagedPlan, LooksUpRowsWhereChunksDoNotStartOrEndAtVectors) {
   EXPECT_EQ(lookup(4, 72, [](RotateParams& p) { p.sin.m += 4; }), RowLookup::kAxes);
 }
 
+TEST(StagedPlan, RotatesTwoPairsAtATimeAndSingleElementsWhereTheyAreNotAligned) {
+  const auto plan = [](int64_t D, int64_t distance, const std::byte* in) {
+    RotateParams p = call(2, 3, 4, D, D);
+    p.pairing.distance = distance;
+    p.tensors[0].in = in;
+    return make_plan(p, kLargeCache);
+  };
+  EXPECT_EQ(plan(72, 36, memory).vector, 2);
+  EXPECT_FALSE(plan(72, 36, memory).single_elements);
+  EXPECT_TRUE(plan(72, 36, memory + 2).single_elements);
+  EXPECT_FALSE(plan(72, 36, memory + 4).single_elements);
+  EXPECT_EQ(plan(90, 45, memory).vector, 1) << "an odd number of pairs";
+  EXPECT_FALSE(plan(90, 45, memory + 2).single_elements);
+  EXPECT_EQ(plan(72, 1, memory + 8).vector, 4) << "two whole pairs";
+  EXPECT_FALSE(plan(72, 1, memory + 8).single_elements);
+  EXPECT_TRUE(plan(72, 1, memory + 4).single_elements);
+  EXPECT_EQ(plan(90, 1, memory + 4).vector, 2);
+}
+
 TEST(StagedPlan, FillsBlocksWithChunksOfContiguousHeads) {
   const auto plan = [](int64_t S, int64_t H, int64_t D, auto change) {
     RotateParams p = call(2, S, H, D, D);
@@ -109,13 +128,13 @@ TEST(StagedPlan, NeedsContiguousHeadsInRunsThatOccupyABlock) {
 
 const VectorCase kVectorCases[] = {
     {"Contiguous", [](RotateParams&) {}, 8, false},
-    {"MisalignedInput", [](RotateParams& p) { p.tensors[0].in = memory + 2; }, 1, true},
+    {"MisalignedInput", [](RotateParams& p) { p.tensors[0].in = memory + 2; }, 2, true},
     {"HalfAlignedInput", [](RotateParams& p) { p.tensors[0].in = memory + 8; }, 2, true},
     {"MisalignedOutput", [](RotateParams& p) { p.tensors[0].out = memory + 4; }, 2, true},
     {"OddInputRowStride", [](RotateParams& p) { p.tensors[0].in_strides.s += 1; }, 1, false},
     {"OddOutputHeadStride", [](RotateParams& p) { p.tensors[0].out_strides.h += 4; }, 1, false},
     {"WideInputRowStride", [](RotateParams& p) { p.tensors[0].in_strides.s += 8; }, 8, false},
-    {"OddBatchStride", [](RotateParams& p) { p.tensors[0].in_strides.b += 1; }, 1, true},
+    {"OddBatchStride", [](RotateParams& p) { p.tensors[0].in_strides.b += 1; }, 2, true},
     {"OddBatchStrideOfOneBatch",
      [](RotateParams& p) {
        p.B = 1;
@@ -171,7 +190,7 @@ const VectorCase kVectorCases[] = {
        p.tensors[1] = p.tensors[0];
        p.tensors[1].in = memory + 2;
      },
-     1, true},
+     2, true},
     {"MisalignedKeyWithoutHeads",
      [](RotateParams& p) {
        p.count = 2;
@@ -220,8 +239,8 @@ TEST(Arrangement, IsAdjacentForInterleavedVectors) {
   EXPECT_EQ(make_plan(p, kLargeCache).arrangement, Arrangement::kPair);
   p.pairing.distance = 1;
   EXPECT_EQ(make_plan(p, kLargeCache).arrangement, Arrangement::kAdjacent);
-  p.tensors[0].in = memory + 2;
-  EXPECT_EQ(make_plan(p, kLargeCache).arrangement, Arrangement::kPair) << "single elements";
+  p.tensors[0].in_strides.d = 2;
+  EXPECT_EQ(make_plan(p, kLargeCache).arrangement, Arrangement::kPair) << "single pairs";
 }
 
 TEST(RowLookupOfPlan, IsIndexedWhenDeviceMemorySelectsRows) {

@@ -83,9 +83,8 @@ cudaError_t enqueue(void (*kernel)(Args...), unsigned blocks, int threads, size_
 #endif
 
 // Launches once for q and k together, unless one of them is so large that it needs several tiles.
-// entry_bytes: of combined rows.
 template <typename Extra>
-cudaError_t launch_tiles(const RotateParams& p, const Plan& plan, size_t entry_bytes,
+cudaError_t launch_tiles(const RotateParams& p, const Plan& plan,
                          void (*kernel)(KernelParams, Extra), Extra extra, cudaStream_t stream) {
   KernelParams params(p, plan);
   int tiles = 0;
@@ -126,7 +125,7 @@ cudaError_t launch_tiles(const RotateParams& p, const Plan& plan, cudaStream_t s
       axes.axis[j] = static_cast<uint8_t>(p.axes == nullptr ? 0 : p.axes[j]);
   }
   const auto kernel = choose_kernel<T, Table, kPrecision, kLookup>(plan);
-  return launch_tiles(p, plan, sizeof(Wide<T>), kernel, axes, stream);
+  return launch_tiles(p, plan, kernel, axes, stream);
 }
 
 template <typename T, typename Table, Precision kPrecision>
