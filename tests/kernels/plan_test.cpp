@@ -44,7 +44,7 @@ TEST_P(VectorWidth, FollowsAlignmentAndStrides) {
 TEST(VectorWidth, IsLimitedByAnOverride) {
   const RotateParams p = call(2, 3, 4, 64, 32);
   for (const auto& [bytes, vector] :
-       {std::pair{0, 1}, {2, 1}, {4, 2}, {7, 2}, {8, 2}, {15, 2}, {16, 8}, {99, 8}})
+       {std::pair{0, 2}, {8, 2}, {15, 2}, {16, 8}, {99, 8}})
     EXPECT_EQ(make_plan(p, kLargeCache, {.vector = bytes}).vector, vector) << bytes;
 }
 
@@ -101,7 +101,7 @@ TEST(StagedPlan, FillsBlocksWithChunksOfContiguousHeads) {
   EXPECT_EQ(plan(3, 16, 72, [](RotateParams& p) { p.per_head = true; }).chunk_heads, 1);
   const auto positions = [](RotateParams& p) { p.rows.positions = {memory, true}; };
   EXPECT_EQ(plan(3, 16, 72, positions).block_units, 7);
-  EXPECT_EQ(plan(1 << 20, 16, 72, positions).block_units, 14) << "more blocks follow";
+  EXPECT_EQ(plan(1 << 20, 16, 72, positions).block_units, 21) << "more blocks follow";
 }
 
 TEST(StagedPlan, NeedsContiguousHeadsInRunsThatOccupyABlock) {

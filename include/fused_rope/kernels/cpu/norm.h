@@ -59,7 +59,7 @@ template <typename T, Precision kPrecision>
 class HeadNormalizer {
  public:
   using W = Wide<T>;
-  using Rows = TableRows<T, kPrecision>;
+  using CallRows = TableRows<T, kPrecision>;
 
   explicit HeadNormalizer(const RotateParams& params)
       : p_(params),
@@ -91,7 +91,8 @@ class HeadNormalizer {
   // order for words if the call has them. tensor: whose weight it is.
   template <Cast kCast>
   void forward(int tensor, StridedHead<const T> in, int64_t in_step, StridedHead<T> out,
-               int64_t out_step, int64_t count, const Rows& rows, int64_t slot, int64_t slot_step) {
+               int64_t out_step, int64_t count, const CallRows& rows, int64_t slot,
+               int64_t slot_step) {
     const auto for_each = [=](int64_t begin, int64_t end, const auto& f) {
       for (int64_t i = begin; i < end; ++i)
         f(i, in.data + i * in_step, out.data + i * out_step, slot + i * slot_step);
@@ -122,7 +123,7 @@ class HeadNormalizer {
   // transposed: the rows of the inverse rotation.
   template <Cast kCast>
   void backward(int tensor, StridedHead<const T> in, StridedHead<const T> gradient,
-                StridedHead<T> dx, W* sums, const Rows& rows, const Rows& transposed,
+                StridedHead<T> dx, W* sums, const CallRows& rows, const CallRows& transposed,
                 int64_t slot) {
     W* const x = x_.data();
     W* const dy = dy_.data();
@@ -159,8 +160,8 @@ class HeadNormalizer {
   static constexpr int kWords = 8;  // of a vector
 
   template <Cast kCast>
-  void forward_in_buffer(int tensor, StridedHead<const T> in, StridedHead<T> out, const Rows& rows,
-                         int64_t slot) {
+  void forward_in_buffer(int tensor, StridedHead<const T> in, StridedHead<T> out,
+                         const CallRows& rows, int64_t slot) {
     W* const x = x_.data();
     const W* const w = factors_[tensor].data();
     load(in, x);
@@ -206,7 +207,7 @@ class HeadNormalizer {
   }
 
   template <Cast kCast>
-  void forward_words(int tensor, const BFloat16* in, BFloat16* out, float r, const Rows& rows,
+  void forward_words(int tensor, const BFloat16* in, BFloat16* out, float r, const CallRows& rows,
                      int64_t slot) {
     const int64_t D = p_.D;
     const float* const even = even_factors_[tensor].data();
@@ -289,7 +290,7 @@ class HeadNormalizer {
   }
 
   template <Cast kCast>
-  void forward_direct(int tensor, const W* in, W* out, W r, const Rows& rows, int64_t slot) {
+  void forward_direct(int tensor, const W* in, W* out, W r, const CallRows& rows, int64_t slot) {
     const W* const w = factors_[tensor].data();
     const auto normalized = [=](int64_t d) { return normalize<T, kCast>(in[d], r, w[d]); };
     const auto copy = [=](int64_t begin, int64_t end) {
@@ -370,7 +371,7 @@ class HeadNormalizer {
   }
 
   // Rotates in place. Does not round the sums of kModel to T, which a norm or `store` does.
-  void rotate(const Rows& rows, int64_t slot, W* head) {
+  void rotate(const CallRows& rows, int64_t slot, W* head) {
     const Copied copied = rows.copied()[slot];
     if (copied == Copied::kAll) return;
     W* const rotated = head + p_.pairing.offset;
@@ -508,7 +509,7 @@ void visit(const RotateParams& p, const F& f) {
 }
 
 // Leaves [begin, end) of the backward: writes the gradients of their x, and the sums of their
-// weight gradients to the workspaces. Rows must be in range: call find_bad_row first.
+// weight gradients to the workspaces. CallRows must be in range: call find_bad_row first.
 inline void norm_backward(const NormBackwardParams& p, int64_t begin, int64_t end,
                           Isa isa = best_isa()) {
   visit(p.call, [&]<typename T, Precision kPrecision>() {

@@ -8,17 +8,16 @@
 
 namespace fused_rope::kernels {
 
-constexpr size_t kSharedBytes = 48 * 1024;  // of a block, without asking for more
-
 // Launches a kernel of whole warps for `units` heads or leaves.
 template <typename W>
 cudaError_t launch_warps(void (*kernel)(WarpHeadParams), const WarpHeadParams& params,
                          int64_t units, int64_t arrays, cudaStream_t stream) {
   if (units == 0) return cudaSuccess;
   const size_t warp_bytes = static_cast<size_t>(params.warp_entries(arrays)) * sizeof(W);
-  const auto warps = std::clamp<size_t>(kSharedBytes / warp_bytes, 1, kSmallBlockThreads / kWarp);
+  const auto warps =
+      std::clamp<size_t>(size_t{kSharedBytes} / warp_bytes, 1, kSmallBlockThreads / kWarp);
   const size_t shared_bytes = warps * warp_bytes;
-  if (shared_bytes > kSharedBytes) {
+  if (shared_bytes > size_t{kSharedBytes}) {
     const cudaError_t error = cudaFuncSetAttribute(
         kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
     if (error != cudaSuccess) return error;
