@@ -53,8 +53,6 @@ namespace fused_rope::kernels {
 alignas(16) inline unsigned char block_memory[227 * 1024];
 inline void* shared_memory() { return block_memory; }
 
-inline void copy_async(void* to, const void* from) { std::memcpy(to, from, 16); }
-inline void wait_for_copies() {}
 template <typename F>
 void share_in_warps(uint32_t n, uint32_t lanes, const F& f) {
   for (uint32_t i = 0; i < n; ++i) {

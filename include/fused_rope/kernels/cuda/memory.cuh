@@ -176,21 +176,6 @@ extern __shared__ int4 shared_vectors[];
 // The dynamic shared memory of a block.
 __device__ __forceinline__ void* shared_memory() { return shared_vectors; }
 
-// Copies 16 bytes to shared memory without registers; wait_for_copies waits for those of a thread.
-__device__ __forceinline__ void copy_async(void* to, const void* from) {
-#if __CUDA_ARCH__ >= 800
-  const auto shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(from) : "memory");
-#else
-  *static_cast<int4*>(to) = *static_cast<const int4*>(from);
-#endif
-}
-__device__ __forceinline__ void wait_for_copies() {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.wait_all;" ::: "memory");
-#endif
-}
-
 // Calls f(i, lane) for i in [0, n), each in the lanes of one warp, `lanes` of them or more, and
 // waits for all of them.
 template <typename F>

@@ -272,10 +272,10 @@ __global__ void __launch_bounds__(kSmallBlockThreads, kBackwardBlocks) norm_back
         rotates = load_rows(index, is_head);  // once more, to spare registers
         if (rotates) tile.template rotate_wide<true>(dy);
       }
-      Vectors vectors[1];
-      tile.narrow_all(dy, vectors[0]);
-      tile.store_elements(params, tensor.out + tensor.out_offset.at(locate(index)), 0,
-                          is_head && tensor.out != nullptr ? 1 : 0, 1, vectors);
+      Vectors vectors;
+      tile.narrow_all(dy, vectors);
+      if (is_head && tensor.out != nullptr)
+        tile.store_elements(params, tensor.out + tensor.out_offset.at(locate(index)), 1, vectors);
       index += kChains;
     }
     sums.add_chains(pass, args.chains_of_group);

@@ -33,9 +33,9 @@ constexpr Variant norm_variant(Arrangement arrangement, RowLookup lookup) {
   return {.precision = kPrecision,
           .arrangement = arrangement,
           .vector = kVectorBytes / sizeof(T),
-          .heads = 1,
           .lookup = lookup,
           .full_head = true,
+          .staged = false,
           .norm = true};
 }
 
@@ -75,7 +75,7 @@ cudaError_t launch_norm(const RotateParams& p, const std::optional<Plan>& plan,
     if constexpr (!std::is_same_v<T, double>) {
       if (plan.has_value()) {
         return visit_norm<T, Table, kPrecision>(*plan, [&]<typename Traits>() {
-          return launch_tiles(p, *plan, 0, rotate_kernel<Traits>, NormArgs<Wide<T>>(p), stream);
+          return launch_tiles(p, *plan, rotate_kernel<Traits>, NormArgs<Wide<T>>(p), stream);
         });
       }
     }

@@ -35,7 +35,7 @@ struct Piece {
 };
 
 // Sixteen bytes of shared memory from any place.
-__device__ __forceinline__ VectorBytes load_shared(const char* from) {
+__device__ __forceinline__ VectorBytes load_unaligned(const char* from) {
   const uint32_t shift = misalignment(from);
   if (shift == 0) return *reinterpret_cast<const VectorBytes*>(from);
   const auto* word = reinterpret_cast<const uint32_t*>(from - shift % 4);
@@ -78,7 +78,7 @@ struct BlockSpan {
     const char* from = in - misalignment(in) + vector * kVectorBytes;
     const Piece piece(in, vector, bytes);
     if (piece.is_whole())
-      copy_async(shared + vector, from);
+      copy_async(shared[vector], from, true);
     else
       piece.template copy<T>(from, reinterpret_cast<char*>(shared + vector));
   }
@@ -90,8 +90,8 @@ struct BlockSpan {
     const auto start = static_cast<int32_t>(vector * kVectorBytes - misalignment(out));
     const Piece piece(out, vector, bytes);
     if (piece.is_whole())
-      store(reinterpret_cast<uint32_t*>(out + start), load_shared(shared + start), params.x_policy,
-            true);
+      store(reinterpret_cast<uint32_t*>(out + start), load_unaligned(shared + start),
+            params.x_policy, true);
     else
       piece.template copy<T>(shared + start, out + start);
   }
@@ -271,7 +271,10 @@ __global__ void __launch_bounds__(kStagedThreads, kMinStagedBlocks)
     for (uint32_t i = threadIdx.x; i < span.vectors(span.in); i += blockDim.x)
       span.load_vector<T>(shared, i);
     rows.look_up(params, tensor, lookups, axes, span);
-    rotate_span<Traits>(params, tensor, span, rows, staged, [] { wait_for_copies(); });
+    rotate_span<Traits>(params, tensor, span, rows, staged, [] {
+      commit_copies();
+      wait_for_copies<0>();
+    });
     if (params.row_flags & kHasOutRows) {
       const TileToken token = {params, tensor, lookups, span.at, 0};
       if (!to_out_row<T>(params, lookups, token, out)) return;
