@@ -39,6 +39,8 @@ NAMES = {
     "flashinfer": "FlashInfer",
     "liger": "Liger",
     "unsloth": "Unsloth",
+    "rms_norm_fused_rope": "`rms_norm` and fused-rope",
+    "liger_rms_norm_fused_rope": "Liger's norm and fused-rope",
     "reference": "PyTorch reference",
 }
 MODELS = {"llama3_8b": "Llama", "qwen3_8b": "Qwen3"}

@@ -2,48 +2,82 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
 import torch
-from inputs import InputSet
+from cases import Work
+from inputs import EPS, InputSet
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "python"))
 
-from oracle import oracle
+from oracle import norm_oracle, oracle
 
 
 class WrongResult(Exception):
     """A call returned a wrong rotation, or changed memory that it must not change."""
 
 
-def expected(inputs: InputSet, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
-    """The rotated q and k of these inputs, in float64."""
-    q, k = (
-        oracle(x, inputs.cos, inputs.sin, inverse=inverse, **inputs.options)
-        for x in (inputs.q, inputs.k)
-    )
-    return q, k
+def expected(inputs: InputSet) -> tuple[Tensor, ...]:
+    """The rotated q and k of these inputs, normalized first if they have weights, in float64."""
+    tables, options = (inputs.cos, inputs.sin), inputs.options
+    if not inputs.weights:
+        return tuple(oracle(x, *tables, **options) for x in (inputs.q, inputs.k))
+    pairs = zip((inputs.q, inputs.k), inputs.weights, strict=True)
+    return tuple(norm_oracle(x, *tables, weight, eps=EPS, **options) for x, weight in pairs)
 
 
-def tolerance(dtype: torch.dtype, exact: bool) -> tuple[float, float]:
+def expected_gradients(inputs: InputSet, given: InputSet) -> tuple[Tensor, ...]:
+    """The gradients of q, k and the weights in float64; `given` holds the results' gradients."""
+    rotated_back = [
+        oracle(g, inputs.cos, inputs.sin, inverse=True, **inputs.options)
+        for g in (given.q, given.k)
+    ]
+    if not inputs.weights:
+        return tuple(rotated_back)
+    pairs = zip((inputs.q, inputs.k), inputs.weights, rotated_back, strict=True)
+    of_inputs, of_weights = zip(*(_norm_gradients(*pair) for pair in pairs), strict=True)
+    return (*of_inputs, *of_weights)
+
+
+def _norm_gradients(x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of x and of the weight [D], where `grad` is that of the normalized x."""
+    v = x.detach().double()
+    scale = 1 / (v.pow(2).mean(-1, keepdim=True) + EPS).sqrt()
+    n = v * scale
+    of_weight = (grad * n).flatten(0, -2).sum(0)
+    weighted = grad * weight.detach().double()
+    return scale * (weighted - n * (weighted * n).mean(-1, keepdim=True)), of_weight
+
+
+def float32_units(work: Work, direction: str) -> float:
+    """Float32 epsilons of the largest result by which an exact result may be off, once rounded."""
+    if not work.has("norm"):
+        return 4
+    if direction in ("backward", "both"):
+        return 32  # sums over D, and over all heads for the weights
+    return math.log2(work.case.D) / 2 + 5
+
+
+def tolerance(dtype: torch.dtype, exact: bool, units: float = 4) -> tuple[float, float]:
     """The allowed error: (relative to the result, relative to the largest result).
 
-    With `exact`, float32 results are rounded once. Without it, tables, products and sums may be
-    rounded to dtype, as in eager Hugging Face, and angles may be float32.
+    With `exact`, float32 results, off by `units`, are rounded once. Without it, tables, products
+    and sums may be rounded to dtype, as in eager Hugging Face, and angles may be float32.
     """
     eps = torch.finfo(dtype).eps
     if exact:
-        return eps / 2, 4 * torch.finfo(torch.float32).eps
+        return eps / 2, units * torch.finfo(torch.float32).eps
     return eps / 2, 2 * eps + 5e-4
 
 
-def check(what: str, got: Tensor, want: Tensor, exact: bool) -> None:
+def check(what: str, got: Tensor, want: Tensor, exact: bool, units: float = 4) -> None:
     """Raises WrongResult unless every element of `got` is within the tolerance of `want`."""
     if got.shape != want.shape:
         raise WrongResult(f"{what}: expected shape {list(want.shape)}, got {list(got.shape)}")
-    relative, absolute = tolerance(got.dtype, exact)
+    relative, absolute = tolerance(got.dtype, exact, units)
     difference = got.double().sub_(want).abs_()
     bound = want.abs().mul_(relative * (1 + 1e-3)).add_(absolute * float(want.abs().max()))
     if not bool((difference <= bound).all()):  # false for NaN
