@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from pathlib import Path
 
 import torch
-from cases import Work
 from inputs import EPS, InputSet
 from torch import Tensor
 
@@ -52,32 +50,23 @@ def _norm_gradients(x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, Te
     return scale * (weighted - n * (weighted * n).mean(-1, keepdim=True)), of_weight
 
 
-def float32_units(work: Work, direction: str) -> float:
-    """Float32 epsilons of the largest result by which an exact result may be off, once rounded."""
-    if not work.has("norm"):
-        return 4
-    if direction in ("backward", "both"):
-        return 32  # sums over D, and over all heads for the weights
-    return math.log2(work.case.D) / 2 + 5
-
-
-def tolerance(dtype: torch.dtype, exact: bool, units: float = 4) -> tuple[float, float]:
+def tolerance(dtype: torch.dtype, exact: bool) -> tuple[float, float]:
     """The allowed error: (relative to the result, relative to the largest result).
 
-    With `exact`, float32 results, off by `units`, are rounded once. Without it, tables, products
-    and sums may be rounded to dtype, as in eager Hugging Face, and angles may be float32.
+    With `exact`, float32 results are rounded once. Without it, tables, products and sums may be
+    rounded to dtype, as in eager Hugging Face, and angles may be float32.
     """
     eps = torch.finfo(dtype).eps
     if exact:
-        return eps / 2, units * torch.finfo(torch.float32).eps
+        return eps / 2, 4 * torch.finfo(torch.float32).eps
     return eps / 2, 2 * eps + 5e-4
 
 
-def check(what: str, got: Tensor, want: Tensor, exact: bool, units: float = 4) -> None:
+def check(what: str, got: Tensor, want: Tensor, exact: bool) -> None:
     """Raises WrongResult unless every element of `got` is within the tolerance of `want`."""
     if got.shape != want.shape:
         raise WrongResult(f"{what}: expected shape {list(want.shape)}, got {list(got.shape)}")
-    relative, absolute = tolerance(got.dtype, exact, units)
+    relative, absolute = tolerance(got.dtype, exact)
     difference = got.double().sub_(want).abs_()
     bound = want.abs().mul_(relative * (1 + 1e-3)).add_(absolute * float(want.abs().max()))
     if not bool((difference <= bound).all()):  # false for NaN
