@@ -855,6 +855,19 @@ def test_documents_show_the_figures():
             assert 0 < (document.parent / picture).stat().st_size < 150_000
 
 
+def test_the_page_shows_norms_once_they_are_measured():
+    results = table.Results.read(ROOT / "benchmarks" / "results")
+    rows = [row for row in results.gpu["rows"] if row["variant"] != "norm"]
+    without = replace(results, gpu=results.gpu | {"rows": rows})
+    assert "### Norm" not in table.page(without)
+    ours = figure("backward", "gpu_us", 100.0, variant="norm")
+    peer = figure("backward", "gpu_us", 150.0, variant="norm", provider="unsloth")
+    shown = table.page(replace(results, gpu=results.gpu | {"rows": [*rows, ours, peer]}))
+    line = "| 4, 4096, 32, 8, 128 | backward | 80.0 | 100.0 (0.80) | 150.0 (1.50x) |"
+    assert shown.count("### Norm") == 1 and line in shown
+    assert "| norm |" not in shown
+
+
 def test_figures_are_replaced_between_their_marks():
     text = f"before\n{table.MARKS[0]}\nold\n{table.MARKS[1]}\nafter\n"
     new = table.replaced(text, "new \\1")
