@@ -36,6 +36,7 @@ WORDS = (
     "unaligned",
     "float16",
     "float32",
+    "norm",
 )
 """The words of a variant, in the order in which they are written."""
 
@@ -186,13 +187,18 @@ def bytes_moved(work: Work, direction: str) -> int:
     """Bytes that a call must read and write.
 
     q and k count once per direction of transfer, per-token and per-head tables once, shared tables
-    not at all. An in-place call with R < D touches only the rotated elements.
+    and weights not at all. The backward of the norm reads q and k as well as the gradients. An
+    in-place rotation with R < D touches only the rotated elements.
     """
-    width = work.R if direction == "in_place" else work.case.D
-    moved = 2 * work.tokens * sum(work.heads) * width * work.dtype.itemsize
+    if direction == "both":
+        return bytes_moved(work, "forward") + bytes_moved(work, "backward")
+    norm = work.has("norm")
+    width = work.R if direction == "in_place" and not norm else work.case.D
+    transfers = 3 if direction == "backward" and norm else 2
+    moved = transfers * work.tokens * sum(work.heads) * width * work.dtype.itemsize
     table_heads = work.heads[0] if work.has("per_head") else 1 if work.has("per_token") else 0
     tables = 2 * work.tokens * table_heads * work.P * torch.float32.itemsize
-    return (moved + tables) * (2 if direction == "both" else 1)
+    return moved + tables
 
 
 def baseline_bytes(work: Work, direction: str) -> int:
@@ -248,9 +254,15 @@ CPU_WORKS = (
     *(("cpu", words) for words in ("mrope", "mrope_mixed")),
     *((name, words) for name in ("cpu_vit72", "cpu_neox20b") for words in ("", "float32")),
 )
+NORM_BACKWARD = ("train", "prefill", "mid2048")
+NORM_CASES = (*NORM_BACKWARD, "mid512", *DECODE)
 ALL_WAYS = ("forward", "backward", "in_place")
 
 TARGET_PEERS = ("liger", "flash_attn", "inductor", "unsloth", "flashinfer")
+NORM_PEERS = (
+    *("unsloth", "inductor", "eager_hf"),
+    *("rms_norm_fused_rope", "liger_rms_norm_fused_rope"),
+)
 PEER_WORKS = (
     *(("train", ""), ("train", "bhsd"), ("prefill", ""), ("mha1", ""), ("d64", "")),
     *((name, "") for name in (*MID, *DECODE)),
@@ -264,6 +276,8 @@ def default_directions(work: Work) -> tuple[str, ...]:
     name = work.case.name
     if name == "call":
         return ("forward", "forward_grad", "in_place")
+    if work.has("norm"):
+        return ("forward", "backward") if name in NORM_BACKWARD else ("forward",)
     if name in ("mla", "dsv4"):
         return ("in_place",)
     if name in DECODE or work.variant in ODD_VARIANTS:
@@ -281,6 +295,7 @@ def default_plan(device: str) -> Iterator[Work]:
     yield from (Work(CASES[name]) for name in ("call", *LARGE, *MID, *DECODE, "mla", "dsv4", *ODD))
     yield from (Work(CASES["train"], variant) for variant in (*TRAIN_VARIANTS, *ODD_VARIANTS))
     yield from (Work(CASES[name], variant) for name, variant in (*POSITIONS, *FORWARD_ONLY))
+    yield from (Work(CASES[name], "norm") for name in ("call", *NORM_CASES))
 
 
 def is_target(work: Work, direction: str, provider: str) -> bool:
@@ -290,6 +305,8 @@ def is_target(work: Work, direction: str, provider: str) -> bool:
         return False
     if provider == "fused_rope" or work.case.name in ("call", "cpu"):
         return True
+    if work.has("norm"):
+        return provider in NORM_PEERS
     if place in ODD_WORKS:
         return provider == "flash_attn" and direction in ("forward", "in_place")
     if place == ("train", ""):

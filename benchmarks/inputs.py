@@ -10,6 +10,7 @@ from cases import MROPE, Work
 from torch import Tensor
 
 OFFSET_STEP = 7
+EPS = 1e-6  # of the norm
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class InputSet:
         default_factory=dict
     )  # keywords of fused_rope and of the oracle
     out_rows: Tensor | None = None  # [B, S]
+    weights: tuple[Tensor, ...] = ()  # [D] of the norm of q and of k
 
 
 def make_sets(work: Work, count: int, device: torch.device) -> list[InputSet]:
@@ -35,7 +37,11 @@ def make_sets(work: Work, count: int, device: torch.device) -> list[InputSet]:
     cos, sin = _tables(work, count, angles)
     rows = torch.randperm(work.tokens, device=device).view(work.case.B, work.case.S)
     out_rows = rows if work.has("out_rows") else None
-    return [InputSet(q[i], k[i], cos[i], sin[i], angles, options, out_rows) for i in range(count)]
+    weights = _weights(work, device)
+    return [
+        InputSet(q[i], k[i], cos[i], sin[i], angles, options, out_rows, weights)
+        for i in range(count)
+    ]
 
 
 def _heads(work: Work, count: int, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
@@ -55,6 +61,14 @@ def _heads(work: Work, count: int, device: torch.device) -> tuple[list[Tensor], 
     sizes = {"b": B, "s": S, "d": D, "t": B * S}
     q, k = (draw(*({**sizes, "h": H}[letter] for letter in work.layout)) for H in (Hq, Hk))
     return list(q), list(k)
+
+
+def _weights(work: Work, device: torch.device) -> tuple[Tensor, ...]:
+    """The weights of the norms of q and k; none without a norm."""
+    if not work.has("norm"):
+        return ()
+    numbers = 1 + torch.randn(2, work.case.D, device=device) / 4
+    return tuple(numbers.to(work.dtype))
 
 
 def longest(work: Work) -> int:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from functools import cached_property
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from cases import Work
-from inputs import InputSet, relayout, token_rows
+from cases import NORM_CASES, Work
+from inputs import EPS, InputSet, relayout, token_rows
 from torch import Tensor
 
 Pair = tuple[Tensor, Tensor]
@@ -32,6 +34,7 @@ class Provider:
     partial = False  # supports R < D
     cases: tuple[str, ...] = ()  # the cases it is measured on; empty: all
     exact = False  # results are rounded once, from float32
+    weight_gradients = True  # of the norm
     needs_cuda = True
 
     def __init__(self) -> None:
@@ -75,6 +78,12 @@ class Provider:
         return q, k
 
 
+HF_WORDS = (
+    *("bhsd", "bhsd_view", "packed", "positions32", "positions64"),
+    *("float16", "float32"),
+)
+
+
 def full_width(work: Work, inputs: InputSet, dtype: torch.dtype) -> Pair:
     """cos and sin [B or 1, S, R] in Hugging Face's form: gathered, tiled, in dtype."""
     cos, sin = inputs.cos, inputs.sin
@@ -94,10 +103,12 @@ class FusedRope(Provider):
         self.module = importlib.import_module("fused_rope")
 
     def supports(self, work: Work, direction: str) -> bool:
-        return direction == "forward" or not work.has("out_rows")
+        return not work.has("out_rows") or (direction == "forward" and not work.has("norm"))
 
     def bind(self, work: Work, inputs: InputSet, in_place: bool) -> Call:
         q, k, cos, sin, options = inputs.q, inputs.k, inputs.cos, inputs.sin, inputs.options
+        if inputs.weights:
+            return self.bind_norm(inputs, in_place)
         rotate = self.module.rotate_qk_ if in_place else self.module.rotate_qk
         if inputs.out_rows is not None:
             out, rows = (torch.empty_like(q), torch.empty_like(k).flatten(0, 1)), inputs.out_rows
@@ -105,6 +116,14 @@ class FusedRope(Provider):
         if options:
             return lambda: rotate(q, k, cos, sin, **options)
         return lambda: rotate(q, k, cos, sin)
+
+    def bind_norm(self, inputs: InputSet, in_place: bool) -> Call:
+        q, k, cos, sin, options = inputs.q, inputs.k, inputs.cos, inputs.sin, inputs.options
+        q_weight, k_weight = inputs.weights
+        rotate = self.module.norm_rotate_qk_ if in_place else self.module.norm_rotate_qk
+        if options:
+            return lambda: rotate(q, k, cos, sin, q_weight, k_weight, eps=EPS, **options)
+        return lambda: rotate(q, k, cos, sin, q_weight, k_weight, eps=EPS)
 
     def restore(self, work: Work, inputs: InputSet, out: Pair) -> Pair:
         q, k = out
@@ -156,19 +175,14 @@ class Reference(Provider):
 
 
 class EagerHF(Provider):
-    """apply_rotary_pos_emb of Hugging Face's Llama: [B, H, S, D] views, tables in x's dtype."""
+    """apply_rotary_pos_emb of Hugging Face's Llama: [B, H, S, D] views, tables in x's dtype.
+
+    With a norm, Qwen3's norm of [B, S, H, D] precedes it.
+    """
 
     name = "eager_hf"
     directions = OUT_OF_PLACE
-    words: tuple[str, ...] = (
-        "bhsd",
-        "bhsd_view",
-        "packed",
-        "positions32",
-        "positions64",
-        "float16",
-        "float32",
-    )
+    words: tuple[str, ...] = (*HF_WORDS, "norm")
     module_name = "transformers.models.llama.modeling_llama"
     function_name = "apply_rotary_pos_emb"
     needs_cuda = False
@@ -186,13 +200,27 @@ class EagerHF(Provider):
         q, k = self.view(work, inputs.q), self.view(work, inputs.k)
         cos, sin = self.tables(work, inputs)
         function = self.function
-        return lambda: function(q, k, cos, sin)
+        if not inputs.weights:
+            return lambda: function(q, k, cos, sin)
+        q, k = (relayout(x, work.layout, "bshd") for x in (inputs.q, inputs.k))
+        module = importlib.import_module("transformers.models.qwen3.modeling_qwen3").Qwen3RMSNorm
+        q_norm, k_norm = (norm_module(module, weight) for weight in inputs.weights)
+        return lambda: function(q_norm(q).transpose(1, 2), k_norm(k).transpose(1, 2), cos, sin)
+
+
+def norm_module(module: type[torch.nn.Module], weight: Tensor) -> torch.nn.Module:
+    """A norm that computes with this very tensor, which a parameter would wrap."""
+    norm = module(weight.numel(), eps=EPS)
+    del norm.weight
+    norm.weight = weight
+    return norm
 
 
 class FusedRopeHF(EagerHF):
     """The drop-in for apply_rotary_pos_emb."""
 
     name = "fused_rope_hf"
+    words = HF_WORDS
     cases = ("call", "cpu", "tiny", "train", "decode256")
     module_name = "fused_rope.compat.transformers"
 
@@ -224,32 +252,94 @@ class FusedRopeLiger(Liger):
         return OUT_OF_PLACE
 
 
+class RMSNormFusedRope(Provider):
+    """torch.nn.functional.rms_norm of q and of k, then our rotation of both."""
+
+    name = "rms_norm_fused_rope"
+    cases = ("call", "tiny", *NORM_CASES)
+    directions = OUT_OF_PLACE
+    words = ("norm", "float16", "float32")
+    needs_cuda = False
+
+    def load(self) -> None:
+        self.rotate = importlib.import_module("fused_rope").rotate_qk
+
+    def supports(self, work: Work, direction: str) -> bool:
+        return work.has("norm") and super().supports(work, direction)
+
+    def norm(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
+        rms_norm, sizes = torch.nn.functional.rms_norm, weight.shape
+        return lambda x: rms_norm(x, sizes, weight, EPS)
+
+    def bind(self, work: Work, inputs: InputSet, in_place: bool) -> Call:
+        q, k, cos, sin, rotate = inputs.q, inputs.k, inputs.cos, inputs.sin, self.rotate
+        q_norm, k_norm = map(self.norm, inputs.weights)
+        return lambda: rotate(q_norm(q), k_norm(k), cos, sin)
+
+
+class LigerRMSNormFusedRope(RMSNormFusedRope):
+    """LigerRMSNorm of q and of k, then our rotation of both."""
+
+    name = "liger_rms_norm_fused_rope"
+    needs_cuda = True
+
+    def load(self) -> None:
+        super().load()
+        self.module = importlib.import_module("liger_kernel.transformers.rms_norm").LigerRMSNorm
+
+    def norm(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
+        return norm_module(self.module, weight)
+
+
 class Unsloth(Provider):
-    """fast_rope_embedding on [B, H, S, D]: in place where its transposition makes no copy."""
+    """fast_rope_embedding on [B, H, S, D]: in place where its transposition makes no copy.
+
+    With a norm, fast_qk_norm_rope on [B, S, H, D], whose fused kernel needs constant weights.
+    """
 
     name = "unsloth"
-    words = ("bhsd", "bhsd_view", "positions32", "float16", "float32")
+    words = ("bhsd", "bhsd_view", "positions32", "float16", "float32", "norm")
+    weight_gradients = False
     module_name = "unsloth.kernels.rope_embedding"
+    norm_module_name = "unsloth.kernels.qk_norm_rope"
 
     def load(self) -> None:
         self.function = importlib.import_module(self.module_name).fast_rope_embedding
+
+    @cached_property
+    def norm_function(self) -> Any:
+        return importlib.import_module(self.norm_module_name).fast_qk_norm_rope
 
     def layout(self, work: Work) -> str:
         return "bhsd"
 
     def ways(self, work: Work) -> tuple[str, ...]:
+        if work.has("norm"):
+            return OUT_OF_PLACE
         dense = work.has("bhsd") or work.case.S == 1
         copies = not dense if work.has("positions32") else dense and work.case.S > 1
         return ("forward",) if copies else ("in_place", "forward_grad")
 
     def make_tables(self, work: Work, inputs: InputSet) -> Any:
-        """cos and sin [M, R] in x's dtype, the form that its rotary modules cache."""
-        return tuple(torch.cat((t, t), -1).to(work.dtype) for t in (inputs.cos, inputs.sin))
+        """cos and sin [M, R] in x's dtype, the form that its rotary modules cache.
+
+        At least two rows: fast_qk_norm_rope squeezes a single one and takes its unfused path.
+        """
+        copies = (2 if inputs.cos.shape[0] == 1 else 1, 2)
+        return tuple(t.repeat(copies).to(work.dtype) for t in (inputs.cos, inputs.sin))
 
     def bind(self, work: Work, inputs: InputSet, in_place: bool) -> Call:
         q, k = self.view(work, inputs.q), self.view(work, inputs.k)
         cos, sin = self.tables(work, inputs)
-        function, rows = self.function, inputs.options.get("positions")
+        rows = inputs.options.get("positions")
+        if inputs.weights:
+            norm_rope = self.norm_function
+            q, k = (relayout(x, work.layout, "bshd") for x in (inputs.q, inputs.k))
+            q_norm, k_norm = (
+                SimpleNamespace(weight=weight, variance_epsilon=EPS) for weight in inputs.weights
+            )
+            return lambda: norm_rope(q_norm, k_norm, q, k, cos, sin, rows)
+        function = self.function
         if rows is None:
             return lambda: function(q, k, cos, sin)
         return lambda: function(q, k, cos, sin, rows)
@@ -260,7 +350,8 @@ class FusedRopeUnsloth(Unsloth):
 
     name = "fused_rope_unsloth"
     cases = FusedRopeHF.cases
-    module_name = "fused_rope.compat.unsloth"
+    weight_gradients = True
+    module_name = norm_module_name = "fused_rope.compat.unsloth"
     needs_cuda = False
 
     def ways(self, work: Work) -> tuple[str, ...]:
@@ -281,12 +372,31 @@ def eager_formula(
     return q * cos + rotate(q) * sin, k * cos + rotate(k) * sin
 
 
+def norm_formula(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool,
+    q_weight: Tensor,
+    k_weight: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Qwen3's norm, then the eager formula: the normalized value is rounded, then weighted."""
+
+    def norm(x: Tensor, weight: Tensor) -> Tensor:
+        wide = x.float()
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS)
+        return weight * (wide * scale).to(x.dtype)
+
+    return eager_formula(norm(q, q_weight), norm(k, k_weight), cos, sin, interleaved)
+
+
 class Inductor(Provider):
-    """torch.compile of the eager formula, with the static sizes of each work."""
+    """torch.compile of the eager formulas, with the static sizes of each work."""
 
     name = "inductor"
     directions = OUT_OF_PLACE
-    words = ("bhsd", "interleaved")
+    words = ("bhsd", "interleaved", "norm")
 
     def load(self) -> None:
         self._compiled: tuple[Work, Any] | None = None
@@ -297,7 +407,8 @@ class Inductor(Provider):
     def compiled(self, work: Work) -> Any:
         if self._compiled is None or self._compiled[0] is not work:
             torch._dynamo.reset()  # the recompilation limit counts per function, not per work
-            self._compiled = work, torch.compile(eager_formula, dynamic=False, fullgraph=True)
+            formula = norm_formula if work.has("norm") else eager_formula
+            self._compiled = work, torch.compile(formula, dynamic=False, fullgraph=True)
         return self._compiled[1]
 
     def make_tables(self, work: Work, inputs: InputSet) -> Any:
@@ -310,8 +421,8 @@ class Inductor(Provider):
     def bind(self, work: Work, inputs: InputSet, in_place: bool) -> Call:
         q, k, interleaved = inputs.q, inputs.k, work.has("interleaved")
         cos, sin = self.tables(work, inputs)
-        function = self.compiled(work)
-        return lambda: function(q, k, cos, sin, interleaved)
+        function, weights = self.compiled(work), inputs.weights
+        return lambda: function(q, k, cos, sin, interleaved, *weights)
 
 
 class FlashAttn(Provider):
@@ -571,6 +682,7 @@ PROVIDERS: dict[str, type[Provider]] = {
     for provider in (
         *(FusedRope, FusedRopeModule, FusedRopeHF, FusedRopeUnsloth, FusedRopeLiger),
         *(FusedRopeFlashAttn, FusedRopeVLLM, EagerHF, Inductor, Reference, Liger, Unsloth),
+        *(RMSNormFusedRope, LigerRMSNormFusedRope),
         *(FlashAttn, FlashInfer, TransformerEngine, VLLM, SGLang, Megatron),
         *(RotaryEmbeddingTorch, Quack),
     )

@@ -39,6 +39,8 @@ NAMES = {
     "flashinfer": "FlashInfer",
     "liger": "Liger",
     "unsloth": "Unsloth",
+    "rms_norm_fused_rope": "`rms_norm` and fused-rope",
+    "liger_rms_norm_fused_rope": "Liger's norm and fused-rope",
     "reference": "PyTorch reference",
 }
 MODELS = {"llama3_8b": "Llama", "qwen3_8b": "Qwen3"}
@@ -192,6 +194,7 @@ def page(results: Results) -> str:
         "### Layouts, pairings, tables and dtypes",
         f"Variants of the first shape, {_shape(Work(CASES['train']))}:",
         _variants(gpu),
+        *_norm_section(gpu),
         "### Memory",
         _prose(
             "The most memory that one call on the first shape has allocated at a time, its results "
@@ -447,11 +450,47 @@ def _variants(rows: Sequence[Row]) -> str:
     found = _found(rows)
     names = dict.fromkeys(row["variant"] for row in rows if row["case"] == "train")
     lines = [_line(["variant", "clone", *_titles(WAYS)]), _line(["---"] + ["---:"] * 4)]
-    for variant in (name for name in names if name not in ("", "bhsd")):
+    for variant in (name for name in names if name not in ("", "bhsd", "norm")):
         ours = [found.get(("train", variant, way, OURS)) for way in WAYS]
         clone = next((row["baseline"] for row in ours if row), None)
         if clone is not None:
             lines.append(_line([variant, _short(clone), *map(_fraction, ours)]))
+    return "\n".join(lines)
+
+
+def _norm_section(rows: Sequence[Row]) -> list[str]:
+    """Norm and rotation in one pass; nothing where it was not measured."""
+    rows = [row for row in rows if row["variant"] == "norm"]
+    if not rows:
+        return []
+    return [
+        "### Norm and rotation",
+        _prose(
+            "The same for `norm_rotate_qk` with the weights of Qwen3. The backward gives the "
+            "gradients of both weights; Unsloth's does not. Its clone moves as many bytes: the "
+            "inputs, the gradients and the results."
+        ),
+        _norms(rows),
+    ]
+
+
+def _norms(rows: Sequence[Row]) -> str:
+    """A line per shape and direction, with peers."""
+    found = _found(rows)
+    peers = [p for p in dict.fromkeys(r["provider"] for r in rows) if not p.startswith(OURS)]
+    names = [NAMES.get(peer, peer) for peer in peers]
+    lines = [
+        _line(["shape (B, S, Hq, Hk, D)", "direction", "clone", NAMES[OURS], *names]),
+        _line(["---"] * 2 + ["---:"] * (2 + len(peers))),
+    ]
+    for way in WAYS:
+        for name, case in CASES.items():
+            ours = found.get((name, "norm", way, OURS))
+            if ours is None:
+                continue
+            theirs = [_times(found.get((name, "norm", way, p)), ours["median"]) for p in peers]
+            cells = [_shape(Work(case)), *_titles([way]), _short(ours["baseline"])]
+            lines.append(_line([*cells, _fraction(ours), *theirs]))
     return "\n".join(lines)
 
 

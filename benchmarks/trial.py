@@ -11,7 +11,7 @@ import torch
 import verify
 from cases import Work, bytes_moved
 from inputs import InputSet, make_sets
-from providers import Pair, Provider
+from providers import Provider
 from torch import Tensor
 
 GRAD_DIRECTIONS = ("backward", "both", "forward_grad")
@@ -49,18 +49,19 @@ class Bench:
         return [replace(x, q=new.q, k=new.k) for x, new in zip(sets, drawn, strict=True)]
 
     @cached_property
-    def rotated(self) -> Pair:
+    def rotated(self) -> tuple[Tensor, ...]:
         return verify.expected(self.sets[0])
 
     @cached_property
-    def rotated_gradients(self) -> Pair:
-        return verify.expected(self.gradients[0], inverse=True)
+    def input_gradients(self) -> tuple[Tensor, ...]:
+        return verify.expected_gradients(self.sets[0], self.gradients[0])
 
-    def expected(self, direction: str) -> tuple[Tensor, ...]:
+    def expected(self, direction: str, weight_gradients: bool = True) -> tuple[Tensor, ...]:
         """The results of the first call in float64, in the work's layout."""
-        if direction == "backward":
-            return self.rotated_gradients
-        return (*self.rotated, *(self.rotated_gradients if direction == "both" else ()))
+        if direction not in ("backward", "both"):
+            return self.rotated
+        gradients = self.input_gradients if weight_gradients else self.input_gradients[:2]
+        return gradients if direction == "backward" else (*self.rotated, *gradients)
 
 
 class Trial:
@@ -88,17 +89,22 @@ class Trial:
         if self.direction not in GRAD_DIRECTIONS:
             return self.provider.bind(work, inputs, in_place=self.direction == "in_place")
         q, k = (x.detach().requires_grad_() for x in (inputs.q, inputs.k))
-        forward = self.provider.bind(work, replace(inputs, q=q, k=k), in_place=False)
+        weights = inputs.weights
+        if self.provider.weight_gradients:
+            weights = tuple(w.detach().requires_grad_() for w in weights)
+        leaves = q, k, *(w for w in weights if w.requires_grad)
+        inputs = replace(inputs, q=q, k=k, weights=weights)
+        forward = self.provider.bind(work, inputs, in_place=False)
         if given is None:
             return forward
         gradients = self.provider.view(work, given.q), self.provider.view(work, given.k)
         if self.direction == "backward":
             out = forward()
-            return lambda: torch.autograd.grad(out, (q, k), gradients, retain_graph=True)
+            return lambda: torch.autograd.grad(out, leaves, gradients, retain_graph=True)
 
         def both() -> tuple[Tensor, ...]:
             out = forward()
-            return (*out, *torch.autograd.grad(out, (q, k), gradients))
+            return (*out, *torch.autograd.grad(out, leaves, gradients))
 
         return both
 
@@ -110,7 +116,7 @@ class Trial:
         return tuple(x.detach() for x in (*rotated, *out[2:]))
 
     def _check(self, what: str, out: Sequence[Tensor]) -> None:
-        want = self.bench.expected(self.direction)
+        want = self.bench.expected(self.direction, self.provider.weight_gradients)
         for i, (x, y) in enumerate(zip(self._results(out), want, strict=True)):
             verify.check(f"{what}, tensor {i}", x, y, self.provider.exact)
 

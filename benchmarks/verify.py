@@ -6,25 +6,48 @@ import sys
 from pathlib import Path
 
 import torch
-from inputs import InputSet
+from inputs import EPS, InputSet
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "python"))
 
-from oracle import oracle
+from oracle import norm_oracle, oracle
 
 
 class WrongResult(Exception):
     """A call returned a wrong rotation, or changed memory that it must not change."""
 
 
-def expected(inputs: InputSet, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
-    """The rotated q and k of these inputs, in float64."""
-    q, k = (
-        oracle(x, inputs.cos, inputs.sin, inverse=inverse, **inputs.options)
-        for x in (inputs.q, inputs.k)
-    )
-    return q, k
+def expected(inputs: InputSet) -> tuple[Tensor, ...]:
+    """The rotated q and k of these inputs, normalized first if they have weights, in float64."""
+    tables, options = (inputs.cos, inputs.sin), inputs.options
+    if not inputs.weights:
+        return tuple(oracle(x, *tables, **options) for x in (inputs.q, inputs.k))
+    pairs = zip((inputs.q, inputs.k), inputs.weights, strict=True)
+    return tuple(norm_oracle(x, *tables, weight, eps=EPS, **options) for x, weight in pairs)
+
+
+def expected_gradients(inputs: InputSet, given: InputSet) -> tuple[Tensor, ...]:
+    """The gradients of q, k and the weights in float64; `given` holds the results' gradients."""
+    rotated_back = [
+        oracle(g, inputs.cos, inputs.sin, inverse=True, **inputs.options)
+        for g in (given.q, given.k)
+    ]
+    if not inputs.weights:
+        return tuple(rotated_back)
+    pairs = zip((inputs.q, inputs.k), inputs.weights, rotated_back, strict=True)
+    of_inputs, of_weights = zip(*(_norm_gradients(*pair) for pair in pairs), strict=True)
+    return (*of_inputs, *of_weights)
+
+
+def _norm_gradients(x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of x and of the weight [D], where `grad` is that of the normalized x."""
+    v = x.detach().double()
+    scale = 1 / (v.pow(2).mean(-1, keepdim=True) + EPS).sqrt()
+    n = v * scale
+    of_weight = (grad * n).flatten(0, -2).sum(0)
+    weighted = grad * weight.detach().double()
+    return scale * (weighted - n * (weighted * n).mean(-1, keepdim=True)), of_weight
 
 
 def tolerance(dtype: torch.dtype, exact: bool) -> tuple[float, float]:

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -68,6 +69,10 @@ KEYS = {"case", "variant", "direction", "provider", "metric", "median", "baselin
         ("neox20b", "", "in_place", 2 * 4 * 4096 * 128 * 24 * 2),
         ("pythia", "", "in_place", 2 * 4 * 4096 * 64 * 20 * 2),
         ("train", "thd cu_seqlens sequences64", "forward", 2 * 4 * 4096 * 40 * 128 * 2),
+        ("train", "norm", "forward", 2 * 4 * 4096 * 40 * 128 * 2),
+        ("train", "norm", "backward", 3 * 4 * 4096 * 40 * 128 * 2),
+        ("train", "norm", "both", 5 * 4 * 4096 * 40 * 128 * 2),
+        ("neox20b", "norm", "in_place", 2 * 4 * 4096 * 128 * 96 * 2),
     ],
 )
 def test_bytes_moved(case, variant, direction, expected):
@@ -135,6 +140,12 @@ def target_figures():
     yield from (("train", "", "forward", p) for p in ("flash_attn", "inductor", "eager_hf"))
     for name in ("fused_rope", "fused_rope_hf", "fused_rope_unsloth"):
         yield ("train", "", "both", name)
+    yield from (("call", "norm", way, "fused_rope") for way in ("forward", "forward_grad"))
+    peers = ("unsloth", "inductor", "eager_hf", "rms_norm_fused_rope", "liger_rms_norm_fused_rope")
+    for name in ("train", "prefill", "mid2048", "mid512", "decode256", "decode64", "decode1"):
+        yield from ((name, "norm", "forward", provider) for provider in ("fused_rope", *peers))
+    for name in ("train", "prefill", "mid2048"):
+        yield from ((name, "norm", "backward", provider) for provider in ("fused_rope", *peers))
 
 
 def test_a_run_for_the_targets_measures_all_that_they_need():
@@ -145,7 +156,7 @@ def test_a_run_for_the_targets_measures_all_that_they_need():
         for direction, able in step.pairs
         for provider in able
     ]
-    assert len(set(planned)) == len(planned) < 300
+    assert len(set(planned)) == len(planned) < 400
     assert set(target_figures()) <= set(planned)
 
 
@@ -653,6 +664,110 @@ def test_a_run_on_the_cpu_measures_all_that_its_targets_need(case, variant):
     assert Work(CASES[case], variant) in select("cpu")
 
 
+class LigerRMSNorm(torch.nn.RMSNorm):
+    """The constructor and the call of Liger's."""
+
+
+@pytest.fixture
+def norm_peers(monkeypatch):
+    """Makes the peers that need CUDA run on the CPU, by our drop-ins and without a compiler."""
+    pytest.importorskip("fused_rope")
+    pytest.importorskip("transformers.models.qwen3.modeling_qwen3")
+    module = ModuleType("liger_kernel.transformers.rms_norm")
+    module.LigerRMSNorm = LigerRMSNorm
+    for name in ("liger_kernel", "liger_kernel.transformers"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    for name in ("module_name", "norm_module_name"):
+        monkeypatch.setattr(providers.Unsloth, name, "fused_rope.compat.unsloth")
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward", "both", "forward_grad"])
+@pytest.mark.parametrize(
+    "name,gradients",
+    [
+        ("fused_rope", 4),
+        ("fused_rope_unsloth", 4),
+        ("unsloth", 2),
+        ("rms_norm_fused_rope", 4),
+        ("liger_rms_norm_fused_rope", 4),
+        ("eager_hf", 4),
+        ("inductor", 4),
+    ],
+)
+def test_norms_and_their_gradients_are_verified(norm_peers, name, gradients, direction):
+    provider, work = providers.PROVIDERS[name](), Work(CASES["tiny"], "norm")
+    assert provider.supports(work, direction)
+    trial = Trial(Bench(work, 2, CPU), provider, direction)
+    trial.verify()
+    results = {"backward": gradients, "both": 2 + gradients}.get(direction, 2)
+    with trial.grad_mode():
+        assert [len(call()) for call in trial.calls] == [results] * 2
+
+
+def test_a_norm_is_one_operator_in_each_direction():
+    pytest.importorskip("fused_rope")
+    bench, ours = Bench(Work(CASES["tiny"], "norm"), 2, CPU), providers.PROVIDERS["fused_rope"]()
+    names = {d: operators_of(Trial(bench, ours, d)) for d in ("forward", "backward", "in_place")}
+    assert names["forward"] == ["fused_rope.norm_rotate_qk.default"] * 2
+    assert names["backward"] == ["fused_rope.norm_rotate_qk_backward.default"] * 2
+    Trial(bench, ours, "in_place").verify()
+
+
+@pytest.mark.parametrize("variant", ["norm", "float16 norm", "float32 norm"])
+def test_gradients_of_a_norm_are_those_of_autograd_in_float64(variant):
+    bench = Bench(Work(CASES["tiny"], variant), 1, CPU)
+    (x,), (given,) = bench.sets, bench.gradients
+    leaves = [t.double().requires_grad_() for t in (x.q, x.k, *x.weights)]
+    tables = x.cos.double()[:, None], x.sin.double()[:, None]
+    out = []
+    for t, weight in zip(leaves[:2], leaves[2:], strict=True):
+        normed = torch.nn.functional.rms_norm(t, t.shape[-1:], weight, 1e-6)
+        a, b = normed.chunk(2, -1)
+        cos, sin = tables
+        out.append(torch.cat((a * cos - b * sin, b * cos + a * sin), -1))
+    for got, want in zip(bench.expected("forward"), out, strict=True):
+        torch.testing.assert_close(got, want.detach(), rtol=1e-12, atol=1e-12)
+    want = torch.autograd.grad(out, leaves, (given.q.double(), given.k.double()))
+    for got, one in zip(bench.expected("backward"), want, strict=True):
+        torch.testing.assert_close(got, one, rtol=1e-11, atol=1e-11)
+
+
+class Unweighted(providers.FusedRope):
+    """Leaves the weight of k out."""
+
+    def bind_norm(self, inputs, in_place):
+        weights = inputs.weights[0], torch.ones_like(inputs.weights[1])
+        return super().bind_norm(replace(inputs, weights=weights), in_place)
+
+
+def test_a_norm_with_another_weight_is_not_timed(tiny, monkeypatch):
+    pytest.importorskip("fused_rope")
+    monkeypatch.setitem(providers.PROVIDERS, "quack", Unweighted)
+    status, content, _ = tiny("--cases", "tiny", "--variants", "norm", "--providers", "quack")
+    assert status == 1 and content["rows"] == [] and content["meta"]["refused"]
+
+
+def test_unsloth_gets_tables_that_its_fused_norm_accepts(norm_peers):
+    """It squeezes tables of one row and then takes its unfused path."""
+    work = Work(CASES["decode1"], "norm")
+    (inputs,) = make_sets(work, 1, CPU)
+    tables = providers.PROVIDERS["unsloth"]().make_tables(work, inputs)
+    assert [t.squeeze().shape for t in tables] == [(2, 128)] * 2
+
+
+def test_quick_run_times_norms(tiny):
+    pytest.importorskip("fused_rope")
+    names = ["fused_rope", "rms_norm_fused_rope"]
+    arguments = ["--cases", "tiny", "call", "--variants", "norm", "--providers", *names]
+    status, content, _ = tiny(*arguments)
+    assert status == 0 and content["meta"]["refused"] == []
+    found = {(row["case"], row["direction"], row["provider"]) for row in content["rows"]}
+    places = (("tiny", "forward"), ("call", "forward"), ("call", "forward_grad"))
+    assert found >= {(*place, name) for place in places for name in names}
+
+
 def test_sweep_compares_plans(tmp_path, capsys):
     pytest.importorskip("fused_rope")
     out = tmp_path / "sweep.json"
@@ -738,6 +853,19 @@ def test_documents_show_the_figures():
         assert document.read_text() == text
         for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text):
             assert 0 < (document.parent / picture).stat().st_size < 150_000
+
+
+def test_the_page_shows_norms_once_they_are_measured():
+    results = table.Results.read(ROOT / "benchmarks" / "results")
+    rows = [row for row in results.gpu["rows"] if row["variant"] != "norm"]
+    without = replace(results, gpu=results.gpu | {"rows": rows})
+    assert "### Norm" not in table.page(without)
+    ours = figure("backward", "gpu_us", 100.0, variant="norm")
+    peer = figure("backward", "gpu_us", 150.0, variant="norm", provider="unsloth")
+    shown = table.page(replace(results, gpu=results.gpu | {"rows": [*rows, ours, peer]}))
+    line = "| 4, 4096, 32, 8, 128 | backward | 80.0 | 100.0 (0.80) | 150.0 (1.50x) |"
+    assert shown.count("### Norm") == 1 and line in shown
+    assert "| norm |" not in shown
 
 
 def test_figures_are_replaced_between_their_marks():
