@@ -8,7 +8,7 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from types import FunctionType, ModuleType
@@ -631,9 +631,10 @@ def patch(
         for site in forwards:
             if site.module in known:
                 found[site] = _find_replacement(site, options, _Forward)
+        forms = {site.key: e.form for site, e in found.items() if isinstance(e, _Function)}
         for site in attentions:
-            entry = _find_attention(site, options)
-            if site.module in known and entry is not None:
+            entry = _find_attention(site, forms, options)
+            if entry is not None:
                 found[site] = entry
         _install(found, model)
         return _report(found, modules)
@@ -880,9 +881,11 @@ def _function(site: Site, options: Options) -> _Function | str:
     return found if isinstance(found, str) else _Function(site, *found, options)
 
 
-def _find_attention(site: Site, options: Options) -> _Replacement | str | None:
+def _find_attention(
+    site: Site, forms: Mapping[str, Form], options: Options
+) -> _Replacement | str | None:
     """The replacement of an attention class's forward, or why none; None if it has no norms."""
-    rewritten = find_norms(site)
+    rewritten = find_norms(site, forms)
     if rewritten is None:
         return None
 
@@ -892,26 +895,33 @@ def _find_attention(site: Site, options: Options) -> _Replacement | str | None:
     return _find_replacement(site, options, make)
 
 
-def find_norms(site: Site) -> tuple[Rewritten, str] | str | None:
+def find_norms(site: Site, forms: Mapping[str, Form]) -> tuple[Rewritten, str] | str | None:
     """The rewritten forward of an attention class, and order and rounding of its norms.
+
+    Args:
+        site: the class and its forward.
+        forms: of the rotary functions that are replaced, by key.
 
     Returns:
         These; the reason for none; or None if the class does not normalize and rotate.
     """
     assert isinstance(site.owner, type)
-    module = sys.modules[site.module]
-    rotary = {name for name in vars(module) if _FUNCTION.match(name)}
+    rotary = {name for name in vars(sys.modules[site.module]) if _FUNCTION.match(name)}
     rewritten = rewrite(site.owner, site.original, rotary)
     if not isinstance(rewritten, Rewritten):
         return rewritten
+    for name in rewritten.functions:
+        form = forms.get(f"{site.module}.{name}")
+        if form is None or not form.normalizes or (rewritten.after and form.order):
+            return f"{name} does not rotate in a form that runs with norms"
     kinds: dict[str, None] = {}
     for name, classes in norm_classes(site.owner, rewritten.norms).items():
         learned = [rms_norms.learn(norm) for norm in classes]
-        known = [kind for kinds_ in learned if not isinstance(kinds_, str) for kind in kinds_]
+        known = [str(kind) for found in learned if not isinstance(found, str) for kind in found]
         if not known:
             reasons = [reason for reason in learned if isinstance(reason, str)]
-            return reasons[0] if reasons else f"the class of {name} is unknown"
-        kinds |= dict.fromkeys(map(str, known))
+            return reasons[0] if reasons else f"the class of {name} is not an RMS norm"
+        kinds |= dict.fromkeys(known)
     order = "after" if rewritten.after else "before"
     return rewritten, f"norm {order} the rotation, {'; '.join(kinds)}"
 

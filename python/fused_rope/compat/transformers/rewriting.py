@@ -57,11 +57,13 @@ class Rewritten:
         make: builds the function from what it calls.
         after: whether the norms follow the rotation.
         norms: the attributes of the norms.
+        functions: the names of the rotary functions that run with them.
     """
 
     make: Callable[[Calls], Any]
     after: bool
     norms: tuple[str, ...]
+    functions: tuple[str, ...]
 
 
 class _Refusal(Exception):
@@ -103,7 +105,8 @@ def rewrite(owner: type, forward: Any, rotary: Set[str]) -> Rewritten | str | No
         made.__qualname__ = forward.__qualname__
         return made
 
-    return Rewritten(make, rewriter.after, tuple(dict.fromkeys(rewriter.norms)))
+    norms, functions = (tuple(dict.fromkeys(v)) for v in (rewriter.norms, rewriter.functions))
+    return Rewritten(make, rewriter.after, norms, functions)
 
 
 def norm_classes(owner: type, attributes: Collection[str]) -> dict[str, list[Any]]:
@@ -194,6 +197,7 @@ class _Rewriter:
     def __init__(self, rotary: Set[str]) -> None:
         self.rotary = rotary
         self.norms: list[str] = []
+        self.functions: list[str] = []
         self.after = False
         self._rotated: set[str] = set()
 
@@ -276,15 +280,17 @@ class _Rewriter:
             self.norms += [norm.attr for norm in norms if isinstance(norm, ast.Attribute)]
             rotate, deferred = _ROTATE_FIRST, norms
         elif pending & set(names):
+            if not pending >= set(names):
+                alone = min(set(names) - pending)
+                raise _Refusal(f"{alone} is rotated without a norm next to the rotation")
             rotate, deferred = _ROTATE, [_name(_PENDING + name) for name in names]
             pending -= set(names)
         else:
             return statement
-        new = _name(rotate)
-        call.func, call.args = (
-            _at(new, call),
-            [function, _at(ast.Tuple(deferred, ast.Load()), call), *call.args],
-        )
+        assert isinstance(function, ast.Name)
+        self.functions.append(function.id)
+        call.func = _at(_name(rotate), call)
+        call.args = [function, _at(ast.Tuple(deferred, ast.Load()), call), *call.args]
         return statement
 
     def _normalize(self, name: str, at: ast.AST) -> ast.stmt:
@@ -319,11 +325,24 @@ class _Rewriter:
         return names if known and names == given else None
 
     def _refuse_uses(self, node: ast.AST, pending: set[str]) -> None:
-        for part in ast.walk(node) if pending else ():
+        parts = list(ast.walk(node)) if pending else []
+        if any(_is_reshaped(part, pending) for part in parts):
+            raise _Refusal("its norm is followed by a reshape, and may cover several heads")
+        for part in parts:
             if isinstance(part, ast.Name) and part.id in pending:
                 raise _Refusal(f"{part.id} is used between the norm and the rotation")
             if _writes_in_place(part):
                 raise _Refusal("a tensor is changed between the norm and the rotation")
+
+
+def _is_reshaped(node: ast.AST, pending: set[str]) -> bool:
+    method = node.func if isinstance(node, ast.Call) else None
+    return (
+        isinstance(method, ast.Attribute)
+        and method.attr in ("view", "reshape", "unflatten")
+        and isinstance(method.value, ast.Name)
+        and method.value.id in pending
+    )
 
 
 def _writes_in_place(node: ast.AST) -> bool:
