@@ -271,15 +271,16 @@ def another_class(norm):
     norm.__class__ = type("Other", (type(norm),), {"forward": lambda self, x: x * self.weight})
 
 
-def float32_weight(norm):
-    norm.float()
-
-
 def subclass_weight(norm):
     class Weight(torch.nn.Parameter):
         pass
 
     norm.weight = Weight(norm.weight.detach())
+
+
+def weight_elsewhere(norm):  # as FSDP and torch.nn.utils.prune do
+    weight = norm._parameters.pop("weight").detach()
+    norm.weight = weight
 
 
 def module_inside(norm):
@@ -301,6 +302,7 @@ CHANGES = {
         parametrized,
         another_class,
         subclass_weight,
+        weight_elsewhere,
         module_inside,
         another_attribute,
     )
@@ -342,6 +344,18 @@ def test_a_norm_in_a_wrapper_runs_as_a_module():
     ours = run(model)
     assert ours[2].fused == 1
     agree(ours, original)
+
+
+@pytest.mark.parametrize("change", ["weight_elsewhere", "parametrized", "replaced_forward"])
+def test_norms_that_change_after_they_ran(change):
+    model = qwen3()
+    patch(model, norms="fused")
+    assert run(model)[2].fused == 2
+    CHANGES[change](attention(model).q_norm)
+    ours = run(model)
+    assert ours[2].fused == 1
+    unpatch(model)
+    agree(ours, run(model))
 
 
 def test_hooks_that_come_and_go():

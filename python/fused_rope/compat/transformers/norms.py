@@ -62,6 +62,7 @@ class Kind:
         norm: the class, and its forward when it was checked.
         forward: as above.
         eps: the name of the attribute.
+        weighted: whether it has a weight.
         zero_centered, cast: as in `norm_rotate`.
         attributes: other attributes of an instance, which must not differ.
     """
@@ -69,21 +70,22 @@ class Kind:
     norm: type
     forward: Any
     eps: str
+    weighted: bool
     zero_centered: bool
     cast: str
     attributes: dict[str, Any]
 
     def __str__(self) -> str:
         centered = ", zero-centered" if self.zero_centered else ""
-        return f"rounded {self.cast} the weight{centered}"
+        return f"rounded {self.cast} the weight{centered}" if self.weighted else "without weight"
 
     def fits(self, norm: torch.nn.Module, x: Any) -> bool:
         """Whether the operator returns what a call of this module with x returns."""
         if not (type(x) is Tensor and x.dtype in _DTYPES and x.dim() > 2 and _is_bare(norm)):
             return False
         weight = norm._parameters.get("weight")
-        if weight is None:
-            return True
+        if weight is None or not self.weighted:  # FSDP and others move parameters elsewhere
+            return weight is None and not self.weighted
         dtypes = (x.dtype,) if self.cast == "before" else (x.dtype, torch.float32)
         return (
             type(weight) in (Tensor, torch.nn.Parameter)
@@ -95,6 +97,7 @@ class Kind:
 
 # A float64 input is normalized in float32 by transformers, unlike by the operator.
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_CASTS = ("before", "after")
 _EPS = ("variance_epsilon", "eps", "epsilon")
 _WIDTH = 64
 
@@ -218,11 +221,14 @@ def _check(norm: torch.nn.Module) -> Kind | None:
         return None
     attributes = _attributes(norm, eps)
     forward = type(norm).forward
-    for zero_centered in (False, True) if weight is not None else (False,):
-        for cast in ("before", "after") if weight is not None else ("after",):
-            kind = Kind(type(norm), forward, eps, zero_centered, cast, attributes)
-            if _agrees(norm, kind):
-                return kind
+    weighted = weight is not None
+    arithmetic = [(False, "after")]
+    if weighted:
+        arithmetic = [(centered, cast) for centered in (False, True) for cast in _CASTS]
+    for zero_centered, cast in arithmetic:
+        kind = Kind(type(norm), forward, eps, weighted, zero_centered, cast, attributes)
+        if _agrees(norm, kind):
+            return kind
     return None
 
 
