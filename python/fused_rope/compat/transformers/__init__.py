@@ -11,12 +11,15 @@
 A model calls the rotary function of the Python module that defines its attention. `patch` replaces
 that function, for every instance of the family. It needs an entry of `FORMS` with the function's
 signature whose results are bitwise identical in reference checks; otherwise it leaves the function
-alone and reports why.
+alone and reports why. `patch(model, norms="fused")` also replaces the forward of attention classes
+that normalize q and k next to the rotation, so that both run in one pass.
 
     adapters.py          one adapter for each signature
     forms.py             the table of forms, and which form a function has
     reference_checks.py  calls that a function and its adapter must answer alike
     tables.py            cosines and sines of rotary modules in fewer kernels
+    norms.py             the RMS norms of q and k, and norms that wait for the rotation
+    rewriting.py         forwards of attention classes whose norms wait
     patching.py          patch, unpatch, patched and is_patched
     kernel_layers.py     the same for transformers' `use_kernels=True`
     coverage.py          which model classes are covered: python -m fused_rope.compat.transformers

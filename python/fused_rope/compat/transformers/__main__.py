@@ -5,4 +5,4 @@ import sys
 from . import coverage
 
 if __name__ == "__main__":
-    sys.stdout.write(coverage.page(coverage.entries()))
+    sys.stdout.write(coverage.page(coverage.entries(), coverage.norm_entries()))

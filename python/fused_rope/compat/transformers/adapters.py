@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ... import functional
+from .norms import Norm
 
 Adapter = Callable[..., Any]
 Pair = tuple[Tensor, Tensor]
@@ -49,10 +50,14 @@ class Style:
         layout: str,
         positions: Tensor | None = None,
         blocks: int = 1,
+        norm: Norm | None = None,
     ) -> Tensor:
-        """`functional.rotate` in this style."""
+        """`functional.rotate` in this style, or `norm_rotate`."""
         options = self._options(x, cos, precision, layout, blocks)
-        rotated: Tensor = functional.call("rotate", (x, cos, sin), positions, 0, None, options)
+        name, tensors = "rotate", (x, cos, sin)
+        if norm is not None:
+            name, tensors, options = _with_norm(name, tensors, options, norm)
+        rotated: Tensor = functional.call(name, tensors, positions, 0, None, options)
         return rotated
 
     def rotate_qk(
@@ -64,10 +69,14 @@ class Style:
         precision: str,
         layout: str,
         positions: Tensor | None = None,
+        norm: Norm | None = None,
     ) -> Pair:
-        """`functional.rotate_qk` in this style."""
+        """`functional.rotate_qk` in this style, or `norm_rotate_qk`."""
         options = self._options(q, cos, precision, layout)
-        rotated: Pair = functional.call("rotate_qk", (q, k, cos, sin), positions, 0, None, options)
+        name, tensors = "rotate_qk", (q, k, cos, sin)
+        if norm is not None:
+            name, tensors, options = _with_norm(name, tensors, options, norm)
+        rotated: Pair = functional.call(name, tensors, positions, 0, None, options)
         return rotated
 
     @cached_property
@@ -96,6 +105,13 @@ class Style:
             precision,
             self.table_layout,
         )
+
+
+def _with_norm(
+    name: str, tensors: tuple[Any, ...], options: tuple[Any, ...], norm: Norm
+) -> tuple[str, tuple[Any, ...], tuple[Any, ...]]:
+    """The same call of the operator that normalizes, too."""
+    return f"norm_{name}", (*tensors, *norm.weights), (*options, *norm.options)
 
 
 HALF = Style()
@@ -155,10 +171,11 @@ def pair(style: Style) -> Adapter:
         unsqueeze_dim: int = 1,
         *,
         precision: str = "model",
+        norm: Norm | None = None,
     ) -> Pair:
         layout = layout_of(q, cos, unsqueeze_dim)
         cos, sin = per_token(cos, sin, q, layout)
-        return style.rotate_qk(q, k, cos, sin, precision, layout)
+        return style.rotate_qk(q, k, cos, sin, precision, layout, norm=norm)
 
     return rotate
 
@@ -173,10 +190,11 @@ def single(style: Style) -> Adapter:
         unsqueeze_dim: int = 1,
         *,
         precision: str = "model",
+        norm: Norm | None = None,
     ) -> Tensor:
         layout = layout_of(x, cos, unsqueeze_dim)
         cos, sin = per_token(cos, sin, x, layout)
-        return style.rotate(x, cos, sin, precision, layout=layout)
+        return style.rotate(x, cos, sin, precision, layout=layout, norm=norm)
 
     return rotate
 
@@ -206,10 +224,11 @@ def optional_key(style: Style) -> Adapter:
         unsqueeze_dim: int = 1,
         *,
         precision: str = "model",
+        norm: Norm | None = None,
     ) -> Any:
         if k is None:
-            return one(q, cos, sin, unsqueeze_dim, precision=precision)
-        return both(q, k, cos, sin, unsqueeze_dim, precision=precision)
+            return one(q, cos, sin, unsqueeze_dim, precision=precision, norm=norm)
+        return both(q, k, cos, sin, unsqueeze_dim, precision=precision, norm=norm)
 
     return rotate
 
@@ -225,14 +244,17 @@ def last_queries(style: Style) -> Adapter:
         unsqueeze_dim: int = 1,
         *,
         precision: str = "model",
+        norm: Norm | None = None,
     ) -> Pair:
         layout = layout_of(q, cos, unsqueeze_dim)
         if layout != "bhsd":
             raise ValueError(f"apply_rotary_pos_emb: expected unsqueeze_dim 1, got {unsqueeze_dim}")
         cos, sin = per_token(cos, sin, k, layout)
         S = q.shape[-2]
-        q = style.rotate(q, cos[..., -S:, :], sin[..., -S:, :], precision, layout=layout)
-        return q, style.rotate(k, cos, sin, precision, layout=layout)
+        q_norm, k_norm = (None, None) if norm is None else (norm.only(0), norm.only(1))
+        rows = cos[..., -S:, :], sin[..., -S:, :]
+        q = style.rotate(q, *rows, precision, layout=layout, norm=q_norm)
+        return q, style.rotate(k, cos, sin, precision, layout=layout, norm=k_norm)
 
     return rotate
 
@@ -263,10 +285,18 @@ def sections(style: Style) -> Adapter:
 def token_major(style: Style) -> Adapter:
     """Vision towers: q and k [T, H, D] or [B, S, H, D]; cos [T, R] or [B, S, R]."""
 
-    def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, precision: str = "model") -> Pair:
+    def rotate(
+        q: Tensor,
+        k: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        *,
+        precision: str = "model",
+        norm: Norm | None = None,
+    ) -> Pair:
         layout = "thd" if q.dim() == 3 else "bshd"
         cos, sin = per_token(cos, sin, q, layout)
-        return style.rotate_qk(q, k, cos, sin, precision, layout=layout)
+        return style.rotate_qk(q, k, cos, sin, precision, layout=layout, norm=norm)
 
     return rotate
 
@@ -287,7 +317,14 @@ def rows(table: Tensor) -> Tensor:
 
 
 def after_prefix(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, precision: str = "model", **kwargs: Any
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    precision: str = "model",
+    norm: Norm | None = None,
+    **kwargs: Any,
 ) -> Pair:
     """q and k [B, H, S, D]: the last M tokens are rotated, class and register tokens are not."""
     if kwargs:
@@ -295,7 +332,8 @@ def after_prefix(
     cos, sin = rows(cos), rows(sin)
     S = q.shape[-2]
     tokens = torch.arange(S, device=q.device) - (S - cos.shape[0])
-    return HALF.rotate_qk(q, k, cos, sin, precision, layout="bhsd", positions=tokens.clamp(min=-1))
+    positions = tokens.clamp(min=-1)
+    return HALF.rotate_qk(q, k, cos, sin, precision, layout="bhsd", positions=positions, norm=norm)
 
 
 def memory_keys(
@@ -349,6 +387,7 @@ def blocks(
     unsqueeze_dim: int = 2,
     *,
     precision: str = "model",
+    norm: Norm | None = None,
 ) -> Tensor:
     """x has one span of elements for each axis of position_ids [B, S, A]; cos is tiled in each."""
     A = position_ids.shape[-1]
@@ -359,7 +398,7 @@ def blocks(
 
     layout = layout_of(x, cos, unsqueeze_dim)
     cos, sin = per_token(halves(cos), halves(sin), x, layout)
-    return Style("half").rotate(x, cos, sin, precision, layout=layout, blocks=A)
+    return Style("half").rotate(x, cos, sin, precision, layout=layout, blocks=A, norm=norm)
 
 
 def swapped(tensor: Tensor, sin: Tensor, cos: Tensor, *, precision: str = "model") -> Tensor:

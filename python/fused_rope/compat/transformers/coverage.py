@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
 from .forms import find_form
-from .patching import rotary_functions
+from .patching import attention_classes, find_norms, rotary_functions
 
-__all__ = ["Entry", "entries", "page"]
+__all__ = ["Entry", "NormEntry", "entries", "norm_entries", "page"]
 
 _DEFINES_ONE = re.compile(r"def \w*apply_\w*(rotary|rope)")
 
@@ -51,6 +52,34 @@ Llama) is covered if its parts are.
 | model classes | function | form |
 | --- | --- | --- |
 {table}
+
+## Norms of queries and keys
+
+With `norms="fused"`, `patch` also replaces the forward of attention classes that normalize q and k
+next to the rotation: norm and rotation run in one pass, forward and backward. It covers {fused} of
+the {attentions} attention classes with a norm and a rotation.
+
+* The forward is rewritten by structure: a norm moves into the rotary call if nothing stands between
+  the two but a transposition and statements that use neither q nor k. The alternative is to return
+  a tensor subclass from the norm, which remembers its norm until the rotation. That needs no
+  source, but hooks, compilers and C++ extensions see a tensor without values, and each call pays
+  for the subclass. A rewritten forward has plain tensors everywhere and the original file and lines
+  in tracebacks, and a change in transformers either fits the structure or is reported.
+* A norm class is covered if the operator's results equal those of the class in a reference check of
+  its eps, weight and rounding. An RMS norm across heads, a layer norm, a norm whose inverse root is
+  rounded, and tensors that are scaled or clamped before the rotation stay the model's own.
+* With precision "model" every rounding is the model's. The sum of squares is added in another
+  order, which changes fewer than 1e-4 of bfloat16 elements by one rounding. With "fp32" the result
+  is rounded once.
+* Norms with hooks, a replaced forward (accelerate's offload, `use_kernels`), a parametrization or a
+  wrapper (PEFT), weights of another dtype (float32 norms under autocast) or device, distributed
+  tensors and float64 models run as modules, in their original place. Layers without rotation only
+  normalize.
+* By default torch.compile gets the model's own forward, with `compiled="fused"` the operator.
+
+| attention class | norms |
+| --- | --- |
+{norms}
 """
 
 
@@ -64,14 +93,46 @@ class Entry:
     patched: bool
 
 
-def entries() -> list[Entry]:
-    """One for each rotary function of the installed transformers."""
-    models = Path(str(import_module("transformers").__file__)).parent / "models"
+@dataclass(frozen=True)
+class NormEntry:
+    """An attention class that normalizes and rotates, and how, or why it is left alone."""
+
+    name: str
+    how: str
+    fused: bool
+
+
+def norm_entries() -> list[NormEntry]:
+    """One for each attention class of the installed transformers that normalizes and rotates."""
     found = []
+    for module in _modules():
+        forms = {}
+        for site in rotary_functions([module]):
+            form = find_form(site.name, site.function)
+            if not isinstance(form, str):
+                forms[site.key] = form[0]
+        for site in attention_classes([module]):
+            norms = find_norms(site, forms)
+            if norms is not None:
+                how = norms if isinstance(norms, str) else norms[1]
+                name = site.owner_key.removeprefix("transformers.models.")
+                found.append(NormEntry(name, how, not isinstance(norms, str)))
+    return found
+
+
+def _modules() -> Iterator[ModuleType]:
+    """The modules of the installed transformers that define a rotary function."""
+    models = Path(str(import_module("transformers").__file__)).parent / "models"
     for file in sorted(models.glob("*/modeling_*.py")):
         if re.match("modeling_(tf|flax)_", file.name) or not _DEFINES_ONE.search(file.read_text()):
             continue
-        module = import_module(f"transformers.models.{file.parent.name}.{file.stem}")
+        yield import_module(f"transformers.models.{file.parent.name}.{file.stem}")
+
+
+def entries() -> list[Entry]:
+    """One for each rotary function of the installed transformers."""
+    found = []
+    for module in _modules():
         for site in rotary_functions([module]):
             form = find_form(site.name, site.function)
             patched = not isinstance(form, str)
@@ -81,7 +142,7 @@ def entries() -> list[Entry]:
     return found
 
 
-def page(entries: list[Entry]) -> str:
+def page(entries: list[Entry], norms: list[NormEntry]) -> str:
     """The text of docs/transformers.md."""
     patched = {name for e in entries if e.patched for name in e.classes}
     classes = {name for e in entries for name in e.classes}
@@ -95,6 +156,11 @@ def page(entries: list[Entry]) -> str:
         forms=len({e.form for e in entries if e.patched}),
         alone=f"left alone: {', '.join(alone)}" if alone else "none is left alone",
         table="\n".join(table),
+        fused=sum(entry.fused for entry in norms),
+        attentions=len(norms),
+        norms="\n".join(
+            f"| `{e.name}` | {'' if e.fused else 'left alone: '}{e.how} |" for e in norms
+        ),
     )
 
 

@@ -83,9 +83,14 @@ class Form:
 
     @cached_property
     def parameters(self) -> list[inspect.Parameter]:
-        """The adapter's parameters without `precision`."""
+        """The adapter's parameters without `precision` and `norm`."""
         found = inspect.signature(self.adapter).parameters.values()
-        return [parameter for parameter in found if parameter.name != "precision"]
+        return [parameter for parameter in found if parameter.name not in ("precision", "norm")]
+
+    @cached_property
+    def normalizes(self) -> bool:
+        """Whether the adapter takes a norm."""
+        return "norm" in inspect.signature(self.adapter).parameters
 
     def fit(self, original: Callable[..., Any]) -> Adapter | None:
         """The adapter that can replace `original`, or None."""

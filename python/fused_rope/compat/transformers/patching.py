@@ -8,7 +8,7 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from types import FunctionType, ModuleType
@@ -19,13 +19,17 @@ from torch import Tensor
 
 from ...diagnostics import has_kernels
 from ...types import Compiled, Precision
+from . import norms as rms_norms
 from .adapters import Adapter, RealTableError
 from .forms import TABLES, Form, find_form, signature, split
+from .rewriting import Calls, Rewritten, norm_classes, rewrite
 from .tables import Tables, is_recorded, rotary_modules
 
 __all__ = [
     "Report",
+    "attention_classes",
     "check_model",
+    "find_norms",
     "is_patched",
     "modules_of",
     "patch",
@@ -45,6 +49,8 @@ class Report:
 
     Attributes:
         patched: replaced functions, and the form of each.
+        norms: forwards of attention classes whose norms run with the rotation, and the order and
+            rounding.
         tables: rotary modules, and what computes their cosines and sines now: "ours", "its own" or
             "somebody else's".
         restored: functions that are the models' own again.
@@ -52,12 +58,14 @@ class Report:
     """
 
     patched: dict[str, str] = field(default_factory=dict)
+    norms: dict[str, str] = field(default_factory=dict)
     tables: dict[str, str] = field(default_factory=dict)
     restored: list[str] = field(default_factory=list)
     left_alone: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"patched {name} ({form})" for name, form in self.patched.items()]
+        lines += [f"fused norms of {name} ({how})" for name, how in self.norms.items()]
         lines += [f"restored {name}" for name in self.restored]
         lines += [f"tables of {name} ({maker})" for name, maker in self.tables.items()]
         lines += [f"left alone {name}: {reason}" for name, reason in self.left_alone.items()]
@@ -123,6 +131,7 @@ class Options:
     compiled: str
     rows: int | None
     table: str
+    norms: str
 
 
 class _Models:
@@ -296,6 +305,7 @@ class _Function(_Replacement):
         self.last = self.first + sum(tables)
         self.mismatch = f"{site.key}: the halves of its tables differ, unlike form {form.name!r}"
         self.warned = False
+        self._adapter = adapter
         self.ours = self._make(adapter)
 
     def _make(self, adapter: Adapter) -> Any:
@@ -330,6 +340,28 @@ class _Function(_Replacement):
             functools.update_wrapper(ours, original)
         setattr(ours, _MARK, self)
         return staticmethod(ours) if isinstance(self.original, staticmethod) else ours
+
+    def normalized(
+        self, norm: rms_norms.Norm, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any | None:
+        """The results of a call whose tensors are normalized too; None if it is not covered."""
+        if not (self.active and self.form.normalizes) or (norm.after and self.form.order):
+            return None
+        if torch.compiler.is_compiling():
+            if self.form.unread:
+                self._assert_halves_equal(args, kwargs)
+        elif not self._trusts(args, kwargs):
+            return None
+        try:
+            return self._adapter(*args, precision=self.options.precision, norm=norm, **kwargs)
+        except (TypeError, ValueError):  # raised before any memory is touched
+            return None
+
+    def _trusts(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether the adapter reads all that a call's tables say."""
+        known = _verified[self.form.width].contains
+        verified = len(args) >= self.last and known(args[self.first : self.last])
+        return not self.form.unread or verified or self._verify(args, kwargs)
 
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         return {**dict(zip(self.names, args, strict=False)), **kwargs}
@@ -377,6 +409,62 @@ class _Function(_Replacement):
                 f"fused_rope: the model uses its own rotary function again: {self.mismatch}",
                 stacklevel=4,
             )
+
+
+class _Attention(_Replacement):
+    """Replaces the forward of an attention class by one whose norms run with the rotation."""
+
+    depends_on = ("precision", "compiled", "norms")
+    kept = 4
+
+    def __init__(self, site: Site, rewritten: Rewritten, how: str, options: Options) -> None:
+        super().__init__(site, options)
+        self.how = how
+        self.ours = rewritten.make(
+            Calls(self._defer, self._rotate, self._rotate_first, rms_norms.normalize)
+        )
+        setattr(self.ours, _MARK, self)
+
+    def _fuses(self) -> bool:
+        compiled = self.options.compiled == "fused" or not torch.compiler.is_compiling()
+        return self.active and compiled
+
+    def _defer(self, norm: Any) -> Any:
+        return rms_norms.defer(norm) if self._fuses() else norm
+
+    def _rotate(self, function: Any, calls: tuple[Any, ...], *args: Any, **kwargs: Any) -> Any:
+        norm = rms_norms.joint(calls, self.options.precision, after=False)
+        result = self._normalized(function, norm, args, kwargs)
+        if result is not None:
+            return result
+        count = len(calls)
+        xs = map(rms_norms.normalize, calls, args)
+        return function(*xs, *args[count:], **kwargs)
+
+    def _rotate_first(
+        self, function: Any, modules: tuple[Any, ...], *args: Any, **kwargs: Any
+    ) -> Any:
+        if self._fuses():
+            norm = rms_norms.joint_of_modules(modules, args, self.options.precision)
+            result = self._normalized(function, norm, args, kwargs)
+            if result is not None:
+                return result
+        rotated = function(*args, **kwargs)
+        if len(modules) == 1:
+            return modules[0](rotated)
+        return tuple(norm(x) for norm, x in zip(modules, rotated, strict=True))
+
+    def _normalized(
+        self,
+        function: Any,
+        norm: rms_norms.Norm | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any | None:
+        replacement = None if norm is None else _replacement_of(function)
+        if norm is None or not isinstance(replacement, _Function):
+            return None
+        return replacement.normalized(norm, args, kwargs)
 
 
 class _VerifiedTables:
@@ -458,6 +546,7 @@ def patch(
     compiled: Compiled | None = None,
     rows: int | None = None,
     table: Literal["original", "float64"] = "original",
+    norms: Literal["model", "fused"] = "model",
     fallback: bool = False,
 ) -> Report:
     """Makes Hugging Face models rotate with the fused operator.
@@ -502,6 +591,12 @@ def patch(
             dtype that the module returns. Needs `rows`. It takes effect in the first forward that
             is not captured in a CUDA graph, which synchronizes. It does not apply to torch.compile,
             nor to modules that use their own forward.
+        norms: "model": the model's own norms of q and k. "fused": attention classes that normalize
+            q and k next to the rotation do both in one pass, forward and backward. With precision
+            "model" every rounding is the model's; only the order of the sum of squares differs,
+            which changes fewer than 1e-4 of bfloat16 elements. With "fp32" the result is rounded
+            once. Norms with hooks, replaced forwards, wrappers or weights of another dtype run as
+            modules, as all do under torch.compile with compiled="original".
 
     Returns:
         A Report of the functions that are replaced now, and of those that were left alone and why.
@@ -526,14 +621,15 @@ def patch(
         tables of transformers.models.llama.modeling_llama.LlamaRotaryEmbedding (its own)
     """
     check_model("patch", model)
-    options = _options(precision, compiled, rows, table)
+    options = _options(precision, compiled, rows, table, norms)
     modules = modules_of(model)
     sites, forwards = list(rotary_functions(modules)), _forwards(modules)
+    attentions = list(attention_classes(modules)) if norms == "fused" else []
     reason = None if fallback else _lacks_kernels(model)
     if reason is not None:
         return Report(left_alone={site.key: reason for site in sites})
     with _lock:
-        for site in (*sites, *forwards):
+        for site in (*sites, *forwards, *attentions):
             _check_options(site, options)
         # Everything that may fail precedes the first replacement.
         found = {site: _find_replacement(site, options, _function) for site in sites}
@@ -541,8 +637,13 @@ def patch(
         for site in forwards:
             if site.module in known:
                 found[site] = _find_replacement(site, options, _Forward)
+        forms = {site.key: e.form for site, e in found.items() if isinstance(e, _Function)}
+        for site in attentions:
+            entry = _find_attention(site, forms, options)
+            if entry is not None:
+                found[site] = entry
         _install(found, model)
-        return _report(found)
+        return _report(found, modules)
 
 
 def unpatch(model: torch.nn.Module | None = None) -> Report:
@@ -682,7 +783,9 @@ def _maker(entry: _Replacement) -> str:
     return "ours" if entry.installed else "its own" if own else "somebody else's"
 
 
-def _options(precision: str, compiled: str | None, rows: int | None, table: str) -> Options:
+def _options(
+    precision: str, compiled: str | None, rows: int | None, table: str, norms: str
+) -> Options:
     if precision not in ("fp32", "model"):
         raise ValueError(f"patch: expected precision 'fp32' or 'model', got {precision!r}")
     if compiled not in (None, "original", "fused"):
@@ -691,10 +794,12 @@ def _options(precision: str, compiled: str | None, rows: int | None, table: str)
         raise ValueError(f"patch: expected rows >= 1 or None, got {rows}")
     if table not in ("original", "float64"):
         raise ValueError(f"patch: expected table 'original' or 'float64', got {table!r}")
+    if norms not in ("model", "fused"):
+        raise ValueError(f"patch: expected norms 'model' or 'fused', got {norms!r}")
     if table == "float64" and rows is None:
         raise ValueError("patch: expected rows >= 1 with table 'float64', got None")
     compiled = compiled or ("original" if precision == "model" else "fused")
-    return Options(precision, compiled, rows, table)
+    return Options(precision, compiled, rows, table, norms)
 
 
 def _entry(site: Site) -> _Replacement | None:
@@ -760,14 +865,17 @@ def _install(found: dict[Site, _Replacement | str], model: torch.nn.Module | Non
             entry.models.add(model)
 
 
-def _report(found: dict[Site, _Replacement | str]) -> Report:
+def _report(found: dict[Site, _Replacement | str], modules: list[ModuleType]) -> Report:
     report = Report()
+    rotary = {site.owner for site in _forwards(modules)}
     for site, entry in found.items():
         if isinstance(entry, _Function):
             report.patched[site.key] = entry.form.name
         elif isinstance(entry, _Forward):
             report.tables[site.owner_key] = "ours"
-        elif site.name == "forward":
+        elif isinstance(entry, _Attention):
+            report.norms[site.key] = entry.how
+        elif site.name == "forward" and site.owner in rotary:
             report.tables[site.owner_key] = "somebody else's"
         else:
             report.left_alone[site.key] = str(entry)
@@ -777,6 +885,60 @@ def _report(found: dict[Site, _Replacement | str]) -> Report:
 def _function(site: Site, options: Options) -> _Function | str:
     found = find_form(site.name, site.function)
     return found if isinstance(found, str) else _Function(site, *found, options)
+
+
+def _find_attention(
+    site: Site, forms: Mapping[str, Form], options: Options
+) -> _Replacement | str | None:
+    """The replacement of an attention class's forward, or why none; None if it has no norms."""
+    rewritten = find_norms(site, forms)
+    if rewritten is None:
+        return None
+
+    def make(site: Site, options: Options) -> _Replacement | str:
+        return rewritten if isinstance(rewritten, str) else _Attention(site, *rewritten, options)
+
+    return _find_replacement(site, options, make)
+
+
+def find_norms(site: Site, forms: Mapping[str, Form]) -> tuple[Rewritten, str] | str | None:
+    """The rewritten forward of an attention class, and order and rounding of its norms.
+
+    Args:
+        site: the class and its forward.
+        forms: of the rotary functions that are replaced, by key.
+
+    Returns:
+        These; the reason for none; or None if the class does not normalize and rotate.
+    """
+    assert isinstance(site.owner, type)
+    rotary = {name for name in vars(sys.modules[site.module]) if _FUNCTION.match(name)}
+    rewritten = rewrite(site.owner, site.original, rotary)
+    if not isinstance(rewritten, Rewritten):
+        return rewritten
+    for name in rewritten.functions:
+        form = forms.get(f"{site.module}.{name}")
+        if form is None or not form.normalizes or (rewritten.after and form.order):
+            return f"{name} does not rotate in a form that runs with norms"
+    kinds: dict[str, None] = {}
+    for name, classes in norm_classes(site.owner, rewritten.norms).items():
+        learned = [rms_norms.learn(norm) for norm in classes]
+        known = [str(found[0]) for found in learned if not isinstance(found, str)]
+        if not known:
+            reasons = [reason for reason in learned if isinstance(reason, str)]
+            return reasons[0] if reasons else f"the class of {name} is not an RMS norm"
+        kinds |= dict.fromkeys(known)
+    order = "after" if rewritten.after else "before"
+    return rewritten, f"norm {order} the rotation, {'; '.join(kinds)}"
+
+
+def attention_classes(modules: Iterable[ModuleType]) -> Iterator[Site]:
+    """The classes of modules that define a forward of their own."""
+    for module in modules:
+        for _, value in sorted(vars(module).items()):
+            defined = isinstance(value, type) and value.__module__ == module.__name__
+            if defined and issubclass(value, torch.nn.Module) and "forward" in vars(value):
+                yield Site(value, "forward")
 
 
 def _forwards(modules: Iterable[ModuleType]) -> list[Site]:
