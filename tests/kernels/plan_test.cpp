@@ -43,8 +43,7 @@ TEST_P(VectorWidth, FollowsAlignmentAndStrides) {
 
 TEST(VectorWidth, IsLimitedByAnOverride) {
   const RotateParams p = call(2, 3, 4, 64, 32);
-  for (const auto& [bytes, vector] :
-       {std::pair{0, 2}, {8, 2}, {15, 2}, {16, 8}, {99, 8}})
+  for (const auto& [bytes, vector] : {std::pair{0, 2}, {8, 2}, {15, 2}, {16, 8}, {99, 8}})
     EXPECT_EQ(make_plan(p, kLargeCache, {.vector = bytes}).vector, vector) << bytes;
 }
 
@@ -124,6 +123,10 @@ TEST(StagedPlan, NeedsContiguousHeadsInRunsThatOccupyABlock) {
   EXPECT_TRUE(staged(1, 19000, [](RotateParams& p) { p.dtype = DType::kBFloat16; }));
   EXPECT_FALSE(staged(1, 20004, [](RotateParams& p) { p.dtype = DType::kBFloat16; }))
       << "more than shared memory";
+  EXPECT_FALSE(staged(8, 72, [](RotateParams& p) {
+    p.rows.cu_seqlens = {memory, true};
+    p.rows.N = INT32_MAX;
+  })) << "a warp searches with 32 bits";
 }
 
 const VectorCase kVectorCases[] = {

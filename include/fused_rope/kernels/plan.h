@@ -290,10 +290,11 @@ inline int64_t run_of(const OperandStrides& strides, const Tile& tile, int64_t c
   return run;
 }
 
-// Whether heads are contiguous, enough of them follow one another, and a block's fit in shared
+// Whether heads are contiguous, enough of them follow one another, and a chunk fits in shared
 // memory.
 inline bool can_stage(const RotateParams& p) {
-  if (moved_elements_of_head(p) != p.D) return false;
+  // A warp finds the sequence of a packed token with 32 bits.
+  if (moved_elements_of_head(p) != p.D || p.rows.N >= INT32_MAX) return false;
   const int64_t heads = chunk_heads(p);
   const int64_t bytes = chunk_bytes(p, heads);
   const int64_t rows = kMaxChunks * kMaxAxes * kRowBytes + kMaxAxisPairs;
