@@ -37,6 +37,7 @@ def pyright(tmp_path):
     return {item["range"]["start"]["line"] + 1 for item in errors}, run.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "check"), [("mypy", mypy), ("basedpyright", pyright)], ids=["mypy", "pyright"]
 )
