@@ -104,10 +104,10 @@ std::vector<double> exact(const Options& o, std::vector<double> x,
     const auto pairs = pair_elements(o.R, o.offset, o.interleaved, 1);
     for (size_t j = 0; j < pairs.size(); ++j) {
       const auto [a, b] = pairs[j];
-      const std::complex<double> turned =
+      const std::complex<double> rotated =
           std::complex(x[a], x[b]) * std::complex(cos[j], o.inverse ? -sin[j] : sin[j]);
-      x[a] = turned.real();
-      x[b] = turned.imag();
+      x[a] = rotated.real();
+      x[b] = rotated.imag();
     }
   };
   if (o.after) rotate();
