@@ -380,8 +380,7 @@ def norm_rotate(
             the rotated value is rounded to x's dtype.
         precision: of the rotation, as in `rotate`. "model" with cast="before" rounds as eager Qwen3
             does, with cast="after" as eager Gemma 3.
-        layout, table_layout, positions, offset, cu_seqlens, axes, rotary_offset, interleaved,
-            blocks, inverse, out, out_rows: as in `rotate`.
+        layout: as in `rotate`, and all keywords that are not named here.
 
     Returns:
         A tensor of x's shape and dtype, or `out`. Differentiable in x, cos, sin and weight.
@@ -527,7 +526,7 @@ def norm_rotate_qk(
         q_weight, k_weight: as `weight` of `norm_rotate`; None for 1.
         out: memory for the two results. Does not support autograd.
         out_rows: as in `rotate_qk`, for k.
-        cos, sin and the rest: as in `norm_rotate`.
+        cos, sin: as in `norm_rotate`, and all keywords that are not named here.
 
     Returns:
         q and k normalized and rotated, of their shapes and dtype, or `out`. Differentiable in q, k,
