@@ -26,6 +26,17 @@ struct BFloat16 {
   uint16_t bits;
 };
 
+// How a cache stores values: in x's dtype, or in 8 bits.
+enum class Storage { kOwn, kE4M3, kE5M2, kInt8 };
+
+struct Float8E4M3 {
+  uint8_t bits;
+};
+
+struct Float8E5M2 {
+  uint8_t bits;
+};
+
 // The type in which T is rotated: float64 for float64, float32 for everything else.
 template <typename T>
 using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
@@ -96,6 +107,59 @@ FUSED_ROPE_HOST_DEVICE Float16 to_float16(float value) {
 #endif
 }
 
+// A float of 8 bits: its mantissa bits, its exponent's bias and the bits of its largest number.
+template <typename T>
+struct Float8Format;
+template <>
+struct Float8Format<Float8E4M3> {
+  static constexpr uint32_t kMantissa = 3, kBias = 7;
+  static constexpr float kMax = 448;
+};
+template <>
+struct Float8Format<Float8E5M2> {
+  static constexpr uint32_t kMantissa = 2, kBias = 15;
+  static constexpr float kMax = 57344;
+};
+
+// Rounds to nearest even, saturates to the largest finite number, and keeps a NaN's sign.
+template <typename T>
+FUSED_ROPE_HOST_DEVICE T to_float8(float value) {
+  using Format = Float8Format<T>;
+  const uint32_t bits = bits_of(value);
+  const uint32_t sign = (bits >> 24) & 0x80u;
+  uint32_t rounded = 0;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+  uint16_t both;  // the lower byte is that of the second operand
+  if constexpr (std::is_same_v<T, Float8E4M3>) {
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(both) : "f"(0.0f), "f"(value));
+  } else {
+    asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(both) : "f"(0.0f), "f"(value));
+  }
+  rounded = both;
+#else
+  constexpr uint32_t kDropped = 23 - Format::kMantissa;
+  constexpr uint32_t kBiasDifference = (127 - Format::kBias) << 23;
+  // A float whose ulp is the spacing of subnormals, so that adding it rounds to them.
+  constexpr uint32_t kSubnormal = (127 + 24 - Format::kBias - Format::kMantissa) << 23;
+  const float absolute = float_of(bits & 0x7fffffffu);
+  const float limited = absolute > Format::kMax ? Format::kMax : absolute;
+  const uint32_t magnitude = bits_of(limited);
+  const uint32_t subnormal = bits_of(limited + float_of(kSubnormal)) - kSubnormal;
+  const uint32_t halfway = (1u << (kDropped - 1)) - 1 + ((magnitude >> kDropped) & 1u);
+  const uint32_t normal = (magnitude - kBiasDifference + halfway) >> kDropped;
+  rounded = sign | (magnitude < kBiasDifference + (1u << 23) ? subnormal : normal);
+#endif
+  return {static_cast<uint8_t>(value != value ? sign | 0x7fu : rounded)};
+}
+
+// Rounds to nearest even and saturates; a NaN becomes 0.
+FUSED_ROPE_HOST_DEVICE int8_t to_int8(float value) {
+  const float number = value != value ? 0.0f : value;
+  const float limited = number < -128.0f ? -128.0f : number > 127.0f ? 127.0f : number;
+  constexpr float kUlpOfOne = 0x1.8p23f;  // adding it rounds to an integer
+  return static_cast<int8_t>(bits_of(limited + kUlpOfOne) - bits_of(kUlpOfOne));
+}
+
 // Rounds value to T, to nearest even.
 template <typename T, typename V>
 FUSED_ROPE_HOST_DEVICE T narrow(V value) {
@@ -103,6 +167,10 @@ FUSED_ROPE_HOST_DEVICE T narrow(V value) {
     return to_float16(static_cast<float>(value));
   } else if constexpr (std::is_same_v<T, BFloat16>) {
     return to_bfloat16(static_cast<float>(value));
+  } else if constexpr (std::is_same_v<T, Float8E4M3> || std::is_same_v<T, Float8E5M2>) {
+    return to_float8<T>(static_cast<float>(value));
+  } else if constexpr (std::is_same_v<T, int8_t>) {
+    return to_int8(static_cast<float>(value));
   } else {
     return static_cast<T>(value);
   }

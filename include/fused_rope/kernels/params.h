@@ -6,6 +6,7 @@
 #include <array>
 #include <utility>
 
+#include "fused_rope/kernels/numeric.h"
 #include "fused_rope/kernels/pairing.h"
 #include "fused_rope/types.h"
 
@@ -79,6 +80,24 @@ struct NormParams {
   bool after;  // the rotation
 };
 
+// The cache of k or of v, [pages, page_size, H, D]: token (b, s) is stored in slot
+// page * page_size + place.
+struct CacheTensorParams {
+  void* data;
+  int64_t page, place, h, d;  // strides
+  const float* scale;         // of each head, or of all heads; null unless values have 8 bits
+  int64_t scale_stride;
+};
+
+// Where k, rotated, and v are stored.
+struct CacheParams {
+  CacheTensorParams k, v;
+  TensorParams values;  // v itself: `in` is null without one, `out` is unused
+  int64_t values_D;     // its D
+  int64_t page_size;
+  Storage storage;
+};
+
 struct RotateParams {
   int64_t B, S, D;
   int count;  // tensors: 1 for rotate, 2 for rotate_qk
@@ -93,6 +112,9 @@ struct RotateParams {
   bool in_place;
   bool per_head;           // the table differs between heads
   const NormParams* norm;  // null without a norm
+  // Null without a cache. With one, rows.out_rows are slots, -1 is none, and no output is
+  // scattered; tensors[1].out is null where nothing but the cache wants the rotated k.
+  const CacheParams* cache;
 };
 
 inline int64_t total_heads(const RotateParams& p) {
