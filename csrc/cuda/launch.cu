@@ -1,5 +1,5 @@
 // The entry to the CUDA kernels: queries the device, makes the plan, selects the element type.
-#include "fused_rope/kernels/cuda/norm_launch.cuh"
+#include "fused_rope/kernels/cuda/cache_launch.cuh"
 
 #if defined(FUSED_ROPE_PLAN_OVERRIDES)
 #include <cstdlib>
@@ -14,6 +14,8 @@ namespace fused_rope::kernels {
   extern template cudaError_t launch_elements<T>(const RotateParams&, const Plan&, cudaStream_t); \
   extern template cudaError_t launch_norm<T>(const RotateParams&, const std::optional<Plan>&,     \
                                              cudaStream_t);                                       \
+  extern template cudaError_t launch_cache<T>(const RotateParams&, const std::optional<Plan>&,    \
+                                              cudaStream_t);                                      \
   extern template cudaError_t launch_backward<T>(const NormBackwardParams&,                       \
                                                  const std::optional<Plan>&, cudaStream_t)
 FUSED_ROPE_EXTERN(Float16);
@@ -59,11 +61,16 @@ static const PlanOverrides& plan_overrides() {
 }
 
 cudaError_t launch_rotate(const RotateParams& params, cudaStream_t stream) {
-  if (params.B == 0 || params.S == 0 || total_heads(params) == 0 || params.D == 0)
-    return cudaSuccess;
+  const bool has_elements = params.D > 0 && total_heads(params) > 0;
+  const bool has_values = params.cache != nullptr && params.cache->values.in != nullptr;
+  if (params.B == 0 || params.S == 0 || !(has_elements || has_values)) return cudaSuccess;
   DeviceFacts facts;
   if (const cudaError_t error = device_facts(&facts); error != cudaSuccess) return error;
   const PlanOverrides& overrides = plan_overrides();
+  if (params.cache != nullptr) {
+    const std::optional<Plan> plan = make_cache_plan(params, facts, overrides);
+    return visit(params.dtype, [&]<typename T>() { return launch_cache<T>(params, plan, stream); });
+  }
   if (params.norm != nullptr) {
     const std::optional<Plan> plan = make_norm_plan(params, facts, overrides);
     return visit(params.dtype, [&]<typename T>() { return launch_norm<T>(params, plan, stream); });

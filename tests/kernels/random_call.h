@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "fused_rope/kernels/cache.h"
 #include "fused_rope/kernels/plan.h"
 #include "fused_rope/kernels/weight_gradients.h"
 #include "reference.h"
@@ -38,7 +39,7 @@ class Memory {
   std::vector<Line> lines_;
 };
 
-enum class CallKind { kRotation, kNorm, kNormBackward };
+enum class CallKind { kRotation, kNorm, kNormBackward, kCache };
 
 // What a call has written.
 template <typename T>
@@ -57,7 +58,8 @@ class Call {
     draw_tables();
     draw_rows();
     for (int i = 0; i < p_.count; ++i) draw_tensor(i);
-    if (kind != CallKind::kRotation) draw_norm();
+    if (kind != CallKind::kRotation && (kind != CallKind::kCache || chance(2))) draw_norm();
+    if (kind == CallKind::kCache) draw_cache();
     p_.dtype = kDType<T>;
     p_.table_dtype = kDType<Table>;
     p_.precision = kPrecision;
@@ -72,6 +74,14 @@ class Call {
     for (int i = 0; i < p.count; ++i) {
       p.tensors[i].in = memory[in_[i].memory].data() + in_[i].first;
       p.tensors[i].out = memory[out_[i].memory].data() + out_[i].first;
+    }
+    CacheParams cache = cache_;
+    if (kind_ == CallKind::kCache) {
+      if (cache.k.data == nullptr) p.tensors[1].out = nullptr;
+      for (int i = 0; i < kMaxTensors; ++i)
+        (i == 0 ? cache.k : cache.v).data = memory[caches_[i].memory].data() + caches_[i].first;
+      if (has_values_) cache.values.in = memory[values_.memory].data() + values_.first;
+      p.cache = &cache;
     }
     rotate(p);
     return memory;
@@ -127,7 +137,7 @@ class Call {
     p_.B = 1 + random_.below(3);
     p_.S = 1 + random_.below(6);
     p_.D = chance(4) ? 2 + random_.below(24) : kVector * (2 + random_.below(chance(8) ? 63 : 5));
-    p_.count = chance(3) ? 1 : 2;
+    p_.count = kind_ != CallKind::kCache && chance(3) ? 1 : 2;
     const int64_t widest = p_.D / 2;
     int64_t P = chance(3) ? random_.below(widest + 1) : widest;
     if (chance(2)) P = std::max<int64_t>(P / kVector * kVector, std::min(kVector, widest));
@@ -138,7 +148,7 @@ class Call {
     int64_t offset = chance(2) ? 0 : random_.below(p_.D - 2 * P + 1);
     if (chance(2)) offset = offset / kVector * kVector;
     p_.pairing = {P, offset, distance};
-    p_.in_place = kind_ != CallKind::kNormBackward && chance(3);
+    p_.in_place = kind_ != CallKind::kNormBackward && kind_ != CallKind::kCache && chance(3);
     simple_ = kind_ != CallKind::kRotation && !chance(3);
     if (simple_) {
       p_.D = 2 * kVector * (1 + random_.below(chance(4) ? 2 * kWarp : 8));
@@ -175,6 +185,53 @@ class Call {
       gradients_[i] = {add(size), kGuard + (chance(8) ? 1 : 0)};
       wanted_[i] = {!chance(8), !chance(4), !chance(4)};
     }
+  }
+
+  // A cache of a few pages, and v.
+  void draw_cache() {
+    cache_.storage = static_cast<Storage>(random_.below(4));
+    cache_.page_size = 1 + random_.below(chance(2) ? 3 : 17);
+    const int64_t tokens = p_.B * p_.S;
+    const int64_t pages = ceil_divide(tokens, cache_.page_size) + random_.below(3);
+    p_.rows.out_rows_limit = pages * cache_.page_size;
+    std::vector<int64_t> slots(p_.rows.out_rows_limit);
+    for (size_t i = 0; i < slots.size(); ++i) slots[i] = static_cast<int64_t>(i);
+    for (size_t i = slots.size() - 1; i > 0; --i) std::swap(slots[i], slots[random_.below(i + 1)]);
+    slots.resize(tokens);
+    for (int64_t& slot : slots) slot = chance(5) ? -1 : slot;
+    p_.rows.out_rows = integers(slots);
+    p_.rows.out_rows_b = p_.S;
+    p_.rows.out_rows_s = 1;
+    const int64_t H = p_.tensors[1].H;
+    const int64_t D = p_.D;
+    draw_slots(cache_.k, 0, pages, H);
+    if (!simple_ && chance(2)) p_.D = 1 + random_.below(40);
+    if (simple_ && chance(2)) p_.D = kVectorBytes / int64_t{sizeof(T)} * (1 + random_.below(9));
+    cache_.values_D = p_.D;
+    draw_slots(cache_.v, 1, pages, H);
+    int64_t size = 0;
+    cache_.values.in_strides = draw_strides(p_.B, p_.S, std::max<int64_t>(H, 1), &size);
+    cache_.values.H = H;
+    values_ = {add(size), kGuard};
+    p_.D = D;
+    has_values_ = !chance(5);
+    if (!chance(3)) cache_.k.data = &cache_;  // k_out is wanted, too
+  }
+
+  // A cache [pages, page_size, H, D] of at least the bytes that its storage needs.
+  void draw_slots(CacheTensorParams& t, int i, int64_t pages, int64_t H) {
+    int64_t size = 0;
+    const Strides strides = draw_strides(pages, cache_.page_size, std::max<int64_t>(H, 1), &size);
+    t.page = strides.b;
+    t.place = strides.s;
+    t.h = strides.h;
+    t.d = strides.d;
+    caches_[i] = {add(size), kGuard};
+    if (cache_.storage == Storage::kOwn) return;
+    scales_[i].resize(2 * std::max<int64_t>(H, 1));
+    for (float& scale : scales_[i]) scale = static_cast<float>(0.002 + random_.below(50) / 1000.0);
+    t.scale = scales_[i].data();
+    t.scale_stride = random_.below(3);
   }
 
   // Tables whose rows are aligned to vectors, or slightly misaligned.
@@ -314,8 +371,8 @@ class Call {
       out_[i] = in_[i];
       return;
     }
-    t.scattered =
-        kind_ != CallKind::kNormBackward && i + 1 == p_.count && !p_.rows.gathered && chance(4);
+    const bool can_scatter = kind_ == CallKind::kRotation || kind_ == CallKind::kNorm;
+    t.scattered = can_scatter && i + 1 == p_.count && !p_.rows.gathered && chance(4);
     if (t.scattered) {
       std::vector<int64_t> slots(p_.B * p_.S);
       for (size_t j = 0; j < slots.size(); ++j)
@@ -351,13 +408,16 @@ class Call {
   Strides gradient_strides_[kMaxTensors] = {};
   int64_t heads_ = 0;
   bool packed_ = false;
+  bool has_values_ = false;
   bool simple_ = false;  // whole heads in whole vectors, if the tensors' memory allows
   Memory<Table> cos_, sin_;
   std::vector<int64_t> axes_;
   std::vector<Memory<T>> memory_;
   std::vector<std::vector<int64_t>> longs_;
   std::vector<std::vector<int32_t>> ints_;
-  Location in_[kMaxTensors] = {}, out_[kMaxTensors] = {};
+  Location in_[kMaxTensors] = {}, out_[kMaxTensors] = {}, caches_[kMaxTensors] = {}, values_ = {};
+  CacheParams cache_ = {};  // k.data: whether k_out is wanted
+  std::vector<float> scales_[kMaxTensors];
 };
 
 }  // namespace fused_rope::kernels::testing

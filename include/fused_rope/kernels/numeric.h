@@ -47,6 +47,12 @@ FUSED_ROPE_HOST_DEVICE uint32_t bits_of(float value) {
   return bits;
 }
 
+FUSED_ROPE_HOST_DEVICE uint64_t bits_of(double value) {
+  uint64_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
 FUSED_ROPE_HOST_DEVICE float float_of(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof(value));
@@ -193,6 +199,11 @@ decltype(auto) visit(DType dtype, F&& f) {
 
 constexpr int size_of(DType dtype) {
   return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+
+// The bytes of a value of x's dtype in a cache.
+constexpr int size_of(Storage storage, DType dtype) {
+  return storage == Storage::kOwn ? size_of(dtype) : 1;
 }
 
 }  // namespace fused_rope::kernels

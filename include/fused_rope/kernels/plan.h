@@ -364,11 +364,10 @@ T choose(int override, T choice) {
 
 // The plan of a call whose threads move vectors of `vector` elements themselves, or single pairs.
 inline Plan plan_direct(const RotateParams& p, const DeviceFacts& device,
-                        const PlanOverrides& overrides, int vector) {
+                        const PlanOverrides& overrides, int vector, RowLookup lookup) {
   const bool single = vector == 1;
   const bool adjacent = p.pairing.distance == 1 && !single;
   const Arrangement arrangement = adjacent ? Arrangement::kAdjacent : Arrangement::kPair;
-  const RowLookup lookup = choose_lookup(p, device, single);
   const int vectors = vectors_of_thread(arrangement, lookup);
   const int64_t thread_elements = int64_t{vectors} * vector;
   const auto rotating_threads = static_cast<int>(ceil_divide(2 * p.pairing.P, thread_elements));
@@ -448,18 +447,19 @@ inline Plan make_plan(const RotateParams& p, const DeviceFacts& device,
   const int limit = choose(overrides.vector, kVectorBytes) / size;
   const int widest = kVectorBytes / size;
   const int shortest = kShortChunkBytes / size / (p.pairing.distance == 1 ? 1 : 2);
+  const auto direct = [&](int vector) {
+    return plan_direct(p, device, overrides, vector, choose_lookup(p, device, vector == 1));
+  };
   const auto fits_shortest = [&] {
     return size == 2 && overrides.full != 0 && rotates_full_heads(p) && has_linear_rows(p) &&
            !p.per_head && fits_vectors(p, shortest);
   };
-  if (moves_short_chunks(p, device) && fits_shortest())
-    return plan_direct(p, device, overrides, shortest);
-  if (widest <= limit && fits_vectors(p, widest)) return plan_direct(p, device, overrides, widest);
+  if (moves_short_chunks(p, device) && fits_shortest()) return direct(shortest);
+  if (widest <= limit && fits_vectors(p, widest)) return direct(widest);
   if (can_stage(p)) {
     return plan_staged(p, device, overrides, std::min(rotated_vector(p), limit));
   }
-  if (fits_shortest()) return plan_direct(p, device, overrides, shortest);
-  return plan_direct(p, device, overrides, 1);
+  return direct(fits_shortest() ? shortest : 1);
 }
 
 // Whether a norm's weight can be read in vectors.
@@ -495,6 +495,72 @@ inline std::optional<Plan> make_norm_plan(const RotateParams& p, const DeviceFac
               .block_threads = block_threads,
               .block_units = block_threads,
               .launch_threads = choose(overrides.work, kMaxLaunchThreads)};
+}
+
+// The call that would copy v: its heads, which have a size of their own.
+inline RotateParams values_call(const RotateParams& p) {
+  RotateParams values = p;
+  values.count = 1;
+  values.D = p.cache->values_D;
+  values.tensors[0] = p.cache->values;
+  values.tensors[0].out = const_cast<void*>(values.tensors[0].in);
+  values.tensors[0].out_strides = values.tensors[0].in_strides;
+  return values;
+}
+
+// Offsets in the cache that depend on the head, of the cache itself and of its scales.
+inline ByteStrides slot_strides(const RotateParams& p, const CacheTensorParams& t, int64_t H) {
+  return {0, 0, H > 1 ? t.h * size_of(p.cache->storage, p.dtype) : 0};
+}
+inline ByteStrides scale_strides(const CacheTensorParams& t, int64_t H) {
+  return {0, 0, H > 1 ? t.scale_stride * int64_t{sizeof(float)} : 0};
+}
+
+// Whether `elements` of a head are an aligned vector in the cache.
+inline bool stores_vectors(const RotateParams& p, const CacheTensorParams& t, int64_t H,
+                           int elements) {
+  const int64_t size = size_of(p.cache->storage, p.dtype);
+  const int64_t strides = t.page | t.place | (H > 1 ? t.h : 0);
+  const auto address = static_cast<int64_t>(reinterpret_cast<uintptr_t>(t.data));
+  return t.d == 1 && (address | strides * size) % (elements * size) == 0;
+}
+
+// Whether one launch covers the heads of a tensor, and its offsets fit 32 bits.
+inline bool fits_one_tile(const RotateParams& p, const TensorParams& t,
+                          const CacheTensorParams* cache) {
+  if (t.H == 0) return true;
+  const int64_t head_threads = p.D * size_of(p.dtype) / kVectorBytes + 1;  // at most
+  OperandStrides strides = operand_strides(p, t, false);
+  const auto fits = [&] {
+    return !axis_to_split(strides, whole_tile(p, t), kMaxLaunchThreads / head_threads).has_value();
+  };
+  if (!fits()) return false;
+  if (cache == nullptr) return true;
+  strides[kIn] = slot_strides(p, *cache, t.H);
+  strides[kOut] = scale_strides(*cache, t.H);
+  return fits();
+}
+
+// The plan of a call with a cache whose heads, and v's, are whole vectors in every memory; null for
+// all other calls, which a warp for each head serves.
+inline std::optional<Plan> make_cache_plan(const RotateParams& p, const DeviceFacts& device,
+                                           const PlanOverrides& overrides = {}) {
+  const CacheParams& cache = *p.cache;
+  const int vector = kVectorBytes / size_of(p.dtype);
+  const RotateParams values = values_call(p);
+  const bool has_values = cache.values.in != nullptr && cache.values.H > 0;
+  const bool fits = p.dtype != DType::kFloat64 && p.axes == nullptr && fits_vectors(p, vector) &&
+                    stores_vectors(p, cache.k, p.tensors[1].H, vector) &&
+                    fits_one_tile(p, p.tensors[0], nullptr) &&
+                    fits_one_tile(p, p.tensors[1], &cache.k);
+  const bool values_fit = !has_values || (common_vector(values, {values.D}) >= vector &&
+                                          stores_vectors(p, cache.v, cache.values.H, vector) &&
+                                          fits_one_tile(values, values.tensors[0], &cache.v));
+  if (!fits || !values_fit || overrides.full == 0) return std::nullopt;
+  if (p.norm == nullptr) return plan_direct(p, device, overrides, vector, RowLookup::kIndexed);
+  std::optional<Plan> plan = make_norm_plan(p, device, overrides);
+  if (plan.has_value()) plan->lookup = RowLookup::kIndexed;
+  return plan;
 }
 
 // All heads of a tensor in the order of weight_gradients.h.

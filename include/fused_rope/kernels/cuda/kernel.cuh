@@ -351,15 +351,15 @@ __device__ __forceinline__ bool to_out_row(const KernelParams& params, const Loo
 }
 
 // Finds the table rows of a token; false where the token is copied. For kLinear and kIndexed.
-template <RowLookup kLookup>
+template <RowLookup kLookup, typename Token>
 __device__ __forceinline__ bool find_rows(const KernelParams& params, const TensorArgs& tensor,
                                           const LookupArgs& lookups, const LinearCoordinates& at,
-                                          RowPointers& rows) {
+                                          const Token& token, RowPointers& rows) {
   if (is_linear(kLookup) || (params.row_flags & kGathered)) {
     rows = gathered_row(tensor, lookups, at, is_linear(kLookup));
     return true;
   }
-  const Row row = find_row(params, params.row_flags, TileToken{params, tensor, lookups, at, 0});
+  const Row row = find_row(params, params.row_flags, token);
   if (!row.copied) rows = pointers_to(params, tensor, row.index);
   return !row.copied;
 }
@@ -526,7 +526,7 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
     const ThreadWeight<Traits> weight(extra, assigned.is_second, tile, in_tile);
     if (in_tile) {
       RowPointers rows;
-      copies = !find_rows<kLookup>(params, tensor, lookups, at, rows);
+      copies = !find_rows<kLookup>(params, tensor, lookups, at, token, rows);
       if (!copies) tile.load_rows(params, rows);
     }
     normalize_and_rotate(params, extra, assigned.is_second, tile, weight, in_tile,

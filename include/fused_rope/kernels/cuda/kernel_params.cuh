@@ -297,6 +297,19 @@ struct PlacedToken {
   }
 };
 
+// A token whose position, if it has one, was loaded.
+struct PositionedToken {
+  const TileToken& token;
+  LoadedIndex index;
+
+  __device__ __forceinline__ int64_t s() const { return token.s(); }
+  __device__ __forceinline__ SequencePosition place() const { return token.place(); }
+  __device__ __forceinline__ int64_t position() const { return index.value(); }
+  __device__ __forceinline__ int64_t offset(int64_t sequence) const {
+    return token.offset(sequence);
+  }
+};
+
 // A token that only has a position, which was loaded.
 struct LoadedToken {
   LoadedIndex index;

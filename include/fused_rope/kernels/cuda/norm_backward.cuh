@@ -215,8 +215,11 @@ __global__ void __launch_bounds__(kSmallBlockThreads, kBackwardBlocks) norm_back
   const auto load_rows = [&](uint32_t index, bool wanted) {
     RowPointers rows = {nullptr, nullptr};
     bool rotates = true;
-    if (is_linear(Traits::kLookup) || wanted)
-      rotates = find_rows<Traits::kLookup>(params, tensor, lookups, locate(index), rows);
+    if (is_linear(Traits::kLookup) || wanted) {
+      const LinearCoordinates at = locate(index);
+      const TileToken token = {params, tensor, lookups, at, 0};
+      rotates = find_rows<Traits::kLookup>(params, tensor, lookups, at, token, rows);
+    }
     tile.load_rows(params, rows, wanted && rotates);
     return rotates;  // a head that does not exist, too
   };

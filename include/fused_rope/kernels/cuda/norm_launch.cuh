@@ -9,9 +9,9 @@
 namespace fused_rope::kernels {
 
 // Launches a kernel of whole warps for `units` heads or leaves.
-template <typename W>
-cudaError_t launch_warps(void (*kernel)(WarpHeadParams), const WarpHeadParams& params,
-                         int64_t units, int64_t arrays, cudaStream_t stream) {
+template <typename W, typename Params>
+cudaError_t launch_warps(void (*kernel)(Params), const Params& params, int64_t units,
+                         int64_t arrays, cudaStream_t stream) {
   if (units == 0) return cudaSuccess;
   const size_t warp_bytes = static_cast<size_t>(params.warp_entries(arrays)) * sizeof(W);
   const auto warps =

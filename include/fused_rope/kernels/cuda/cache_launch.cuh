@@ -1,0 +1,66 @@
+// From a call with a cache to its kernel. The .cu files instantiate launch_cache.
+#pragma once
+
+#include "fused_rope/kernels/cuda/cache_heads.cuh"
+#include "fused_rope/kernels/cuda/cache_kernel.cuh"
+#include "fused_rope/kernels/cuda/norm_launch.cuh"
+
+namespace fused_rope::kernels {
+
+// One launch for q, k and v.
+template <typename Traits>
+cudaError_t launch_cache_kernel(const RotateParams& p, const Plan& plan, cudaStream_t stream) {
+  KernelParams params(p, plan);
+  CacheArgs<Traits> cache(p, plan);
+  unsigned blocks[kMaxTensors] = {};
+  for (int i = 0; i < p.count; ++i) {
+    const TensorParams& t = p.tensors[i];
+    if (t.H == 0) continue;
+    const Tile tile = whole_tile(p, t);
+    params.set_tile(i, p, t, plan, operand_strides(p, t, false), tile);
+    if (i == 1) cache.key = SlotArgs(p, p.cache->k, t.H, tile);
+    if constexpr (Traits::kNorm) cache.norm.set_tile(i, p, p.norm->weights[i]);
+    blocks[i] = static_cast<unsigned>(params.blocks(i, plan));
+  }
+  params.second_block = blocks[0];
+  cache.first_value_block = blocks[0] + blocks[1];
+  const int64_t value_blocks = ceil_divide(cache.value_tensor.threads, plan.block_threads);
+  return enqueue(cache_kernel<Traits>,
+                 cache.first_value_block + static_cast<unsigned>(value_blocks), plan.block_threads,
+                 0, stream, params, cache);
+}
+
+// plan: null for a warp for each head.
+template <typename T>
+cudaError_t launch_cache(const RotateParams& p, const std::optional<Plan>& plan,
+                         cudaStream_t stream) {
+  return visit_table<T>(p, [&]<typename Table, Precision kPrecision>() {
+    if constexpr (!std::is_same_v<T, double>) {
+      if (plan.has_value()) {
+        const auto launch = [&]<Arrangement kArrangement>() {
+          constexpr Variant kNorm = norm_variant<T, kPrecision>(kArrangement, RowLookup::kIndexed);
+          constexpr Variant kPlain = {.precision = kPrecision,
+                                      .arrangement = kArrangement,
+                                      .vector = kVectorBytes / sizeof(T),
+                                      .lookup = RowLookup::kIndexed,
+                                      .full_head = false,
+                                      .staged = false,
+                                      .norm = false};
+          return p.norm != nullptr
+                     ? launch_cache_kernel<KernelTraits<T, Table, kNorm>>(p, *plan, stream)
+                     : launch_cache_kernel<KernelTraits<T, Table, kPlain>>(p, *plan, stream);
+        };
+        return plan->arrangement == Arrangement::kAdjacent
+                   ? launch.template operator()<Arrangement::kAdjacent>()
+                   : launch.template operator()<Arrangement::kPair>();
+      }
+    }
+    const CacheHeadParams params(p);
+    const WarpHeadParams& heads = params.heads;
+    const int64_t units = std::max(heads.heads[0] + heads.heads[1], params.values[0]);
+    return launch_warps<Wide<T>>(cache_heads_kernel<T, Table, kPrecision>, params, units, 1,
+                                 stream);
+  });
+}
+
+}  // namespace fused_rope::kernels

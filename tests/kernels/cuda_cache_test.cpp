@@ -1,0 +1,104 @@
+// The CUDA kernels of a call with a cache, compiled for the host, against the CPU kernel of the
+// rotation and a plain loop over slots.
+#include <gtest/gtest.h>
+
+#include <map>
+#include <string>
+
+#include "fused_rope/kernels/cpu/kernel.h"
+#include "fused_rope/kernels/cuda/cache_launch.cuh"
+#include "random_call.h"
+
+namespace fused_rope::kernels {
+namespace {
+
+using testing::Call;
+using testing::CallKind;
+
+std::string name_of(const std::optional<Plan>& plan, bool has_norm) {
+  if (!plan.has_value()) return has_norm ? "norm, a warp each" : "a warp each";
+  const std::string name = has_norm ? "norm, " : "";
+  return name + (plan->arrangement == Arrangement::kPair ? "pair" : "adjacent");
+}
+
+// Stores the heads of a tensor in the slots of their tokens.
+template <typename T>
+void store(const RotateParams& p, const CacheTensorParams& cache, const void* data,
+           const Strides& strides, int64_t H, int64_t D) {
+  for (int64_t b = 0; b < p.B; ++b) {
+    for (int64_t s = 0; s < p.S; ++s) {
+      const int64_t slot = output_row(p.rows, b, s);
+      for (int64_t h = 0; h < H && slot >= 0; ++h) {
+        const int64_t page = slot / p.cache->page_size, place = slot % p.cache->page_size;
+        const int64_t to = page * cache.page + place * cache.place + h * cache.h;
+        const auto* from =
+            static_cast<const T*>(data) + b * strides.b + s * strides.s + h * strides.h;
+        const float scale = cache.scale == nullptr ? 1 : cache.scale[h * cache.scale_stride];
+        visit_storage<T>(p.cache->storage, [&]<typename To>() {
+          for (int64_t d = 0; d < D; ++d)
+            static_cast<To*>(cache.data)[to + d * cache.d] =
+                stored<To>(from[d * strides.d], Divide(scale));
+        });
+      }
+    }
+  }
+}
+
+template <typename T>
+void rotate_and_store(const RotateParams& p) {
+  std::vector<T> buffer(p.B * p.S * p.tensors[1].H * p.D + 1);
+  RotateParams rotation = p;
+  rotation.cache = nullptr;
+  rotation.rows.out_rows = {};
+  TensorParams& k = rotation.tensors[1];
+  if (k.out == nullptr) {
+    k.out = buffer.data();
+    k.out_strides = {p.S * k.H * p.D, k.H * p.D, p.D, 1};
+  }
+  rotate_tokens(rotation, 0, p.B * p.S);
+  store<T>(p, p.cache->k, k.out, k.out_strides, k.H, p.D);
+  const TensorParams& v = p.cache->values;
+  if (v.in != nullptr) store<T>(p, p.cache->v, v.in, v.in_strides, v.H, p.cache->values_D);
+}
+
+template <typename T>
+class CudaCache : public ::testing::Test {};
+
+template <typename ElementT, typename TableT, Precision kPrecisionOfCall>
+struct Types {
+  using Element = ElementT;
+  using Table = TableT;
+  static constexpr Precision kPrecision = kPrecisionOfCall;
+};
+using AllTypes =
+    ::testing::Types<Types<BFloat16, float, Precision::kFp32>,
+                     Types<BFloat16, BFloat16, Precision::kModel>,
+                     Types<Float16, float, Precision::kFp32>, Types<float, float, Precision::kFp32>,
+                     Types<double, double, Precision::kFp32>>;
+TYPED_TEST_SUITE(CudaCache, AllTypes);
+
+TYPED_TEST(CudaCache, IsBitwiseIdenticalToARotationAndPlainStores) {
+  using T = typename TypeParam::Element;
+  constexpr uint64_t kCalls = 800;
+  std::map<std::string, int> seen;
+  for (uint64_t seed = 0; seed < kCalls; ++seed) {
+    SCOPED_TRACE(::testing::Message() << "seed " << seed);
+    Call<T, typename TypeParam::Table, TypeParam::kPrecision> call(seed, CallKind::kCache);
+    const PlanOverrides overrides = call.overrides();
+    const DeviceFacts facts = call.facts();
+    const auto on_gpu = [&](const RotateParams& p) {
+      const std::optional<Plan> plan = make_cache_plan(p, facts, overrides);
+      ++seen[name_of(plan, p.norm != nullptr)];
+      EXPECT_EQ(launch_cache<T>(p, plan, nullptr), cudaSuccess);
+    };
+    ASSERT_TRUE(call.run(on_gpu) == call.run(rotate_and_store<T>));
+  }
+  for (const char* name :
+       {"norm, a warp each", "a warp each", "norm, pair", "pair", "norm, adjacent", "adjacent"}) {
+    const bool expected = !std::is_same_v<T, double> || std::string(name).ends_with("each");
+    EXPECT_EQ(seen.contains(name), expected) << name;
+  }
+}
+
+}  // namespace
+}  // namespace fused_rope::kernels
