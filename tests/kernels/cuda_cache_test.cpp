@@ -37,7 +37,7 @@ void store(const RotateParams& p, const CacheTensorParams& cache, const void* da
         visit_storage<T>(p.cache->storage, [&]<typename To>() {
           for (int64_t d = 0; d < D; ++d)
             static_cast<To*>(cache.data)[to + d * cache.d] =
-                stored<To>(from[d * strides.d], Divide(scale));
+                stored<To>(from[d * strides.d], scale);
         });
       }
     }

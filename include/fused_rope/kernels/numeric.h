@@ -160,10 +160,14 @@ FUSED_ROPE_HOST_DEVICE T to_float8(float value) {
 
 // Rounds to nearest even and saturates; a NaN becomes 0.
 FUSED_ROPE_HOST_DEVICE int8_t to_int8(float value) {
+#if defined(__CUDA_ARCH__)
+  return static_cast<int8_t>(max(-128, min(127, __float2int_rn(value))));
+#else
   const float number = value != value ? 0.0f : value;
   const float limited = number < -128.0f ? -128.0f : number > 127.0f ? 127.0f : number;
   constexpr float kUlpOfOne = 0x1.8p23f;  // adding it rounds to an integer
   return static_cast<int8_t>(bits_of(limited + kUlpOfOne) - bits_of(kUlpOfOne));
+#endif
 }
 
 // Rounds value to T, to nearest even.

@@ -497,6 +497,12 @@ inline std::optional<Plan> make_norm_plan(const RotateParams& p, const DeviceFac
               .launch_threads = choose(overrides.work, kMaxLaunchThreads)};
 }
 
+// The rotation of a call with a cache.
+inline RotateParams without_slots(RotateParams p) {
+  p.rows.out_rows = {};
+  return p;
+}
+
 // The call that would copy v: its heads, which have a size of their own.
 inline RotateParams values_call(const RotateParams& p) {
   RotateParams values = p;
@@ -557,10 +563,10 @@ inline std::optional<Plan> make_cache_plan(const RotateParams& p, const DeviceFa
                                           stores_vectors(p, cache.v, cache.values.H, vector) &&
                                           fits_one_tile(values, values.tensors[0], &cache.v));
   if (!fits || !values_fit || overrides.full == 0) return std::nullopt;
-  if (p.norm == nullptr) return plan_direct(p, device, overrides, vector, RowLookup::kIndexed);
-  std::optional<Plan> plan = make_norm_plan(p, device, overrides);
-  if (plan.has_value()) plan->lookup = RowLookup::kIndexed;
-  return plan;
+  const RotateParams rotation = without_slots(p);
+  if (p.norm != nullptr) return make_norm_plan(rotation, device, overrides);
+  const RowLookup lookup = has_linear_rows(rotation) ? RowLookup::kLinear : RowLookup::kIndexed;
+  return plan_direct(rotation, device, overrides, vector, lookup);
 }
 
 // All heads of a tensor in the order of weight_gradients.h.

@@ -32,11 +32,11 @@ __device__ __forceinline__ void store_in_slot(const CacheParams& cache,
                                               const CacheTensorParams& tensor, int64_t slot,
                                               int64_t h, int64_t D, const F& value) {
   const int64_t start = slot_offset(cache, tensor, slot, h);
-  const Divide divide(scale_of(tensor, h));
+  const float scale = scale_of(tensor, h);
   visit_storage<T>(cache.storage, [&]<typename To>() {
     To* const to = static_cast<To*>(tensor.data) + start;
     for (int64_t d = threadIdx.x % kWarp; d < D; d += kWarp)
-      to[d * tensor.d] = stored<To>(value(d), divide);
+      to[d * tensor.d] = stored<To>(value(d), scale);
   });
 }
 

@@ -2,6 +2,8 @@
 // stores k and v.
 #pragma once
 
+#include <cmath>
+
 #include "fused_rope/kernels/cache.h"
 #include "fused_rope/kernels/cuda/kernel.cuh"
 
@@ -11,22 +13,40 @@ struct NoNorm {
   explicit NoNorm(const RotateParams&) {}
 };
 
-// The cache of k or of v; strides in bytes.
+// The slots of k or of v; strides in bytes. All that a thread reads is in two cache lines.
 struct SlotArgs {
+  const char* slots;
+  LinearOffset slots_offset, head_offset, scale_offset;
+  const char* scale;  // null unless values have 8 bits
   char* data;
   int64_t page, place;
-  const char* scale;  // null unless values have 8 bits
-  LinearOffset head_offset, scale_offset;
+  int64_t limit;  // slots
+  int64_t page_size;
+  FastDivmod per_page;
+  Storage storage;
+  bool is_int64;
+  bool is_short;  // pages and slots fit per_page
 
   SlotArgs() = default;
-  SlotArgs(const RotateParams& p, const CacheTensorParams& cache, int64_t H, const Tile& tile)
-      : data(static_cast<char*>(cache.data)),
+  SlotArgs(const RotateParams& p, const CacheTensorParams& cache, const TensorParams& t,
+           const Tile& tile)
+      : slots(tile_start(p.rows.out_rows.data, operand_strides(p, t, false)[kOutRows], tile)),
+        slots_offset(operand_strides(p, t, false)[kOutRows], tile),
+        head_offset(slot_strides(p, cache, t.H), tile),
+        scale_offset(scale_strides(cache, t.H), tile),
+        scale(reinterpret_cast<const char*>(cache.scale)),
+        data(static_cast<char*>(cache.data)),
         page(cache.page * size_of(p.cache->storage, p.dtype)),
         place(cache.place * size_of(p.cache->storage, p.dtype)),
-        scale(reinterpret_cast<const char*>(cache.scale)),
-        head_offset(slot_strides(p, cache, H), tile),
-        scale_offset(scale_strides(cache, H), tile) {}
+        limit(p.rows.out_rows_limit),
+        page_size(p.cache->page_size),
+        per_page(page_size),
+        storage(p.cache->storage),
+        is_int64(p.rows.out_rows.is_int64),
+        is_short(limit <= INT32_MAX && page_size <= INT32_MAX) {}
 };
+
+enum { kKeySlots, kValueSlots };
 
 // What a launch with a cache passes besides KernelParams, whose tiles are those of q and k.
 template <typename Traits>
@@ -35,151 +55,286 @@ struct CacheArgs {
   using Norm = std::conditional_t<Traits::kNorm, NormArgs<W>, NoNorm>;
   static constexpr bool kSharesWarps = true;
 
-  uint32_t first_value_block;              // blocks from this one on copy v
-  uint32_t value_threads, value_elements;  // of a head of v
-  FastDivmod per_value_head, per_page;
-  bool has_key_out;
-  bool has_short_slots;  // pages and slots fit per_page
-  Storage storage;
-  int64_t page_size;
-  SlotArgs key, value;
+  SlotArgs slots[2];
   TensorArgs value_tensor;
-  LookupArgs value_lookups;
+  FastDivmod per_value_head;
+  uint32_t value_threads, value_elements;  // of a head of v
+  bool has_key_out;
   Norm norm;
 
-  CacheArgs(const RotateParams& p, const Plan& plan)
-      : first_value_block(0),
-        value_threads(static_cast<uint32_t>(
-            ceil_divide(p.cache->values_D, int64_t{2} * Traits::kVectorSize))),
+  CacheArgs(const RotateParams& p, Plan plan)
+      : value_threads(static_cast<uint32_t>(
+            ceil_divide(p.cache->values_D, int64_t{Traits::kVectors} * Traits::kVectorSize))),
         value_elements(static_cast<uint32_t>(p.cache->values_D)),
-        per_value_head(std::max(value_threads, 1u)),
-        per_page(p.cache->page_size),
         has_key_out(p.tensors[1].out != nullptr),
-        has_short_slots(p.rows.out_rows_limit <= INT32_MAX && p.cache->page_size <= INT32_MAX),
-        storage(p.cache->storage),
-        page_size(p.cache->page_size),
         norm(p) {
-    set_values(p, plan);
-  }
-
- private:
-  void set_values(const RotateParams& p, Plan plan) {
-    const TensorParams& values = p.cache->values;
     value_tensor.threads = 0;
-    if (values.in == nullptr || values.H == 0) return;
+    const RotateParams values = values_call(p);
+    const TensorParams& v = values.tensors[0];
+    if (v.in == nullptr || v.H == 0) return;
+    const Tile tile = whole_tile(values, v);
     plan.head_threads = static_cast<int>(value_threads);
-    const RotateParams call = values_call(p);
-    const Tile tile = whole_tile(call, values);
-    const OperandStrides strides = operand_strides(call, call.tensors[0], false);
-    value_tensor = TensorArgs(call, call.tensors[0], plan, strides, tile);
-    value_lookups = LookupArgs(call, call.tensors[0], plan, strides, tile);
-    value = SlotArgs(p, p.cache->v, values.H, tile);
+    value_tensor = TensorArgs(values, v, plan, operand_strides(values, v, false), tile);
+    slots[kValueSlots] = SlotArgs(values, p.cache->v, v, tile);
+    per_value_head = FastDivmod(value_threads);
   }
 };
 
-// Where a thread stores its part of a head. Its loads are in flight until `store`.
+// The reciprocal of a normal number that is not too large, to one unit in the last place.
+__device__ __forceinline__ float approximate_reciprocal(float x) {
+#if defined(__CUDA_ARCH__)
+  float reciprocal;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(x));
+  return reciprocal;
+#else
+  return 1.0f / x;
+#endif
+}
+
+// x / scale, so that it rounds to the same 8 bits as a quotient of IEEE 754: by the reciprocal of
+// the scale, and two corrections of the remainder (Markstein 2000). What the compiler's own
+// division checks of each dividend is checked once here.
+class Quotient {
+ public:
+  __device__ __forceinline__ explicit Quotient(float scale) {
+    // Powers of two keep the scale away from subnormal reciprocals and remainders. Quotients that
+    // overflow or underflow by them saturate, or are 0 in 8 bits.
+    const float magnitude = scale < 0 ? -scale : scale;
+    factor_ = magnitude < 0x1p-60f ? 0x1p96f : magnitude > 0x1p60f ? 0x1p-96f : 1.0f;
+    divisor_ = scale * factor_;
+    const float estimate = approximate_reciprocal(divisor_);
+    const float corrected = add_product(estimate, add_product(1, -divisor_, estimate), estimate);
+    const bool is_finite = estimate != 0 && estimate - estimate == 0;
+    reciprocal_ = is_finite ? corrected : estimate;
+  }
+
+  __device__ __forceinline__ float operator()(float x) const {
+    const float dividend = x * factor_;
+    const float estimate = dividend * reciprocal_;
+    float quotient = estimate;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float remainder = add_product(dividend, -quotient, divisor_);
+      quotient = add_product(quotient, remainder, reciprocal_);
+    }
+    const bool has_remainder = estimate != 0 && estimate - estimate == 0;
+    return has_remainder ? quotient : estimate;  // which keeps the sign of 0
+  }
+
+ private:
+  // sum + x * y, rounded once.
+  __device__ __forceinline__ static float add_product(float sum, float x, float y) {
+#if defined(__CUDA_ARCH__)
+    return __fmaf_rn(x, y, sum);
+#else
+    return std::fma(x, y, sum);
+#endif
+  }
+
+  float factor_, divisor_, reciprocal_;
+};
+
+// Divides by the scale of a head and rounds to 8 bits. A reciprocal that is a little too small and
+// one that is a little too large give quotients on both sides of the right one: where they round
+// alike, so does it. Others, one in 2^16 and NaNs, whose sign stays, are divided.
+template <typename To>
+class Quantizer {
+ public:
+  __device__ __forceinline__ explicit Quantizer(float scale) : scale_(scale) {
+    const float reciprocal = approximate_reciprocal(scale);
+    low_ = reciprocal * (1 - kMargin);
+    high_ = reciprocal * (1 + kMargin);
+    const float magnitude = scale < 0 ? -scale : scale;
+    has_normal_reciprocal_ = magnitude >= 0x1p-100f && magnitude <= 0x1p100f;
+  }
+
+  template <typename T, int kSize>
+  __device__ __forceinline__ Vector<To, kSize> operator()(const Vector<T, kSize>& x) const {
+    uint32_t words[kSize / 4];
+    bool certain = has_normal_reciprocal_;
+#pragma unroll
+    for (int i = 0; i < kSize; i += 4) {
+      words[i / 4] = narrow_four(x, i, low_);
+      certain &= words[i / 4] == narrow_four(x, i, high_) && !has_nan(words[i / 4]);
+    }
+    if (!certain) {
+      const Quotient divide(scale_);
+      To exact[kSize];
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) exact[i] = narrow<To>(divide(widen_element(x, i)));
+      std::memcpy(words, exact, kSize);
+    }
+    Vector<To, kSize> result;
+    std::memcpy(&result, words, kSize);
+    return result;
+  }
+
+ private:
+  static constexpr float kMargin = 0x1p-20f;
+  static constexpr bool kIsFloat = !std::is_same_v<To, int8_t>;
+
+  // A NaN has seven ones: adding one sets the eighth bit of no other number.
+  __device__ __forceinline__ static bool has_nan(uint32_t word) {
+    return kIsFloat && (((word & 0x7f7f7f7fu) + 0x01010101u) & 0x80808080u) != 0;
+  }
+
+  // Four elements times `factor`, the first of them in the lowest byte. NaNs may lose their sign.
+  template <typename T, int kSize>
+  __device__ __forceinline__ static uint32_t narrow_four(const Vector<T, kSize>& x, int i,
+                                                         float factor) {
+    float product[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) product[k] = widen_element(x, i + k) * factor;
+    uint32_t word;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+#define FUSED_ROPE_NARROW_FOUR(type) \
+  asm("{\n"                          \
+      ".reg .b16 low, high;\n"       \
+      "cvt.rn.satfinite." type       \
+      "x2.f32 low, %2, %1;\n"        \
+      "cvt.rn.satfinite." type       \
+      "x2.f32 high, %4, %3;\n"       \
+      "mov.b32 %0, {low, high};\n"   \
+      "}"                            \
+      : "=r"(word)                   \
+      : "f"(product[0]), "f"(product[1]), "f"(product[2]), "f"(product[3]))
+    if constexpr (std::is_same_v<To, Float8E4M3>) {
+      FUSED_ROPE_NARROW_FOUR("e4m3");
+      return word;
+    } else if constexpr (std::is_same_v<To, Float8E5M2>) {
+      FUSED_ROPE_NARROW_FOUR("e5m2");
+      return word;
+    }
+#undef FUSED_ROPE_NARROW_FOUR
+#endif
+    To narrowed[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) narrowed[k] = narrow<To>(product[k]);
+    std::memcpy(&word, narrowed, sizeof(word));
+    return word;
+  }
+
+  float scale_, low_, high_;
+  bool has_normal_reciprocal_;
+};
+
+// A thread's part of a head that has a slot, and what it needs to find it: loads in flight.
 template <typename Traits>
-struct Slot {
-  using T = typename Traits::Element;
-  static constexpr int kSize = Traits::kVectorSize;
-
-  LoadedIndex index;
+struct SlotPart {
+  LinearCoordinates at;
+  LoadedIndex slot;
   float scale;
+  uint32_t start[Traits::kVectors];
+  Vector<typename Traits::Element, Traits::kVectorSize> x[Traits::kVectors];
 
-  __device__ __forceinline__ Slot(const KernelParams& params, const LookupArgs& lookups,
-                                  const SlotArgs& to, const LinearCoordinates& at, bool wanted)
-      : index(load_index_early(lookups.out_rows + lookups.out_rows_offset.at(at),
-                               params.row_flags & kLongOutRows, wanted)),
-        scale(load<1>(reinterpret_cast<const float*>(to.scale + to.scale_offset.at(at)), kEvictLast,
-                      wanted && to.scale != nullptr)
-                  .element[0]) {}
+  __device__ __forceinline__ void load_slot(const SlotArgs& args, bool wanted) {
+    slot = load_index_early(args.slots + args.slots_offset.at(at), args.is_int64, wanted);
+    scale = load<1>(reinterpret_cast<const float*>(args.scale + args.scale_offset.at(at)),
+                    kEvictLast, wanted && args.scale != nullptr)
+                .element[0];
+  }
 
-  __device__ __forceinline__ void store_elements(
-      const KernelParams& params, const CacheArgs<Traits>& cache, const SlotArgs& to,
-      const LinearCoordinates& at, const uint32_t (&start)[Traits::kVectors],
-      const Vector<T, kSize> (&x)[Traits::kVectors]) const {
-    const int64_t slot = index.value();
-    FUSED_ROPE_DEVICE_CHECK(slot == -1 || is_row(slot, params.rows.out_rows_limit));
-    if (slot < 0) return;
-    const int64_t page = cache.has_short_slots ? cache.per_page.div(static_cast<uint32_t>(slot))
-                                               : slot / cache.page_size;
-    char* const head = to.data + page * to.page + (slot - page * cache.page_size) * to.place +
-                       to.head_offset.at(at);
-    const Divide divide(scale);
-    visit_storage<T>(cache.storage, [&]<typename To>() {
+  __device__ __forceinline__ void store_in(const SlotArgs& args) const {
+    const int64_t index = slot.value();
+    FUSED_ROPE_DEVICE_CHECK(index == -1 || is_row(index, args.limit));
+    if (index < 0) return;
+    const int64_t page =
+        args.is_short ? args.per_page.div(static_cast<uint32_t>(index)) : index / args.page_size;
+    const int64_t place = index - page * args.page_size;
+    char* const head = args.data + page * args.page + place * args.place + args.head_offset.at(at);
+    visit_storage<typename Traits::Element>(args.storage, [&]<typename To>() {
+      To* const to = reinterpret_cast<To*>(head);
+      if constexpr (std::is_same_v<To, typename Traits::Element>) {
 #pragma unroll
-      for (int v = 0; v < Traits::kVectors; ++v) {
-        Vector<To, kSize> vector;
+        for (int v = 0; v < Traits::kVectors; ++v) store(to + start[v], x[v], kEvictNormal, true);
+      } else {
+        const Quantizer<To> quantize(scale);
 #pragma unroll
-        for (int i = 0; i < kSize; ++i) vector.element[i] = stored<To>(x[v].element[i], divide);
-        store(reinterpret_cast<To*>(head) + start[v], vector, kEvictNormal, true);
+        for (int v = 0; v < Traits::kVectors; ++v)
+          store(to + start[v], quantize(x[v]), kEvictNormal, true);
       }
     });
   }
 };
 
-// Copies v to its slots.
+// Loads a part of v; false beyond the last head.
 template <typename Traits>
-__device__ __forceinline__ void store_values(const KernelParams& params,
-                                             const CacheArgs<Traits>& cache, uint32_t block) {
+__device__ __forceinline__ bool load_value(const KernelParams& params,
+                                           const CacheArgs<Traits>& cache, SlotPart<Traits>& part) {
   using T = typename Traits::Element;
   constexpr int kSize = Traits::kVectorSize;
   const TensorArgs& tensor = cache.value_tensor;
-  uint32_t index = block * blockDim.x + threadIdx.x;
-  if (index >= tensor.threads) return;
-  const LinearCoordinates at = tensor.locate(cache.value_threads, cache.per_value_head, index);
-  const Slot<Traits> slot(params, cache.value_lookups, cache.value, at, true);
-  const uint32_t second = (index + cache.value_threads) * kSize;
-  const uint32_t start[2] = {index * kSize, second < cache.value_elements ? second : index * kSize};
-  const T* const head = reinterpret_cast<const T*>(tensor.in + tensor.in_offset.at(at));
-  const Vector<T, kSize> x[2] = {load<kSize>(head + start[0], params.x_policy, true),
-                                 load<kSize>(head + start[1], params.x_policy, true)};
-  slot.store_elements(params, cache, cache.value, at, start, x);
+  uint32_t index = (blockIdx.x - params.first_value_block) * blockDim.x + threadIdx.x;
+  if (index >= tensor.threads) return false;
+  part.at = tensor.locate(cache.value_threads, cache.per_value_head, index);
+  part.load_slot(cache.slots[kValueSlots], true);
+  const T* const head = reinterpret_cast<const T*>(tensor.in + tensor.in_offset.at(part.at));
+#pragma unroll
+  for (int v = 0; v < Traits::kVectors; ++v) {
+    const uint32_t start = (index + v * cache.value_threads) * kSize;
+    part.start[v] = start < cache.value_elements ? start : index * kSize;
+    part.x[v] = load<kSize>(head + part.start[v], params.x_policy, true);
+  }
+  return true;
 }
 
+// Rotates a part of q or k, and stores it if its output is wanted. Whether it has a slot.
 template <typename Traits>
-__global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kNorm ? 7 : 5)
-    cache_kernel(const __grid_constant__ KernelParams params,
-                 const __grid_constant__ CacheArgs<Traits> cache) {
+__device__ __forceinline__ bool rotate_part(const KernelParams& params,
+                                            const CacheArgs<Traits>& cache,
+                                            SlotPart<Traits>& part) {
   constexpr RowLookup kLookup = Traits::kLookup;
-  if (blockIdx.x >= cache.first_value_block)
-    return store_values(params, cache, blockIdx.x - cache.first_value_block);
   const TileBlock assigned = assign_block<kLookup>(params, blockIdx.x);
   const bool is_key = assigned.is_second;
   const TensorArgs& tensor = params.tensors[is_key];
   const LookupArgs& lookups = params.lookups[is_key];
   uint32_t index = assigned.block * blockDim.x + threadIdx.x;
   bool in_tile = index < tensor.threads;
-  const LinearCoordinates at = tensor.locate(params.head_threads, params.per_head, index);
+  const LinearCoordinates& at = part.at;
+  part.at = tensor.locate(params.head_threads, params.per_head, index);
   if constexpr (Traits::kNorm) in_tile = in_tile && index < params.rotating_threads;
   ThreadTile<Traits> tile(params, index);
 
   // Issue the loads of indices first, then those of x, before waiting for any.
   const TileToken token = {params, tensor, lookups, at, 0};
-  const bool has_position = (params.row_flags & kHasPositions) != 0;
-  const PositionedToken positioned = {token, token.load_position(in_tile && has_position)};
-  const Slot<Traits> slot(params, lookups, cache.key, at, in_tile && is_key);
-  typename ThreadTile<Traits>::Vectors x;
-  tile.load_elements(params, tensor.in + tensor.in_offset.at(at), lookups.in_d, in_tile, x);
-  if (!Traits::kNorm && !in_tile) return;
+  PositionedToken positioned = {token, {}};
+  if constexpr (!is_linear(kLookup)) {
+    const bool has_position = (params.row_flags & kHasPositions) != 0;
+    positioned.index = token.load_position(in_tile && has_position);
+  }
+  part.load_slot(cache.slots[kKeySlots], in_tile && is_key);
+  tile.load_elements(params, tensor.in + tensor.in_offset.at(at), lookups.in_d, in_tile, part.x);
+  if (!Traits::kNorm && !in_tile) return false;
 
-  const auto load_rows = [&] {
-    RowPointers rows;
-    const bool found = find_rows<kLookup>(params, tensor, lookups, at, positioned, rows);
-    if (found) tile.load_rows(params, rows);
-    return found;
-  };
+  // Without a branch: the compiler waits for x before one.
+  RowPointers rows = {nullptr, nullptr};
+  bool rotates = in_tile && tile.rotates;
+  if (is_linear(kLookup) || rotates)
+    rotates &= find_rows<kLookup>(params, tensor, lookups, at, positioned, rows);
+  tile.load_rows(params, rows, rotates);
   if constexpr (Traits::kNorm) {
     const ThreadWeight<Traits> weight(cache.norm, is_key, tile, in_tile);
-    const bool rotates = in_tile && load_rows();
-    normalize_and_rotate(params, cache.norm, is_key, tile, weight, in_tile, rotates, x);
-    if (!in_tile) return;
-  } else if (tile.rotates && load_rows()) {
-    tile.template rotate<true>(x, tile.kAllPairs);
+    normalize_and_rotate(params, cache.norm, is_key, tile, weight, in_tile, rotates, part.x);
+    if (!in_tile) return false;
+  } else if (rotates) {
+    tile.template rotate<true>(part.x, tile.kAllPairs);
   }
   if (!is_key || cache.has_key_out)
-    tile.store_elements(params, tensor.out + tensor.out_offset.at(at), lookups.out_d, x);
-  if (is_key) slot.store_elements(params, cache, cache.key, at, tile.start, x);
+    tile.store_elements(params, tensor.out + tensor.out_offset.at(at), lookups.out_d, part.x);
+#pragma unroll
+  for (int v = 0; v < Traits::kVectors; ++v) part.start[v] = tile.start[v];
+  return is_key;
+}
+
+template <typename Traits>
+__global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kNorm ? 7 : 5)
+    cache_kernel(const __grid_constant__ KernelParams params,
+                 const __grid_constant__ CacheArgs<Traits> cache) {
+  SlotPart<Traits> part;
+  const bool is_value = blockIdx.x >= params.first_value_block;
+  const bool has_slot =
+      is_value ? load_value(params, cache, part) : rotate_part(params, cache, part);
+  if (has_slot) part.store_in(cache.slots[is_value ? kValueSlots : kKeySlots]);
 }
 
 }  // namespace fused_rope::kernels

@@ -10,24 +10,47 @@ namespace fused_rope::kernels {
 // One launch for q, k and v.
 template <typename Traits>
 cudaError_t launch_cache_kernel(const RotateParams& p, const Plan& plan, cudaStream_t stream) {
-  KernelParams params(p, plan);
+  const RotateParams rotation = without_slots(p);
+  KernelParams params(rotation, plan);
   CacheArgs<Traits> cache(p, plan);
   unsigned blocks[kMaxTensors] = {};
   for (int i = 0; i < p.count; ++i) {
     const TensorParams& t = p.tensors[i];
     if (t.H == 0) continue;
     const Tile tile = whole_tile(p, t);
-    params.set_tile(i, p, t, plan, operand_strides(p, t, false), tile);
-    if (i == 1) cache.key = SlotArgs(p, p.cache->k, t.H, tile);
+    params.set_tile(i, rotation, t, plan, operand_strides(p, t, is_linear(plan.lookup)), tile);
+    if (i == 1) cache.slots[kKeySlots] = SlotArgs(p, p.cache->k, t, tile);
     if constexpr (Traits::kNorm) cache.norm.set_tile(i, p, p.norm->weights[i]);
     blocks[i] = static_cast<unsigned>(params.blocks(i, plan));
   }
   params.second_block = blocks[0];
-  cache.first_value_block = blocks[0] + blocks[1];
+  params.first_value_block = blocks[0] + blocks[1];
   const int64_t value_blocks = ceil_divide(cache.value_tensor.threads, plan.block_threads);
   return enqueue(cache_kernel<Traits>,
-                 cache.first_value_block + static_cast<unsigned>(value_blocks), plan.block_threads,
+                 params.first_value_block + static_cast<unsigned>(value_blocks), plan.block_threads,
                  0, stream, params, cache);
+}
+
+// Calls f<Traits>() with the instance of a plan.
+template <typename T, typename Table, Precision kPrecision, typename F>
+cudaError_t visit_cache(const RotateParams& p, const Plan& plan, const F& f) {
+  if (p.norm != nullptr) return visit_norm<T, Table, kPrecision>(plan, f);
+  const auto choose = [&]<Arrangement kArrangement>() {
+    constexpr Variant kIndexed = {.precision = kPrecision,
+                                  .arrangement = kArrangement,
+                                  .vector = kVectorBytes / sizeof(T),
+                                  .lookup = RowLookup::kIndexed,
+                                  .full_head = false,
+                                  .staged = false,
+                                  .norm = false};
+    constexpr Variant kLinear = with_lookup(kIndexed, RowLookup::kLinear);
+    return plan.lookup == RowLookup::kLinear
+               ? f.template operator()<KernelTraits<T, Table, kLinear>>()
+               : f.template operator()<KernelTraits<T, Table, kIndexed>>();
+  };
+  return plan.arrangement == Arrangement::kAdjacent
+             ? choose.template operator()<Arrangement::kAdjacent>()
+             : choose.template operator()<Arrangement::kPair>();
 }
 
 // plan: null for a warp for each head.
@@ -37,22 +60,9 @@ cudaError_t launch_cache(const RotateParams& p, const std::optional<Plan>& plan,
   return visit_table<T>(p, [&]<typename Table, Precision kPrecision>() {
     if constexpr (!std::is_same_v<T, double>) {
       if (plan.has_value()) {
-        const auto launch = [&]<Arrangement kArrangement>() {
-          constexpr Variant kNorm = norm_variant<T, kPrecision>(kArrangement, RowLookup::kIndexed);
-          constexpr Variant kPlain = {.precision = kPrecision,
-                                      .arrangement = kArrangement,
-                                      .vector = kVectorBytes / sizeof(T),
-                                      .lookup = RowLookup::kIndexed,
-                                      .full_head = false,
-                                      .staged = false,
-                                      .norm = false};
-          return p.norm != nullptr
-                     ? launch_cache_kernel<KernelTraits<T, Table, kNorm>>(p, *plan, stream)
-                     : launch_cache_kernel<KernelTraits<T, Table, kPlain>>(p, *plan, stream);
-        };
-        return plan->arrangement == Arrangement::kAdjacent
-                   ? launch.template operator()<Arrangement::kAdjacent>()
-                   : launch.template operator()<Arrangement::kPair>();
+        return visit_cache<T, Table, kPrecision>(p, *plan, [&]<typename Traits>() {
+          return launch_cache_kernel<Traits>(p, *plan, stream);
+        });
       }
     }
     const CacheHeadParams params(p);

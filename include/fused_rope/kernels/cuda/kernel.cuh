@@ -387,7 +387,7 @@ struct ThreadWeight {
   __device__ __forceinline__ ThreadWeight(const NormArgs<W>& norm, bool is_second, const Tile& tile,
                                           bool exists) {
     const T* const weight = reinterpret_cast<const T*>(norm.weights[is_second]);
-    const bool wanted = exists && weight != nullptr && !norm.is_wide[is_second];
+    const bool wanted = exists && norm.is_own[is_second];
 #pragma unroll
     for (int v = 0; v < Traits::kVectors; ++v)
       own[v] = load<Traits::kVectorSize>(weight + tile.start[v], kEvictLast, wanted);
@@ -397,10 +397,10 @@ struct ThreadWeight {
   __device__ __forceinline__ void get_factors(const NormArgs<W>& norm, bool is_second,
                                               const Tile& tile, bool exists,
                                               typename Tile::WideVectors& factors) const {
-    if (norm.is_wide[is_second]) {
-      load_wide(reinterpret_cast<const W*>(norm.weights[is_second]), tile, exists, factors);
-    } else if (norm.weights[is_second] != nullptr) {
+    if (norm.is_own[is_second]) {
       Tile::widen_all(own, factors);
+    } else if (norm.weights[is_second] != nullptr) {
+      load_wide(reinterpret_cast<const W*>(norm.weights[is_second]), tile, exists, factors);
     } else {
       for_each_element(factors, [](W& factor, int, int) { factor = 1; });
     }
@@ -524,11 +524,11 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
   bool copies = !tile.rotates;
   if constexpr (Traits::kNorm) {
     const ThreadWeight<Traits> weight(extra, assigned.is_second, tile, in_tile);
-    if (in_tile) {
-      RowPointers rows;
-      copies = !find_rows<kLookup>(params, tensor, lookups, at, token, rows);
-      if (!copies) tile.load_rows(params, rows);
-    }
+    // Without a branch: the compiler waits for x before one.
+    RowPointers rows = {nullptr, nullptr};
+    copies = !(is_linear(kLookup) || in_tile) ||
+             !find_rows<kLookup>(params, tensor, lookups, at, token, rows);
+    tile.load_rows(params, rows, in_tile && !copies);
     normalize_and_rotate(params, extra, assigned.is_second, tile, weight, in_tile,
                          in_tile && !copies, x);
     if (!in_tile) return;

@@ -170,8 +170,9 @@ struct KernelParams {
   uint64_t x_policy, table_policy;     // L2 eviction policies
   bool inverse;                        // in kPair, first_element and to_partner invert
   bool in_place;
-  uint8_t alternate;  // kPerHead, 1: odd blocks process the second tile
-  uint8_t row_flags;  // RowFlags
+  uint8_t alternate;           // kPerHead, 1: odd blocks process the second tile
+  uint8_t row_flags;           // RowFlags
+  uint32_t first_value_block;  // with a cache: blocks from this one on copy v
   TensorArgs tensors[kMaxTensors];
   SharedTableArgs table;
   uint32_t rotating_threads, copying_threads;  // of a head
@@ -197,6 +198,7 @@ struct KernelParams {
         in_place(p.in_place),
         alternate(0),
         row_flags(kernels::row_flags(p.rows)),
+        first_value_block(0),
         table{p.rows.offset, p.rows.M, p.cos.m * size_of(p.table_dtype),
               p.sin.m * size_of(p.table_dtype), p.rows.positions_a * size_of(p.rows.positions)},
         rotating_threads(static_cast<uint32_t>(plan.rotating_threads)),
@@ -239,7 +241,7 @@ struct NormArgs {
 
   NormScalars<W> scalars;
   const char* weights[kMaxTensors] = {};  // of each tile; null without one
-  bool is_wide[kMaxTensors] = {};         // of type W, not x's
+  bool is_own[kMaxTensors] = {};          // of x's type, not W
   bool zero_centered[kMaxTensors] = {};
   bool after;
   Cast cast;
@@ -249,7 +251,7 @@ struct NormArgs {
 
   void set_tile(int i, const RotateParams& p, const WeightParams& weight) {
     weights[i] = static_cast<const char*>(weight.data);
-    is_wide[i] = weight.data != nullptr && weight.dtype != p.dtype;
+    is_own[i] = weight.data != nullptr && weight.dtype == p.dtype;
     zero_centered[i] = weight.data != nullptr && p.norm->zero_centered;
   }
 };

@@ -12,6 +12,11 @@ constexpr Variant with_vector(Variant variant, int vector) {
   return variant;
 }
 
+constexpr Variant with_lookup(Variant variant, RowLookup lookup) {
+  variant.lookup = lookup;
+  return variant;
+}
+
 constexpr Variant with_full_heads(Variant variant, int vector) {
   variant.vector = vector;
   variant.full_head = true;

@@ -116,8 +116,8 @@ __device__ __forceinline__ void share_factors(const NormArgs<Wide<T>>& norm, boo
   for (uint32_t d = threadIdx.x; d < D; d += blockDim.x) {
     W value = 1;
     if (weight != nullptr) {
-      value = norm.is_wide[is_second] ? reinterpret_cast<const W*>(weight)[d]
-                                      : widen(reinterpret_cast<const T*>(weight)[d]);
+      value = norm.is_own[is_second] ? widen(reinterpret_cast<const T*>(weight)[d])
+                                     : reinterpret_cast<const W*>(weight)[d];
     }
     factors[d] = weight_factor(value, norm.zero_centered[is_second]);
   }
