@@ -2,6 +2,8 @@
 // rotation and a plain loop over slots.
 #include <gtest/gtest.h>
 
+#include <cmath>
+#include <limits>
 #include <map>
 #include <string>
 
@@ -36,8 +38,7 @@ void store(const RotateParams& p, const CacheTensorParams& cache, const void* da
         const float scale = cache.scale == nullptr ? 1 : cache.scale[h * cache.scale_stride];
         visit_storage<T>(p.cache->storage, [&]<typename To>() {
           for (int64_t d = 0; d < D; ++d)
-            static_cast<To*>(cache.data)[to + d * cache.d] =
-                stored<To>(from[d * strides.d], scale);
+            static_cast<To*>(cache.data)[to + d * cache.d] = stored<To>(from[d * strides.d], scale);
         });
       }
     }
@@ -59,6 +60,33 @@ void rotate_and_store(const RotateParams& p) {
   store<T>(p, p.cache->k, k.out, k.out_strides, k.H, p.D);
   const TensorParams& v = p.cache->values;
   if (v.in != nullptr) store<T>(p, p.cache->v, v.in, v.in_strides, v.H, p.cache->values_D);
+}
+
+// x / scale by reciprocals, against a division: all must round to the same 8 bits.
+TEST(Quotient, RoundsToTheSameEightBitsAsADivision) {
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  std::vector<float> scales = {0.0f,         -0.0f,    kInfinity,      -kInfinity, NAN,
+                               1.0f,         -1.0f,    0x1p-149f,      0x1p-126f,  0x1p127f,
+                               0x1p60f,      0x1p-60f, 0x1.fffffep-1f, 0x1p100f,   0x1p-100f,
+                               0x1.000002p0f};
+  testing::Random random(7);
+  for (int i = 0; i < 100; ++i)
+    scales.push_back(
+        std::ldexp(1 + random.below(1 << 23) * 0x1p-23f, static_cast<int>(random.below(24)) - 18));
+  for (const float scale : scales) {
+    SCOPED_TRACE(::testing::Message() << "scale " << scale);
+    const Quotient by_reciprocal(scale);
+    int64_t wrong = 0;
+    const auto compare = [&](float x) {
+      const float quotient = x / scale, other = by_reciprocal(x);
+      wrong += to_float8<Float8E4M3>(quotient).bits != to_float8<Float8E4M3>(other).bits ||
+               to_float8<Float8E5M2>(quotient).bits != to_float8<Float8E5M2>(other).bits ||
+               to_int8(quotient) != to_int8(other);
+    };
+    for (uint32_t bits = 0; bits < 1u << 16; ++bits) compare(float_of(bits << 16));
+    for (int i = 0; i < 4096; ++i) compare(scale * (i - 2048) / 1024.0f);  // halfway numbers, too
+    EXPECT_EQ(wrong, 0);
+  }
 }
 
 template <typename T>

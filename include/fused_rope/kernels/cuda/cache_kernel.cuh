@@ -134,6 +134,40 @@ class Quotient {
   float factor_, divisor_, reciprocal_;
 };
 
+// Four numbers in 8 bits, the first of them in the lowest byte.
+template <typename To>
+__device__ __forceinline__ uint32_t narrow_four(const float (&x)[4]) {
+  uint32_t word;
+  To narrowed[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) narrowed[i] = narrow<To>(x[i]);
+  std::memcpy(&word, narrowed, sizeof(word));
+  return word;
+}
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+// NaNs lose their sign.
+#define FUSED_ROPE_NARROW_FOUR(To, type)                                     \
+  template <>                                                                \
+  __device__ __forceinline__ uint32_t narrow_four<To>(const float (&x)[4]) { \
+    uint32_t word;                                                           \
+    asm("{\n"                                                                \
+        ".reg .b16 low, high;\n"                                             \
+        "cvt.rn.satfinite." type                                             \
+        "x2.f32 low, %2, %1;\n"                                              \
+        "cvt.rn.satfinite." type                                             \
+        "x2.f32 high, %4, %3;\n"                                             \
+        "mov.b32 %0, {low, high};\n"                                         \
+        "}"                                                                  \
+        : "=r"(word)                                                         \
+        : "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]));                       \
+    return word;                                                             \
+  }
+FUSED_ROPE_NARROW_FOUR(Float8E4M3, "e4m3")
+FUSED_ROPE_NARROW_FOUR(Float8E5M2, "e5m2")
+#undef FUSED_ROPE_NARROW_FOUR
+#endif
+
 // Divides by the scale of a head and rounds to 8 bits. A reciprocal that is a little too small and
 // one that is a little too large give quotients on both sides of the right one: where they round
 // alike, so does it. Others, one in 2^16 and NaNs, whose sign stays, are divided.
@@ -178,40 +212,14 @@ class Quantizer {
     return kIsFloat && (((word & 0x7f7f7f7fu) + 0x01010101u) & 0x80808080u) != 0;
   }
 
-  // Four elements times `factor`, the first of them in the lowest byte. NaNs may lose their sign.
+  // Four elements times `factor`.
   template <typename T, int kSize>
   __device__ __forceinline__ static uint32_t narrow_four(const Vector<T, kSize>& x, int i,
                                                          float factor) {
-    float product[4];
+    float products[4];
 #pragma unroll
-    for (int k = 0; k < 4; ++k) product[k] = widen_element(x, i + k) * factor;
-    uint32_t word;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
-#define FUSED_ROPE_NARROW_FOUR(type) \
-  asm("{\n"                          \
-      ".reg .b16 low, high;\n"       \
-      "cvt.rn.satfinite." type       \
-      "x2.f32 low, %2, %1;\n"        \
-      "cvt.rn.satfinite." type       \
-      "x2.f32 high, %4, %3;\n"       \
-      "mov.b32 %0, {low, high};\n"   \
-      "}"                            \
-      : "=r"(word)                   \
-      : "f"(product[0]), "f"(product[1]), "f"(product[2]), "f"(product[3]))
-    if constexpr (std::is_same_v<To, Float8E4M3>) {
-      FUSED_ROPE_NARROW_FOUR("e4m3");
-      return word;
-    } else if constexpr (std::is_same_v<To, Float8E5M2>) {
-      FUSED_ROPE_NARROW_FOUR("e5m2");
-      return word;
-    }
-#undef FUSED_ROPE_NARROW_FOUR
-#endif
-    To narrowed[4];
-#pragma unroll
-    for (int k = 0; k < 4; ++k) narrowed[k] = narrow<To>(product[k]);
-    std::memcpy(&word, narrowed, sizeof(word));
-    return word;
+    for (int k = 0; k < 4; ++k) products[k] = widen_element(x, i + k) * factor;
+    return kernels::narrow_four<To>(products);
   }
 
   float scale_, low_, high_;
