@@ -65,10 +65,9 @@ void rotate_and_store(const RotateParams& p) {
 // x / scale by reciprocals, against a division: all must round to the same 8 bits.
 TEST(Quotient, RoundsToTheSameEightBitsAsADivision) {
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
-  std::vector<float> scales = {0.0f,         -0.0f,    kInfinity,      -kInfinity, NAN,
-                               1.0f,         -1.0f,    0x1p-149f,      0x1p-126f,  0x1p127f,
-                               0x1p60f,      0x1p-60f, 0x1.fffffep-1f, 0x1p100f,   0x1p-100f,
-                               0x1.000002p0f};
+  std::vector<float> scales = {0.0f,     -0.0f,          kInfinity, -kInfinity, 1.0f,
+                               -1.0f,    0x1p-149f,      0x1p-126f, 0x1p127f,   0x1p60f,
+                               0x1p-60f, 0x1.fffffep-1f, 0x1p100f,  0x1p-100f,  0x1.000002p0f};
   testing::Random random(7);
   for (int i = 0; i < 100; ++i)
     scales.push_back(

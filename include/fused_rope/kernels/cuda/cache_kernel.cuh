@@ -25,7 +25,7 @@ struct SlotArgs {
   FastDivmod per_page;
   Storage storage;
   bool is_int64;
-  bool is_short;  // pages and slots fit per_page
+  bool is_short;  // pages, slots and strides fit 32 bits
 
   SlotArgs() = default;
   SlotArgs(const RotateParams& p, const CacheTensorParams& cache, const TensorParams& t,
@@ -43,7 +43,19 @@ struct SlotArgs {
         per_page(page_size),
         storage(p.cache->storage),
         is_int64(p.rows.out_rows.is_int64),
-        is_short(limit <= INT32_MAX && page_size <= INT32_MAX) {}
+        is_short(std::max({limit, page_size, std::abs(page), std::abs(place)}) <= INT32_MAX) {}
+
+  // Of a slot, in bytes.
+  __device__ __forceinline__ int64_t offset_of(int64_t slot) const {
+    if (is_short) {
+      const uint32_t index = per_page.div(static_cast<uint32_t>(slot));
+      const auto rest = static_cast<int32_t>(slot - index * static_cast<uint32_t>(page_size));
+      return int64_t{static_cast<int32_t>(index)} * static_cast<int32_t>(page) +
+             int64_t{rest} * static_cast<int32_t>(place);
+    }
+    const int64_t index = slot / page_size;
+    return index * page + (slot - index * page_size) * place;
+  }
 };
 
 enum { kKeySlots, kValueSlots };
@@ -108,17 +120,25 @@ class Quotient {
     reciprocal_ = is_finite ? corrected : estimate;
   }
 
-  __device__ __forceinline__ float operator()(float x) const {
-    const float dividend = x * factor_;
-    const float estimate = dividend * reciprocal_;
-    float quotient = estimate;
+  // Whether quotients are those of `correct`, but for the sign of 0 and for what is not finite.
+  __device__ __forceinline__ bool is_plain() const { return factor_ == 1; }
+
+  __device__ __forceinline__ float estimate(float dividend) const { return dividend * reciprocal_; }
+
+  __device__ __forceinline__ float correct(float quotient, float dividend) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const float remainder = add_product(dividend, -quotient, divisor_);
       quotient = add_product(quotient, remainder, reciprocal_);
     }
-    const bool has_remainder = estimate != 0 && estimate - estimate == 0;
-    return has_remainder ? quotient : estimate;  // which keeps the sign of 0
+    return quotient;
+  }
+
+  __device__ __forceinline__ float operator()(float x) const {
+    const float dividend = x * factor_;
+    const float quotient = estimate(dividend);
+    const bool has_remainder = quotient != 0 && quotient - quotient == 0;
+    return has_remainder ? correct(quotient, dividend) : quotient;
   }
 
  private:
@@ -168,35 +188,37 @@ FUSED_ROPE_NARROW_FOUR(Float8E5M2, "e5m2")
 #undef FUSED_ROPE_NARROW_FOUR
 #endif
 
-// Divides by the scale of a head and rounds to 8 bits. A reciprocal that is a little too small and
-// one that is a little too large give quotients on both sides of the right one: where they round
-// alike, so does it. Others, one in 2^16 and NaNs, whose sign stays, are divided.
+// Divides by the scale of a head and rounds to 8 bits.
 template <typename To>
 class Quantizer {
  public:
-  __device__ __forceinline__ explicit Quantizer(float scale) : scale_(scale) {
-    const float reciprocal = approximate_reciprocal(scale);
-    low_ = reciprocal * (1 - kMargin);
-    high_ = reciprocal * (1 + kMargin);
-    const float magnitude = scale < 0 ? -scale : scale;
-    has_normal_reciprocal_ = magnitude >= 0x1p-100f && magnitude <= 0x1p100f;
-  }
+  __device__ __forceinline__ explicit Quantizer(float scale) : divide_(scale) {}
 
   template <typename T, int kSize>
   __device__ __forceinline__ Vector<To, kSize> operator()(const Vector<T, kSize>& x) const {
     uint32_t words[kSize / 4];
-    bool certain = has_normal_reciprocal_;
+    bool is_plain = kIsFloat && divide_.is_plain();
+    if constexpr (kIsFloat) {
 #pragma unroll
-    for (int i = 0; i < kSize; i += 4) {
-      words[i / 4] = narrow_four(x, i, low_);
-      certain &= words[i / 4] == narrow_four(x, i, high_) && !has_nan(words[i / 4]);
+      for (int i = 0; i < kSize; i += 4) {
+        float quotients[4];
+#pragma unroll
+        for (int k = 0; k < 4; ++k) quotients[k] = divide_.estimate(widen_element(x, i + k));
+        const uint32_t estimates = narrow_four<To>(quotients);
+#pragma unroll
+        for (int k = 0; k < 4; ++k)
+          quotients[k] = divide_.correct(quotients[k], widen_element(x, i + k));
+        // A NaN has seven ones: adding one sets the eighth bit of no other number.
+        const uint32_t magnitudes = narrow_four<To>(quotients) & 0x7f7f7f7fu;
+        is_plain = is_plain && ((magnitudes + 0x01010101u) & 0x80808080u) == 0;
+        words[i / 4] = magnitudes | (estimates & 0x80808080u);
+      }
     }
-    if (!certain) {
-      const Quotient divide(scale_);
-      To exact[kSize];
+    if (!is_plain) {
+      To others[kSize];
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) exact[i] = narrow<To>(divide(widen_element(x, i)));
-      std::memcpy(words, exact, kSize);
+      for (int i = 0; i < kSize; ++i) others[i] = narrow<To>(divide_(widen_element(x, i)));
+      std::memcpy(words, others, kSize);
     }
     Vector<To, kSize> result;
     std::memcpy(&result, words, kSize);
@@ -204,26 +226,9 @@ class Quantizer {
   }
 
  private:
-  static constexpr float kMargin = 0x1p-20f;
   static constexpr bool kIsFloat = !std::is_same_v<To, int8_t>;
 
-  // A NaN has seven ones: adding one sets the eighth bit of no other number.
-  __device__ __forceinline__ static bool has_nan(uint32_t word) {
-    return kIsFloat && (((word & 0x7f7f7f7fu) + 0x01010101u) & 0x80808080u) != 0;
-  }
-
-  // Four elements times `factor`.
-  template <typename T, int kSize>
-  __device__ __forceinline__ static uint32_t narrow_four(const Vector<T, kSize>& x, int i,
-                                                         float factor) {
-    float products[4];
-#pragma unroll
-    for (int k = 0; k < 4; ++k) products[k] = widen_element(x, i + k) * factor;
-    return kernels::narrow_four<To>(products);
-  }
-
-  float scale_, low_, high_;
-  bool has_normal_reciprocal_;
+  Quotient divide_;
 };
 
 // A thread's part of a head that has a slot, and what it needs to find it: loads in flight.
@@ -246,10 +251,7 @@ struct SlotPart {
     const int64_t index = slot.value();
     FUSED_ROPE_DEVICE_CHECK(index == -1 || is_row(index, args.limit));
     if (index < 0) return;
-    const int64_t page =
-        args.is_short ? args.per_page.div(static_cast<uint32_t>(index)) : index / args.page_size;
-    const int64_t place = index - page * args.page_size;
-    char* const head = args.data + page * args.page + place * args.place + args.head_offset.at(at);
+    char* const head = args.data + args.offset_of(index) + args.head_offset.at(at);
     visit_storage<typename Traits::Element>(args.storage, [&]<typename To>() {
       To* const to = reinterpret_cast<To*>(head);
       if constexpr (std::is_same_v<To, typename Traits::Element>) {
