@@ -18,10 +18,12 @@ class PreparedCall {
  private:
   void set_outputs(const Call& call, const Outputs& outputs);
   void set_norm(const Call& call);
+  void set_cache(const Call& call);
 
   std::array<at::Tensor, 2>
       converted_;  // cos and sin in a dtype that the kernels read, or undefined
   kernels::NormParams norm_ = {};
+  kernels::CacheParams cache_ = {};
 };
 
 // The gradients of q, k, q_weight and k_weight: undefined where not asked for.
