@@ -157,7 +157,16 @@ class DeviceLayer {
     const Call call(raw);
     check(call);
     kHasData ? check_out(call, outputs) : check_out_metadata(call, outputs);
-    kHasData ? check_cache(call, outputs) : check_cache_metadata(call);
+    if constexpr (kHasData) {
+      check_cache(call, outputs);
+    } else {
+      check_cache_metadata(call);
+      const CacheArguments& cache = *call.cache;
+      for (const at::Tensor* written :
+           {outputs[0], outputs[1], &cache.k_cache, pointer(cache.v_cache)}) {
+        if (written != nullptr) specialize_offset(*written);
+      }
+    }
     const Guard guard(call.inputs[0]->device());
     run(call, outputs);
   }

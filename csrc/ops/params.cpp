@@ -231,6 +231,17 @@ PreparedBackward::PreparedBackward(const Call& call, const OptionalTensors& grad
   }
 }
 
+void specialize_offset(const at::Tensor& written) {
+  const c10::SymInt offset = written.sym_storage_offset();
+  if (offset.maybe_as_int().has_value()) return;
+  // One symbol at a time, since only an equation of one symbol makes it a constant.
+  for (int64_t i = written.dim() - 1; i >= 0; --i) {
+    written.sym_stride(i).guard_int(__FILE__, __LINE__);
+    written.sym_size(i).guard_int(__FILE__, __LINE__);
+  }
+  offset.guard_int(__FILE__, __LINE__);
+}
+
 at::Tensor empty_output(const at::Tensor& x) {
   if (x.is_non_overlapping_and_dense()) return at::empty_like(x);
   return at::empty_symint(x.sym_sizes(), x.options());

@@ -48,4 +48,8 @@ at::Tensor empty_output(const at::Tensor& x);
 // allocation takes as long as the rest of a small call.
 at::Tensor allocate_output(const at::Tensor& x, c10::DispatchKey key, c10::Allocator* allocator);
 
+// Makes the storage offset of a traced tensor a constant: PyTorch's functionalization takes a
+// symbolic offset of a view that an operator mutates for 0.
+void specialize_offset(const at::Tensor& written);
+
 }  // namespace fused_rope
