@@ -2,7 +2,7 @@
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
+#include <ATen/ops/empty_strided.h>
 
 #include "fused_rope/kernels/weight_gradients.h"
 
@@ -243,8 +243,9 @@ void specialize_offset(const at::Tensor& written) {
 }
 
 at::Tensor empty_output(const at::Tensor& x) {
-  if (x.is_non_overlapping_and_dense()) return at::empty_like(x);
-  return at::empty_symint(x.sym_sizes(), x.options());
+  return x.is_non_overlapping_and_dense()
+             ? at::empty_strided_symint(x.sym_sizes(), x.sym_strides(), x.options())
+             : at::empty_symint(x.sym_sizes(), x.options());
 }
 
 at::Tensor allocate_output(const at::Tensor& x, c10::DispatchKey key, c10::Allocator* allocator) {

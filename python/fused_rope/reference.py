@@ -276,9 +276,8 @@ def rotate_and_cache(
     if eps is None:
         y, z = _rotated((q, k), cos, sin, layout=layout, **options)
     else:
-        norm = {"eps": eps, "zero_centered": zero_centered, "cast": cast, "after": after}
-        weights = (q_weight, k_weight)
-        y, z = _norm_rotated((q, k), cos, sin, weights, layout=layout, **norm, **options)
+        options |= {"eps": eps, "zero_centered": zero_centered, "cast": cast, "after": after}
+        y, z = _norm_rotated((q, k), cos, sin, (q_weight, k_weight), layout=layout, **options)
     store(k_cache, z, slots, k_scale, layout)
     if v is not None and v_cache is not None:
         store(v_cache, v, slots, v_scale, layout)
