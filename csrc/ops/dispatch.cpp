@@ -210,7 +210,8 @@ at::Tensor rotate_and_cache(const at::Tensor& q, const at::Tensor& k, const Opti
                             const OptionalTensor& v_cache, const at::Tensor& slots,
                             const CacheOptions& cache, const RotateOptions& options) {
   Arguments a = without_out_rows("rotate_and_cache", options);
-  if (cache.norm().has_value()) set_norm(a, *cache.norm());
+  set_norm(a, cache.norm().value_or(NormOptions(0)));
+  if (!cache.norm().has_value()) a.norm.eps.reset();
   const CacheArguments into = {v, k_cache, v_cache, slots, cache.k_scale(), cache.v_scale()};
   return call_rotate_and_cache(
       {"rotate_and_cache", {&q, &k}, cos, sin, a, {&cache.q_weight(), &cache.k_weight()}, &into},
