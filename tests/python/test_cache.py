@@ -599,20 +599,24 @@ IN_GRAPH = {
     "as given": lambda c: c,
     "transposed": lambda c: c.transpose(1, 2).contiguous(),
     "half of a tensor": lambda c: torch.stack([c, c], 1),
+    "one of two layers": lambda c: torch.stack([c, c]),
     "flat": lambda c: c.clone(),
 }
 OF_GRAPH = {
     "as given": lambda c: c,
     "transposed": lambda c: c.transpose(1, 2),
     "half of a tensor": lambda c: c[:, 1],
+    "one of two layers": lambda c: c[1],
     "flat": lambda c: c.flatten(0, 1),
 }
 
 
+COMPILED = [("aot_eager", d, s) for d in (None, True) for s in ("own", E4M3)]
+COMPILED += [("inductor", True, "own"), ("inductor", None, E4M3)]
+
+
 @pytest.mark.parametrize("name", OF_GRAPH)
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("dynamic", [None, True])
-@pytest.mark.parametrize("storage", ["own", E4M3], ids=str)
+@pytest.mark.parametrize("backend,dynamic,storage", COMPILED)
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_compiled(name, backend, dynamic, storage, device):
     counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
