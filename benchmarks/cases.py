@@ -37,6 +37,8 @@ WORDS = (
     "float16",
     "float32",
     "norm",
+    "cache",
+    "cache_fp8",
 )
 """The words of a variant, in the order in which they are written."""
 
@@ -172,6 +174,13 @@ class Work:
         return self._words.get("sequences") or self.case.B
 
     @property
+    def cache_dtype(self) -> torch.dtype | None:
+        """Of the KV cache that k and v are stored in; None without one."""
+        if self.has("cache_fp8"):
+            return torch.float8_e4m3fn
+        return self.dtype if self.has("cache") else None
+
+    @property
     def storage_offset(self) -> int:
         """Elements between a 16-byte boundary and the first element of q and of k."""
         number = self._words.get("unaligned", 0)
@@ -188,8 +197,14 @@ def bytes_moved(work: Work, direction: str) -> int:
 
     q and k count once per direction of transfer, per-token and per-head tables once, shared tables
     and weights not at all. The backward of the norm reads q and k as well as the gradients. An
-    in-place rotation with R < D touches only the rotated elements.
+    in-place rotation with R < D touches only the rotated elements. With a cache, v is read too, and
+    k and v are written in the cache's dtype.
     """
+    if work.cache_dtype is not None:
+        Hq, Hk = work.heads
+        read, written = (Hq + 2 * Hk) * work.dtype.itemsize, Hq * work.dtype.itemsize
+        written += 2 * Hk * work.cache_dtype.itemsize
+        return work.tokens * work.case.D * (read + written)
     if direction == "both":
         return bytes_moved(work, "forward") + bytes_moved(work, "backward")
     norm = work.has("norm")
@@ -256,6 +271,7 @@ CPU_WORKS = (
 )
 NORM_BACKWARD = ("train", "prefill", "mid2048")
 NORM_CASES = (*NORM_BACKWARD, "mid512", *DECODE)
+CACHE_CASES = ("decode256", "decode64", "prefill")
 ALL_WAYS = ("forward", "backward", "in_place")
 
 TARGET_PEERS = ("liger", "flash_attn", "inductor", "unsloth", "flashinfer")
@@ -274,6 +290,8 @@ ODD_WORKS = (*((name, "") for name in ODD), *(("train", words) for words in ODD_
 def default_directions(work: Work) -> tuple[str, ...]:
     """The directions that a run measures by default."""
     name = work.case.name
+    if work.cache_dtype is not None:
+        return ("forward",)
     if name == "call":
         return ("forward", "forward_grad", "in_place")
     if work.has("norm"):
@@ -296,6 +314,8 @@ def default_plan(device: str) -> Iterator[Work]:
     yield from (Work(CASES["train"], variant) for variant in (*TRAIN_VARIANTS, *ODD_VARIANTS))
     yield from (Work(CASES[name], variant) for name, variant in (*POSITIONS, *FORWARD_ONLY))
     yield from (Work(CASES[name], "norm") for name in ("call", *NORM_CASES))
+    for words in ("cache", "cache_fp8"):
+        yield from (Work(CASES[name], words) for name in ("call", *CACHE_CASES))
 
 
 def is_target(work: Work, direction: str, provider: str) -> bool:

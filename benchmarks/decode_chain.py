@@ -5,13 +5,15 @@
     python benchmarks/decode_chain.py --tiny --device cpu   test the script
 
 For each layer: RMS norm of each head of q and k (Qwen3), rotation, k and v into a cache of
-rows [B * context, Hk, D], attention over the cache. There are three ways to rotate and write:
+rows [B * context, Hk, D], attention over the cache. There are five ways to rotate and write:
 
-    eager_hf     Hugging Face's function, then index_copy_
-    fused_copy   fused_rope.rotate_qk, then index_copy_
-    fused_write  fused_rope.rotate_qk with out_rows, which writes k into the cache
+    eager_hf         Hugging Face's function, then index_copy_
+    fused_copy       fused_rope.rotate_qk, then index_copy_
+    fused_write      fused_rope.rotate_qk with out_rows, which writes k into the cache
+    fused_cache      fused_rope.rotate_and_cache, which normalizes too, into pages
+    fused_cache_fp8  the same into pages of float8_e4m3fn, which attention converts to bfloat16
 
-All of them write v by index_copy_. Each is compared with float64 before it is timed.
+The first three write v by index_copy_. Each is compared with float64 before it is timed.
 Letters: B batch, Hq, Hk query and key heads, D head_dim.
 """
 
@@ -21,6 +23,7 @@ import argparse
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,8 @@ HERE = Path(__file__).resolve().parent
 Row = dict[str, Any]
 EPS = 1e-6
 TOLERANCE = 2e-2  # relative; bfloat16 norms, tables, products and attention
+TOLERANCE_FP8 = 6e-2  # of k and v in float8_e4m3fn, too
+SCALE = 1 / 32  # of float8_e4m3fn: keys reach 8 and values 5
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ class Shape:
     key_heads: int = 8
     head_dim: int = 128
     layers: int = 8
+    page_size: int = 8
 
 
 class Layer:
@@ -77,11 +83,34 @@ class Layer:
             F.rms_norm(self.k, D, self.k_weight, EPS),
         )
 
-    def attend(self, q: Tensor) -> Tensor:
+    @cached_property
+    def scale(self) -> Tensor:
+        return torch.tensor(SCALE, device=self.q.device)
+
+    @cached_property
+    def fp8(self) -> tuple[Tensor, Tensor]:
+        """The caches in 8 bits."""
+        k, v = (cache.float() / self.scale for cache in (self.k_cache, self.v_cache))
+        return k.to(torch.float8_e4m3fn), v.to(torch.float8_e4m3fn)
+
+    def write(self, caches: tuple[Tensor, Tensor], **scales: Tensor) -> Tensor:
+        """q [B, Hq, D] normalized and rotated; k and v go to the pages of these caches."""
+        k_pages, v_pages = (cache.unflatten(0, (-1, self.shape.page_size)) for cache in caches)
+        return fused_rope.rotate_and_cache(
+            *(self.q, self.k, self.v, self.cos, self.sin, k_pages, v_pages, self.slots),
+            layout="thd",
+            positions=self.positions,
+            q_weight=self.q_weight,
+            k_weight=self.k_weight,
+            eps=EPS,
+            **scales,
+        )
+
+    def attend(self, q: Tensor, caches: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Attention [B, Hq, D] of q over the cache rows of its sequence."""
         k, v = (
             cache.unflatten(0, (self.shape.batch, -1)).transpose(1, 2)
-            for cache in (self.k_cache, self.v_cache)
+            for cache in caches or (self.k_cache, self.v_cache)
         )
         return F.scaled_dot_product_attention(q[:, :, None], k, v, enable_gqa=True)[:, :, 0]
 
@@ -119,8 +148,22 @@ def fused_write(layer: Layer) -> Tensor:
     return layer.attend(out)
 
 
+def fused_cache(layer: Layer) -> Tensor:
+    return layer.attend(layer.write((layer.k_cache, layer.v_cache)))
+
+
+def fused_cache_fp8(layer: Layer) -> Tensor:
+    # The scale of k is a factor of q, that of v of the result.
+    q = layer.write(layer.fp8, k_scale=layer.scale, v_scale=layer.scale) * layer.scale
+    k, v = (cache.bfloat16() for cache in layer.fp8)
+    return layer.attend(q.bfloat16(), (k, v)) * layer.scale
+
+
 Way = Callable[[Layer], Tensor]
-WAYS: dict[str, Way] = {way.__name__: way for way in (eager_hf, fused_copy, fused_write)}
+FP8_WAYS = ("fused_cache_fp8",)
+WAYS: dict[str, Way] = {
+    way.__name__: way for way in (eager_hf, fused_copy, fused_write, fused_cache, fused_cache_fp8)
+}
 
 
 def expected(layer: Layer) -> tuple[Tensor, Tensor]:
@@ -148,37 +191,42 @@ def distance(got: Tensor, want: Tensor) -> float:
     return float((got.double() - want).norm() / want.norm())
 
 
-def verify(layer: Layer, run: Callable[[], Tensor], want: tuple[Tensor, Tensor]) -> None:
+def verify(
+    layer: Layer, run: Callable[[], Tensor], want: tuple[Tensor, Tensor], is_fp8: bool
+) -> None:
     """Raises AssertionError unless `run` writes k into the cache and attends to it."""
-    before = layer.k_cache.clone()
-    layer.k_cache[layer.slots] = float("nan")
+    cache, tolerance = (layer.fp8[0], TOLERANCE_FP8) if is_fp8 else (layer.k_cache, TOLERANCE)
+    before = cache.clone()
+    rows = cache.view(torch.uint8)  # indexing does not support all 8-bit floats
+    rows[layer.slots] = 0xFF  # NaN
     out = run()
-    for what, a, b in zip(
-        ("attention", "keys"), (out, layer.k_cache[layer.slots]), want, strict=True
-    ):
+    keys = rows[layer.slots].view(cache.dtype).double() * (layer.scale if is_fp8 else 1)
+    for what, a, b in zip(("attention", "keys"), (out, keys), want, strict=True):
         far = distance(a, b)
-        if not far < TOLERANCE:
+        if not far < tolerance:
             raise AssertionError(f"{what} are {far:.3g} away from float64")
-    before[layer.slots] = layer.k_cache[layer.slots]
-    if not torch.equal(before, layer.k_cache):
+    before.view(torch.uint8)[layer.slots] = rows[layer.slots]
+    if not torch.equal(before.view(torch.uint8), rows):
         raise AssertionError("rows of other tokens were written")
 
 
 class Chain:
     """All layers in one of the ways: a CUDA graph, or calls on the CPU."""
 
-    def __init__(self, way: Way, layers: Sequence[Layer], wants: Sequence[Any]) -> None:
+    def __init__(self, name: str, layers: Sequence[Layer], wants: Sequence[Any]) -> None:
+        way, is_fp8 = WAYS[name], name in FP8_WAYS
+
         def bind(layer: Layer) -> Callable[[], Tensor]:
             return lambda: way(layer)
 
         self.calls = [bind(layer) for layer in layers]
         self.graph: measure.Graph | None = None
         for layer, call, want in zip(layers, self.calls, wants, strict=True):
-            verify(layer, call, want)
+            verify(layer, call, want, is_fp8)
         if layers[0].q.is_cuda:
             self.graph = graph = measure.Graph(self.calls)
             for number, (layer, want) in enumerate(zip(layers, wants, strict=True)):
-                verify(layer, lambda number=number: self._replayed(graph, number), want)
+                verify(layer, lambda number=number: self._replayed(graph, number), want, is_fp8)
 
     @staticmethod
     def _replayed(graph: measure.Graph, number: int) -> Tensor:
@@ -201,7 +249,7 @@ def contest(shape: Shape, args: argparse.Namespace, left_out: list[str]) -> list
     chains: dict[str, Chain] = {}
     for name in args.ways:
         try:
-            chains[name] = Chain(WAYS[name], layers, wants)
+            chains[name] = Chain(name, layers, wants)
         except Exception as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             left_out.append(f"chain{shape.batch} {name}: {reason}")

@@ -11,6 +11,19 @@ from torch import Tensor
 
 OFFSET_STEP = 7
 EPS = 1e-6  # of the norm
+PAGE_SIZE = 16  # tokens
+SCALE = 1 / 64  # of 8 bits: normally distributed values become at most a few hundred
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Where a call stores k and v; each set has caches of its own, as many pages as tokens need."""
+
+    v: Tensor
+    k_cache: Tensor  # [pages, PAGE_SIZE, Hk, D]
+    v_cache: Tensor
+    slots: Tensor  # [B, S] int64, in random order
+    scale: Tensor | None  # [] float32, of k and v; None unless values have 8 bits
 
 
 @dataclass(frozen=True)
@@ -27,6 +40,7 @@ class InputSet:
     )  # keywords of fused_rope and of the oracle
     out_rows: Tensor | None = None  # [B, S]
     weights: tuple[Tensor, ...] = ()  # [D] of the norm of q and of k
+    cache: Cache | None = None
 
 
 def make_sets(work: Work, count: int, device: torch.device) -> list[InputSet]:
@@ -38,10 +52,24 @@ def make_sets(work: Work, count: int, device: torch.device) -> list[InputSet]:
     rows = torch.randperm(work.tokens, device=device).view(work.case.B, work.case.S)
     out_rows = rows if work.has("out_rows") else None
     weights = _weights(work, device)
+    caches = _caches(work, k, rows)
     return [
-        InputSet(q[i], k[i], cos[i], sin[i], angles, options, out_rows, weights)
+        InputSet(q[i], k[i], cos[i], sin[i], angles, options, out_rows, weights, caches[i])
         for i in range(count)
     ]
+
+
+def _caches(work: Work, k: list[Tensor], slots: Tensor) -> list[Cache | None]:
+    """v and the caches of every set."""
+    dtype = work.cache_dtype
+    if dtype is None:
+        return [None] * len(k)
+    pages = -(-work.tokens // PAGE_SIZE)
+    sizes = (2, pages, PAGE_SIZE, work.heads[1], work.case.D)
+    scale = None if dtype == work.dtype else torch.tensor(SCALE, device=slots.device)
+    v = torch.randn_like(k[0])
+    caches = (torch.zeros(sizes, device=slots.device).to(dtype).unbind() for _ in k)
+    return [Cache(v.clone(), *both, slots, scale) for both in caches]
 
 
 def _heads(work: Work, count: int, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:

@@ -13,12 +13,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from cases import NORM_CASES, Work
+from cases import CACHE_CASES, NORM_CASES, Work
 from inputs import EPS, InputSet, relayout, token_rows
 from torch import Tensor
 
 Pair = tuple[Tensor, Tensor]
-Call = Callable[[], Pair]
+Results = tuple[Tensor, ...]  # q and k; with a cache q, k_cache and v_cache
+Call = Callable[[], Results]
 
 OUT_OF_PLACE = ("forward", "backward", "both", "forward_grad")
 EVERY_WAY = (*OUT_OF_PLACE, "in_place")
@@ -73,9 +74,21 @@ class Provider:
     def bind(self, work: Work, inputs: InputSet, in_place: bool) -> Call:
         raise NotImplementedError
 
-    def restore(self, work: Work, inputs: InputSet, out: Pair) -> Pair:
-        q, k = (relayout(x, self.layout(work), work.layout) for x in out)
-        return q, k
+    def restore(self, work: Work, inputs: InputSet, out: Results) -> Results:
+        return tuple(relayout(x, self.layout(work), work.layout) for x in out)
+
+
+def from_cache(inputs: InputSet, out: Results) -> Results:
+    """q, and the tokens of k and v in the cache."""
+    assert inputs.cache is not None
+    q, *caches = out
+    slots = inputs.cache.slots
+
+    def read(cache: Tensor) -> Tensor:
+        # Indexing does not support all 8-bit floats.
+        return cache.view(torch.uint8).flatten(0, 1)[slots].view(cache.dtype)
+
+    return q, *map(read, caches)
 
 
 HF_WORDS = (
@@ -103,10 +116,14 @@ class FusedRope(Provider):
         self.module = importlib.import_module("fused_rope")
 
     def supports(self, work: Work, direction: str) -> bool:
-        return not work.has("out_rows") or (direction == "forward" and not work.has("norm"))
+        if work.has("out_rows", "cache", "cache_fp8"):
+            return direction == "forward" and not (work.has("out_rows") and work.has("norm"))
+        return True
 
     def bind(self, work: Work, inputs: InputSet, in_place: bool) -> Call:
         q, k, cos, sin, options = inputs.q, inputs.k, inputs.cos, inputs.sin, inputs.options
+        if inputs.cache is not None:
+            return self.bind_cache(inputs)
         if inputs.weights:
             return self.bind_norm(inputs, in_place)
         rotate = self.module.rotate_qk_ if in_place else self.module.rotate_qk
@@ -125,9 +142,78 @@ class FusedRope(Provider):
             return lambda: rotate(q, k, cos, sin, q_weight, k_weight, eps=EPS, **options)
         return lambda: rotate(q, k, cos, sin, q_weight, k_weight, eps=EPS)
 
-    def restore(self, work: Work, inputs: InputSet, out: Pair) -> Pair:
+    def bind_cache(self, inputs: InputSet) -> Call:
+        q, k, cos, sin, cache = inputs.q, inputs.k, inputs.cos, inputs.sin, inputs.cache
+        assert cache is not None
+        v, k_cache, v_cache, slots = cache.v, cache.k_cache, cache.v_cache, cache.slots
+        options = dict(inputs.options)
+        if cache.scale is not None:
+            options |= {"k_scale": cache.scale, "v_scale": cache.scale}
+        if inputs.weights:
+            options |= dict(zip(("q_weight", "k_weight"), inputs.weights, strict=True))
+            options["eps"] = EPS
+        store = self.module.rotate_and_cache
+
+        def call() -> Results:
+            rotated = store(q, k, v, cos, sin, k_cache, v_cache, slots, **options)
+            return rotated, k_cache, v_cache
+
+        return call
+
+    def restore(self, work: Work, inputs: InputSet, out: Results) -> Results:
+        if inputs.cache is not None:
+            return from_cache(inputs, out)
         q, k = out
         return (q, k) if inputs.out_rows is None else (q, k[inputs.out_rows])
+
+
+class TwoStep(Provider):
+    """rotate_qk, then k and v are quantized, if the cache has 8 bits, and stored by indexing."""
+
+    name = "two_step"
+    cases = ("call", "tiny", *CACHE_CASES)
+    directions = ("forward",)
+    words = ("cache", "cache_fp8")
+    needs_cuda = False
+
+    def load(self) -> None:
+        self.rotate = importlib.import_module("fused_rope").rotate_qk
+
+    def supports(self, work: Work, direction: str) -> bool:
+        return work.cache_dtype is not None and super().supports(work, direction)
+
+    def bind(self, work: Work, inputs: InputSet, in_place: bool) -> Call:
+        q, k, cos, sin, rotate = inputs.q, inputs.k, inputs.cos, inputs.sin, self.rotate
+        cache = inputs.cache
+        assert cache is not None
+        v, scale, slots = cache.v, cache.scale, (cache.slots,)
+        k_cache, v_cache = cache.k_cache, cache.v_cache
+        k_rows, v_rows = (c.flatten(0, 1) for c in (k_cache, v_cache))
+        if scale is None:
+
+            def call() -> Results:
+                q_out, k_out = rotate(q, k, cos, sin)
+                k_rows.index_put_(slots, k_out)
+                v_rows.index_put_(slots, v)
+                return q_out, k_cache, v_cache
+
+            return call
+        dtype, largest = k_cache.dtype, torch.finfo(k_cache.dtype).max
+
+        def store(rows: Tensor, x: Tensor) -> None:
+            quotient = (x.float() / scale).clamp_(-largest, largest)
+            rows.view(torch.uint8).index_put_(slots, quotient.to(dtype).view(torch.uint8))
+
+        def quantize_and_store() -> Results:
+            q_out, k_out = rotate(q, k, cos, sin)
+            store(k_rows, k_out)
+            store(v_rows, v)
+            return q_out, k_cache, v_cache
+
+        return quantize_and_store
+
+    def restore(self, work: Work, inputs: InputSet, out: Results) -> Results:
+        return from_cache(inputs, out)
 
 
 class FusedRopeModule(Provider):
@@ -682,7 +768,7 @@ PROVIDERS: dict[str, type[Provider]] = {
     for provider in (
         *(FusedRope, FusedRopeModule, FusedRopeHF, FusedRopeUnsloth, FusedRopeLiger),
         *(FusedRopeFlashAttn, FusedRopeVLLM, EagerHF, Inductor, Reference, Liger, Unsloth),
-        *(RMSNormFusedRope, LigerRMSNormFusedRope),
+        *(RMSNormFusedRope, LigerRMSNormFusedRope, TwoStep),
         *(FlashAttn, FlashInfer, TransformerEngine, VLLM, SGLang, Megatron),
         *(RotaryEmbeddingTorch, Quack),
     )

@@ -41,8 +41,10 @@ NAMES = {
     "unsloth": "Unsloth",
     "rms_norm_fused_rope": "`rms_norm` and fused-rope",
     "liger_rms_norm_fused_rope": "Liger's norm and fused-rope",
+    "two_step": "`rotate_qk` and indexing",
     "reference": "PyTorch reference",
 }
+CACHES = {"cache": "bfloat16", "cache_fp8": "e4m3"}
 MODELS = {"llama3_8b": "Llama", "qwen3_8b": "Qwen3"}
 PHASES = {"decode": "one token", "prefill": "prompt", "train": "training"}
 CHAIN = {
@@ -195,6 +197,7 @@ def page(results: Results) -> str:
         f"Variants of the first shape, {_shape(Work(CASES['train']))}:",
         _variants(gpu),
         *_norm_section(gpu),
+        *_cache_section(gpu),
         "### Memory",
         _prose(
             "The most memory that one call on the first shape has allocated at a time, its results "
@@ -491,6 +494,39 @@ def _norms(rows: Sequence[Row]) -> str:
             theirs = [_times(found.get((name, "norm", way, p)), ours["median"]) for p in peers]
             cells = [_shape(Work(case)), *_titles([way]), _short(ours["baseline"])]
             lines.append(_line([*cells, _fraction(ours), *theirs]))
+    return "\n".join(lines)
+
+
+def _cache_section(rows: Sequence[Row]) -> list[str]:
+    """Rotation into a KV cache; nothing where it was not measured."""
+    rows = [row for row in rows if row["variant"] in CACHES and row["case"] != "call"]
+    if not rows:
+        return []
+    return [
+        "### Into the KV cache",
+        _prose(
+            "The same for `rotate_and_cache`: q is rotated, k rotated and stored with v in a paged "
+            "cache. The clone moves as many bytes as q, k and v, and q and the stored values, have."
+        ),
+        _caches(rows),
+    ]
+
+
+def _caches(rows: Sequence[Row]) -> str:
+    """A line per dtype of the cache and shape, with the peer."""
+    found = _found(rows)
+    lines = [
+        _line(["shape (B, S, Hq, Hk, D)", "cache", "clone", NAMES[OURS], NAMES["two_step"]]),
+        _line(["---"] * 2 + ["---:"] * 3),
+    ]
+    for variant, dtype in CACHES.items():
+        for name, case in CASES.items():
+            ours = found.get((name, variant, "forward", OURS))
+            if ours is None:
+                continue
+            peer = _times(found.get((name, variant, "forward", "two_step")), ours["median"])
+            cells = [_shape(Work(case)), dtype, _short(ours["baseline"]), _fraction(ours)]
+            lines.append(_line([*cells, peer]))
     return "\n".join(lines)
 
 

@@ -30,7 +30,7 @@ OptionalTensor optional(const at::Tensor& x) {
 class Norm {
  public:
   Norm(const NormArguments& a, const at::Tensor& x, const OptionalTensor& weight)
-      : scale_((x.square().mean(-1, /*keepdim=*/true) + a.eps).rsqrt()), normalized_(x * scale_) {
+      : scale_((x.square().mean(-1, /*keepdim=*/true) + *a.eps).rsqrt()), normalized_(x * scale_) {
     if (!weight.has_value()) return;
     const at::Tensor wide = weight->to(x.scalar_type());
     factor_ = a.zero_centered ? wide + 1 : wide;

@@ -245,6 +245,24 @@ struct AutogradLayer {
     call_rotate_out(c, outputs);
   }
 
+  static void rotate_and_cache(const RawCall& c, const Outputs& outputs) {
+    constexpr const char* kForm = "a cache";
+    const CacheArguments& cache = *c.cache;
+    refuse_grads(c, kForm);
+    refuse_grad(c.op, kForm, "k_cache", cache.k_cache);
+    for (const auto& [name, tensor] : {std::pair{"v", &cache.v},
+                                       {"v_cache", &cache.v_cache},
+                                       {"k_scale", &cache.k_scale},
+                                       {"v_scale", &cache.v_scale}}) {
+      if (tensor->has_value()) refuse_grad(c.op, kForm, name, **tensor);
+    }
+    for (int i = 0; i < c.count(); ++i) {
+      if (outputs[i] != nullptr) refuse_grad(c.op, kForm, c.out_name(i), *outputs[i]);
+    }
+    const at::AutoDispatchBelowAutograd below;
+    call_rotate_and_cache(c, outputs);
+  }
+
   static TensorQuad norm_backward(const RawCall& c, const OptionalTensors& grads) {
     const bool is_recorded =
         at::GradMode::is_enabled() && (any_of(c, requires_grad) || any_of(grads, requires_grad));
@@ -313,6 +331,15 @@ struct VersionLayer {
       call_rotate_out(c, outputs);
     }
     increment_versions(outputs);
+  }
+
+  static void rotate_and_cache(const RawCall& c, const Outputs& outputs) {
+    {
+      const at::AutoDispatchBelowADInplaceOrView below;
+      call_rotate_and_cache(c, outputs);
+    }
+    increment_versions(outputs);
+    increment_versions({&c.cache->k_cache, pointer(c.cache->v_cache)});
   }
 
  private:

@@ -11,8 +11,9 @@ namespace {
 void check_rows(const Call& call, const kernels::RotateParams& p, int64_t begin, int64_t end) {
   const std::optional<kernels::BadRow> bad = kernels::find_bad_row(p, begin, end);
   if (!bad.has_value()) return;
-  TORCH_CHECK_INDEX(!bad->output, call.op, ": expected out_rows in [-1, ", p.rows.out_rows_limit,
-                    "), got ", bad->index, " at b=", bad->b, ", s=", bad->s);
+  TORCH_CHECK_INDEX(!bad->output, call.op, ": expected ", call.cache ? "slots" : "out_rows",
+                    " in [-1, ", p.rows.out_rows_limit, "), got ", bad->index, " at b=", bad->b,
+                    ", s=", bad->s);
   TORCH_CHECK_INDEX(false, call.op, ": expected positions (offset included) in [0, M=", p.rows.M,
                     "), got ", bad->index, " at b=", bad->b, ", s=", bad->s);
 }
@@ -38,7 +39,8 @@ void check_rows(const Call& call, const kernels::RotateParams& p) {
 
 void launch_rotate(const Call& call, const kernels::RotateParams& p) {
   const int64_t tokens = p.B * p.S;
-  const int64_t elements = p.D * kernels::total_heads(p);  // of a token
+  int64_t elements = p.D * kernels::total_heads(p);  // of a token
+  if (p.cache != nullptr) elements += p.cache->values_D * p.cache->values.H;
   if (tokens == 0 || elements == 0) return;
   check_rows(call, p);
   const int64_t grain = std::max<int64_t>(1, kGrain / elements);

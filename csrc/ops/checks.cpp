@@ -13,32 +13,32 @@
 namespace fused_rope {
 namespace {
 
+void check_device(const Call& call, const char* name, const at::Tensor& tensor) {
+  TORCH_CHECK_VALUE(tensor.device() == call.inputs[0]->device(), call.op, ": expected ", name,
+                    " on device ", call.inputs[0]->device(), " as ", call.name(0), " is, got ",
+                    tensor.device());
+}
+
 void check_index(const Call& call, const char* name, const OptionalTensor& index) {
   if (!index.has_value()) return;
   check_index_dtype(call.op, name, index);
-  TORCH_CHECK_VALUE(index->device() == call.inputs[0]->device(), call.op, ": expected ", name,
-                    " on device ", call.inputs[0]->device(), " as ", call.name(0), " is, got ",
-                    index->device());
+  check_device(call, name, *index);
 }
 
-void check_tensors(const Call& call) {
+// A tensor of tokens and heads.
+void check_tensor(const Call& call, const char* name, const at::Tensor& tensor) {
   const at::Tensor& x = *call.inputs[0];
   const int64_t rank = call.layout == Layout::kTHD ? 3 : 4;
-  for (int i = 0; i < call.count(); ++i) {
-    const at::Tensor& tensor = *call.inputs[i];
-    TORCH_CHECK_TYPE(!tensor.is_nested(), call.op, ": expected ", call.name(i), " to be dense, ",
-                     kNestedAdvice);
-    TORCH_CHECK_TYPE(is_supported(tensor.scalar_type()), call.op, ": expected ", call.name(i),
-                     " of dtype ", kFloatingDtypes, ", got ", dtype_name(tensor.scalar_type()));
-    TORCH_CHECK_TYPE(tensor.scalar_type() == x.scalar_type(), call.op, ": expected ", call.name(i),
-                     " of q's dtype ", dtype_name(x.scalar_type()), ", got ",
-                     dtype_name(tensor.scalar_type()));
-    TORCH_CHECK_VALUE(tensor.device() == x.device(), call.op, ": expected ", call.name(i),
-                      " on device ", x.device(), " as q is, got ", tensor.device());
-    TORCH_CHECK_VALUE(tensor.dim() == rank, call.op, ": expected ", call.name(i), " of ", rank,
-                      " dimensions for layout ", call.arguments.layout, ", got ",
-                      tensor.sym_sizes());
-  }
+  TORCH_CHECK_TYPE(!tensor.is_nested(), call.op, ": expected ", name, " to be dense, ",
+                   kNestedAdvice);
+  TORCH_CHECK_TYPE(is_supported(tensor.scalar_type()), call.op, ": expected ", name, " of dtype ",
+                   kFloatingDtypes, ", got ", dtype_name(tensor.scalar_type()));
+  TORCH_CHECK_TYPE(tensor.scalar_type() == x.scalar_type(), call.op, ": expected ", name,
+                   " of q's dtype ", dtype_name(x.scalar_type()), ", got ",
+                   dtype_name(tensor.scalar_type()));
+  check_device(call, name, tensor);
+  TORCH_CHECK_VALUE(tensor.dim() == rank, call.op, ": expected ", name, " of ", rank,
+                    " dimensions for layout ", call.arguments.layout, ", got ", tensor.sym_sizes());
 }
 
 void check_tables(const Call& call) {
@@ -78,8 +78,8 @@ void check_options(const Call& call) {
 void check_norm(const Call& call) {
   const NormArguments& norm = call.arguments.norm;
   const at::Tensor& x = *call.inputs[0];
-  TORCH_CHECK_VALUE(norm.eps >= 0 && std::isfinite(norm.eps), call.op,
-                    ": expected a finite eps >= 0, got ", norm.eps);
+  TORCH_CHECK_VALUE(*norm.eps >= 0 && std::isfinite(*norm.eps), call.op,
+                    ": expected a finite eps >= 0, got ", *norm.eps);
   TORCH_CHECK_VALUE(call.cast != Cast::kNever || call.precision == Precision::kFp32, call.op,
                     ": expected cast=\"before\" or \"after\" with precision=\"model\", which ",
                     "rounds the normalized values, got cast=\"never\"");
@@ -297,18 +297,100 @@ void check_no_overlap_with_constants(const Call& call, const char* name, const a
   }
 }
 
+// Output rows or slots. Under a tracer, sizes are symbolic.
+void check_row_of_each_token(const Call& call, const char* name, const at::Tensor& index) {
+  const Sizes<c10::SymInt> x(call.inputs[0]->sym_sizes(), call.layout);
+  const bool packed = call.layout == Layout::kTHD;
+  const c10::SymIntArrayRef rows = index.sym_sizes();
+  const bool fits = (rows.size() == 2 && rows[0] == x.B && rows[1] == x.S) ||
+                    (packed && rows.size() == 1 && rows[0] == x.S);
+  TORCH_CHECK_VALUE(fits, call.op, ": expected ", name, " of shape ", packed ? "[T]" : "[B, S]",
+                    " with B=", x.B, ", S=", x.S, ", got ", rows);
+}
+
 // Output i, written by out_rows. Under a tracer, sizes are symbolic.
 void check_scattered(const Call& call, int i, const at::Tensor& out) {
   const Sizes<c10::SymInt> x(call.inputs[i]->sym_sizes(), call.layout);
   TORCH_CHECK_VALUE(out.sym_size(1) == x.H && out.sym_size(2) == x.D, call.op, ": expected ",
                     call.out_name(i), " of shape [rows, H=", x.H, ", D=", x.D,
                     "] with out_rows, got ", out.sym_sizes());
-  const bool packed = call.layout == Layout::kTHD;
-  const c10::SymIntArrayRef rows = call.arguments.out_rows->sym_sizes();
-  const bool fits = (rows.size() == 2 && rows[0] == x.B && rows[1] == x.S) ||
-                    (packed && rows.size() == 1 && rows[0] == x.S);
-  TORCH_CHECK_VALUE(fits, call.op, ": expected out_rows of shape ", packed ? "[T]" : "[B, S]",
-                    " with B=", x.B, ", S=", x.S, ", got ", rows);
+  check_row_of_each_token(call, "out_rows", *call.arguments.out_rows);
+}
+
+// Where rotate_and_cache stores k or v.
+struct CacheTensor {
+  const char* name;
+  const at::Tensor& x;
+  const char* cache_name;
+  const at::Tensor& cache;
+  const char* scale_name;
+  const OptionalTensor& scale;
+};
+
+// Calls f with the CacheTensor of k, and with that of v if there is one.
+template <typename F>
+void for_each_cache(const Call& call, const F& f) {
+  const CacheArguments& a = *call.cache;
+  f(CacheTensor{"k", *call.inputs[1], "k_cache", a.k_cache, "k_scale", a.k_scale});
+  if (a.v.has_value()) f(CacheTensor{"v", *a.v, "v_cache", *a.v_cache, "v_scale", a.v_scale});
+}
+
+void check_cache_dtype(const Call& call, const CacheTensor& t) {
+  const at::ScalarType own = t.x.scalar_type(), type = t.cache.scalar_type();
+  const bool has_8_bits =
+      type == at::kFloat8_e4m3fn || type == at::kFloat8_e5m2 || type == at::kChar;
+  TORCH_CHECK_TYPE(type == own || has_8_bits, call.op, ": expected ", t.cache_name, " of ", t.name,
+                   "'s dtype ", dtype_name(own), ", float8_e4m3fn, float8_e5m2 or int8, got ",
+                   dtype_name(type));
+  TORCH_CHECK_TYPE(type == call.cache->k_cache.scalar_type(), call.op, ": expected ", t.cache_name,
+                   " of k_cache's dtype ", dtype_name(call.cache->k_cache.scalar_type()), ", got ",
+                   dtype_name(type));
+  TORCH_CHECK_VALUE(t.scale.has_value() || !has_8_bits, call.op, ": expected ", t.scale_name,
+                    " with ", t.cache_name, " of dtype ", dtype_name(type),
+                    ", got none: pass a float32 tensor [] or [Hk], the value of 1 in the cache");
+  TORCH_CHECK_VALUE(!t.scale.has_value() || has_8_bits, call.op, ": expected no ", t.scale_name,
+                    " with ", t.cache_name, " of ", t.name, "'s own dtype, got one");
+}
+
+void check_scale(const Call& call, const char* name, const at::Tensor& scale) {
+  TORCH_CHECK_TYPE(scale.scalar_type() == at::kFloat, call.op, ": expected ", name,
+                   " of dtype float32, got ", dtype_name(scale.scalar_type()));
+  check_device(call, name, scale);
+  TORCH_CHECK_VALUE(scale.dim() <= 1, call.op, ": expected ", name, " of shape [] or [Hk], got ",
+                    scale.sym_sizes());
+}
+
+// Options of a norm without eps, which would have no effect.
+void check_no_norm(const Call& call) {
+  const NormArguments& norm = call.arguments.norm;
+  const char* given = call.weight(0).has_value()                        ? "q_weight"
+                      : call.weight(1).has_value()                      ? "k_weight"
+                      : norm.zero_centered                              ? "zero_centered"
+                      : norm.after                                      ? "after"
+                      : parse<Cast>(call.op, norm.cast) != Cast::kNever ? "cast"
+                                                                        : nullptr;
+  TORCH_CHECK_VALUE(given == nullptr, call.op, ": expected eps with ", given,
+                    ", got none: pass the eps of the norm");
+}
+
+void check_cache_sizes(const Call& call, const CacheTensor& t) {
+  const Sizes<int64_t> k(call.inputs[1]->sizes(), call.layout), x(t.x.sizes(), call.layout);
+  TORCH_CHECK_VALUE(x.B == k.B && x.S == k.S && x.H == k.H, call.op, ": expected ", t.name,
+                    " with k's B=", k.B, ", S=", k.S, ", H=", k.H, ", got ", t.x.sizes());
+  const at::IntArrayRef sizes = t.cache.sizes();
+  const size_t rank = sizes.size();
+  const bool is_transposed = rank == 4 && sizes[1] == x.H && sizes[3] == x.D;
+  TORCH_CHECK_VALUE(sizes[rank - 2] == x.H && sizes[rank - 1] == x.D, call.op, ": expected ",
+                    t.cache_name, " of shape [", rank == 4 ? "pages, page_size" : "rows",
+                    ", Hk=", x.H, ", D=", x.D, "], got ", sizes,
+                    is_transposed ? ": pass its transpose(1, 2)" : "");
+  const at::IntArrayRef slots = call.cache->k_cache.sizes().slice(0, rank - 2);
+  TORCH_CHECK_VALUE(sizes.slice(0, rank - 2) == slots, call.op, ": expected ", t.cache_name,
+                    " with k_cache's ", rank == 4 ? "pages and page_size " : "rows ", slots,
+                    ", got ", sizes);
+  TORCH_CHECK_VALUE(!t.scale.has_value() || t.scale->dim() == 0 || t.scale->size(0) == x.H, call.op,
+                    ": expected ", t.scale_name, " of shape [] or [Hk=", x.H, "], got ",
+                    t.scale->sizes());
 }
 
 }  // namespace
@@ -328,7 +410,7 @@ void check_index_dtype(const char* op, const char* name, const OptionalTensor& i
 
 void check_metadata(const Call& call) {
   const Arguments& a = call.arguments;
-  check_tensors(call);
+  for (int i = 0; i < call.count(); ++i) check_tensor(call, call.name(i), *call.inputs[i]);
   check_tables(call);
   check_index(call, "positions", a.positions);
   check_index(call, "offset", a.offsets);
@@ -369,7 +451,7 @@ void check_in_place(const Call& call) {
 }
 
 void check_out_metadata(const Call& call, const Outputs& outputs) {
-  for (int i = 0; i < call.count(); ++i) {
+  for (int i = 0; i < call.count() && outputs[i] != nullptr; ++i) {
     const at::Tensor& in = *call.inputs[i];
     const at::Tensor& out = *outputs[i];
     TORCH_CHECK_TYPE(out.scalar_type() == in.scalar_type(), call.op, ": expected ",
@@ -387,7 +469,7 @@ void check_out_metadata(const Call& call, const Outputs& outputs) {
 
 void check_out(const Call& call, const Outputs& outputs) {
   check_out_metadata(call, outputs);
-  for (int i = 0; i < call.count(); ++i) {
+  for (int i = 0; i < call.count() && outputs[i] != nullptr; ++i) {
     if (call.is_scattered(i)) {
       check_scattered(call, i, *outputs[i]);
     } else {
@@ -401,6 +483,59 @@ void check_out(const Call& call, const Outputs& outputs) {
     for (int j = 0; j < i; ++j)
       check_no_overlap(call, call.out_name(i), *outputs[i], call.out_name(j), *outputs[j]);
     check_no_overlap_with_constants(call, call.out_name(i), *outputs[i]);
+  }
+}
+
+void check_cache_metadata(const Call& call) {
+  const CacheArguments& a = *call.cache;
+  TORCH_CHECK_VALUE(a.v.has_value() == a.v_cache.has_value(), call.op, ": expected ",
+                    a.v.has_value() ? "v_cache with v" : "no v_cache without v", ", got ",
+                    a.v.has_value() ? "none" : "one", ": pass both or neither");
+  TORCH_CHECK_VALUE(a.v.has_value() || !a.v_scale.has_value(), call.op,
+                    ": expected no v_scale without v, got one");
+  if (a.v.has_value()) check_tensor(call, "v", *a.v);
+  check_index(call, "slots", a.slots);
+  for_each_cache(call, [&](const CacheTensor& t) {
+    check_cache_dtype(call, t);
+    check_device(call, t.cache_name, t.cache);
+    const int64_t rank = a.k_cache.dim();
+    TORCH_CHECK_VALUE(t.cache.dim() == rank && (rank == 3 || rank == 4), call.op, ": expected ",
+                      t.cache_name, " of shape [rows, Hk, D] or [pages, page_size, Hk, D]",
+                      &t.cache == &a.k_cache ? "" : " as k_cache is", ", got ",
+                      t.cache.sym_sizes());
+    if (t.scale.has_value()) check_scale(call, t.scale_name, *t.scale);
+  });
+  if (!call.has_norm()) check_no_norm(call);
+}
+
+void check_cache(const Call& call, const Outputs& outputs) {
+  check_cache_metadata(call);
+  check_row_of_each_token(call, "slots", call.cache->slots);
+  for_each_cache(call, [&](const CacheTensor& t) { check_cache_sizes(call, t); });
+  for_each_cache(call, [&](const CacheTensor& written) {
+    const char* const name = written.cache_name;
+    check_writable(call, name, written.cache);
+    for (int i = 0; i < call.count(); ++i) {
+      check_no_overlap(call, name, written.cache, call.name(i), *call.inputs[i]);
+      if (outputs[i] == nullptr) continue;
+      check_no_overlap(call, name, written.cache, call.out_name(i), *outputs[i]);
+    }
+    check_no_overlap_with_constants(call, name, written.cache);
+    check_no_overlap(call, name, written.cache, "slots", call.cache->slots);
+    for_each_cache(call, [&](const CacheTensor& t) {
+      check_no_overlap(call, name, written.cache, t.name, t.x);
+      if (&t.cache != &written.cache)
+        check_no_overlap(call, name, written.cache, t.cache_name, t.cache);
+      if (t.scale.has_value()) check_no_overlap(call, name, written.cache, t.scale_name, *t.scale);
+    });
+  });
+  for (int i = 0; i < call.count() && outputs[i] != nullptr; ++i) {
+    check_no_overlap(call, call.out_name(i), *outputs[i], "slots", call.cache->slots);
+    for_each_cache(call, [&](const CacheTensor& t) {
+      check_no_overlap(call, call.out_name(i), *outputs[i], t.name, t.x);
+      if (t.scale.has_value())
+        check_no_overlap(call, call.out_name(i), *outputs[i], t.scale_name, *t.scale);
+    });
   }
 }
 

@@ -73,6 +73,11 @@ void check_in_place(const Call& call);
 void check_out_metadata(const Call& call, const Outputs& outputs);
 void check_out(const Call& call, const Outputs& outputs);
 
+// rotate_and_cache: checks the dtypes, devices and ranks of v, the caches, slots and scales;
+// check_cache also checks their shapes and, with the given outputs, provable overlap.
+void check_cache_metadata(const Call& call);
+void check_cache(const Call& call, const Outputs& outputs);
+
 // Checks the gradients of the outputs of a backward call. check_grads also checks their shapes.
 void check_grads_metadata(const Call& call, const OptionalTensors& grads);
 void check_grads(const Call& call, const OptionalTensors& grads);

@@ -1,6 +1,8 @@
 // Calls of the operators, and the libtorch functions.
 #include "ops/dispatch.h"
 
+#include "ops/params.h"
+
 namespace fused_rope {
 namespace {
 
@@ -86,6 +88,21 @@ void call_rotate_out(const RawCall& c, const Outputs& outputs) {
   const auto& [x, k] = c.inputs;
   if (k == nullptr) return rotate_out(c.arguments, *x, c.cos, c.sin, *outputs[0]);
   rotate_qk_out(c.arguments, *x, *k, c.cos, c.sin, *outputs[0], *outputs[1]);
+}
+
+at::Tensor call_rotate_and_cache(const RawCall& c, const Outputs& outputs) {
+  static const Operator<void (*)(const Arguments&, In, In, MaybeIn, In, In, In, MaybeIn, In, In,
+                                 MaybeIn, MaybeIn, MaybeIn, MaybeIn, MaybeIn),
+                        Types<>, OptionalNormTypes>
+      rotate_and_cache("fused_rope::rotate_and_cache");
+  const CacheArguments& cache = *c.cache;
+  const auto& [q, k] = c.inputs;
+  const at::Tensor* const k_out = outputs[1];
+  const at::Tensor q_out = outputs[0] == nullptr ? empty_output(*q) : *outputs[0];
+  rotate_and_cache(c.arguments, *q, *k, cache.v, c.cos, c.sin, cache.k_cache, cache.v_cache,
+                   cache.slots, q_out, k_out == nullptr ? kNoTensor : OptionalTensor(*k_out),
+                   cache.k_scale, cache.v_scale, c.weight(0), c.weight(1));
+  return q_out;
 }
 
 TensorQuad call_norm_rotate_backward(const RawCall& c, const OptionalTensors& grads) {
@@ -186,6 +203,19 @@ TensorPair norm_rotate_qk_out(const at::Tensor& q_out, const at::Tensor& k_out, 
   call_rotate_out({"norm_rotate_qk_out", {&q, &k}, cos, sin, a, {&q_weight, &k_weight}},
                   {&q_out, &k_out});
   return {q_out, k_out};
+}
+
+at::Tensor rotate_and_cache(const at::Tensor& q, const at::Tensor& k, const OptionalTensor& v,
+                            const at::Tensor& cos, const at::Tensor& sin, const at::Tensor& k_cache,
+                            const OptionalTensor& v_cache, const at::Tensor& slots,
+                            const CacheOptions& cache, const RotateOptions& options) {
+  Arguments a = without_out_rows("rotate_and_cache", options);
+  set_norm(a, cache.norm().value_or(NormOptions(0)));
+  if (!cache.norm().has_value()) a.norm.eps.reset();
+  const CacheArguments into = {v, k_cache, v_cache, slots, cache.k_scale(), cache.v_scale()};
+  return call_rotate_and_cache(
+      {"rotate_and_cache", {&q, &k}, cos, sin, a, {&cache.q_weight(), &cache.k_weight()}, &into},
+      {pointer(cache.q_out()), pointer(cache.k_out())});
 }
 
 }  // namespace fused_rope

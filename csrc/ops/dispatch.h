@@ -12,6 +12,7 @@
 #include <array>
 #include <optional>
 #include <string_view>
+#include <type_traits>
 
 #include "fused_rope/kernels/params.h"
 #include "fused_rope/ops.h"
@@ -43,12 +44,20 @@ using TensorQuad = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 inline const OptionalTensor kNoTensor = std::nullopt;
 
+inline const at::Tensor* pointer(const OptionalTensor& tensor) {
+  return tensor.has_value() ? &*tensor : nullptr;
+}
+
 // The gradients that a backward call is asked for: of q, k and their weights.
 using GradMask = std::array<bool, 2 * kernels::kMaxTensors>;
 
+// The type in which a call keeps an option of the norm: eps is absent without a norm.
+template <typename T>
+using NormField = std::conditional_t<std::is_same_v<T, double>, std::optional<double>, T>;
+
 // Empty for the rotation alone.
 struct NormArguments {
-#define FUSED_ROPE_FIELD(type, name) type name = {};
+#define FUSED_ROPE_FIELD(type, name) NormField<type> name = {};
   FUSED_ROPE_NORM_OPTIONS(FUSED_ROPE_FIELD)
 #undef FUSED_ROPE_FIELD
   GradMask output_mask = {};  // of the backward operator
@@ -94,11 +103,15 @@ inline Arguments arguments_of(const RotateOptions& o) {
 #undef FUSED_ROPE_BORROWED
 }
 
-inline Arguments arguments_of(const RotateOptions& o, const NormOptions& norm) {
-  Arguments result = arguments_of(o);
-#define FUSED_ROPE_BORROWED(type, name) result.norm.name = borrow(norm.name());
+inline void set_norm(Arguments& a, const NormOptions& norm) {
+#define FUSED_ROPE_BORROWED(type, name) a.norm.name = borrow(norm.name());
   FUSED_ROPE_NORM_OPTIONS(FUSED_ROPE_BORROWED)
 #undef FUSED_ROPE_BORROWED
+}
+
+inline Arguments arguments_of(const RotateOptions& o, const NormOptions& norm) {
+  Arguments result = arguments_of(o);
+  set_norm(result, norm);
   return result;
 }
 
@@ -120,6 +133,16 @@ Int pair_distance(const Arguments& a, const Int& P) {
 using Outputs = std::array<const at::Tensor*, kernels::kMaxTensors>;
 using OptionalTensors = std::array<const OptionalTensor*, kernels::kMaxTensors>;
 
+// What rotate_and_cache stores in the cache apart from k, and where. v and v_cache may be absent.
+struct CacheArguments {
+  const OptionalTensor& v;
+  const at::Tensor& k_cache;
+  const OptionalTensor& v_cache;
+  const at::Tensor& slots;
+  const OptionalTensor& k_scale;
+  const OptionalTensor& v_scale;
+};
+
 // One call of an operator of the family, before any check.
 struct RawCall {
   const char* op;
@@ -128,9 +151,10 @@ struct RawCall {
   const at::Tensor& sin;
   const Arguments& arguments;
   OptionalTensors weights = {};  // null for the rotation alone
+  const CacheArguments* cache = nullptr;
 
   int count() const { return inputs[1] == nullptr ? 1 : 2; }
-  bool has_norm() const { return weights[0] != nullptr; }
+  bool has_norm() const { return weights[0] != nullptr && arguments.norm.eps.has_value(); }
   const OptionalTensor& weight(int i) const { return *weights[i]; }
   const char* name(int i) const { return input_name(count(), i); }
   const char* weight_name(int i) const { return weight_name(count(), i); }
@@ -152,6 +176,10 @@ FUSED_ROPE_API TensorPair call_rotate(const RawCall& call);
 FUSED_ROPE_API void call_rotate_(const RawCall& call);
 FUSED_ROPE_API void call_rotate_out(const RawCall& call, const Outputs& outputs);
 
+// Calls rotate_and_cache and returns its q_out: new memory where the first output is null. The
+// second one is null without k_out.
+FUSED_ROPE_API at::Tensor call_rotate_and_cache(const RawCall& call, const Outputs& outputs);
+
 // Calls norm_rotate_qk_backward: the gradients that call.arguments.norm.output_mask asks for, of q,
 // k, q_weight and k_weight, from the gradients of the outputs. The others are undefined, and so are
 // those that follow from an undefined gradient.
@@ -167,6 +195,19 @@ using TypesAfter = Types<Rest...>;
 using NormTypes = TypesAfter<void FUSED_ROPE_NORM_OPTIONS(FUSED_ROPE_TYPE)>;
 using BackwardTypes = TypesAfter<void FUSED_ROPE_NORM_OPTIONS(FUSED_ROPE_TYPE), GradMask>;
 #undef FUSED_ROPE_TYPE
+#define FUSED_ROPE_TYPE(type, name) , NormField<type>
+using OptionalNormTypes = TypesAfter<void FUSED_ROPE_NORM_OPTIONS(FUSED_ROPE_TYPE)>;
+#undef FUSED_ROPE_TYPE
+
+// An option of the norm in the type of a kernel's signature.
+template <typename To, typename From>
+const To& norm_option(const From& option) {
+  if constexpr (std::is_same_v<To, From>) {
+    return option;
+  } else {
+    return option.value();
+  }
+}
 
 // An operator as a function f(arguments, tensors...): `kernel` is what the dispatcher calls for f,
 // with the arguments one by one, and operator() calls the dispatcher. OutRows is
@@ -206,7 +247,7 @@ class Operator<Result (*)(const Arguments&, Tensors...), Types<OutRows...>, Type
     return handle_.call(tensors..., a.positions, a.offsets, a.cu_seqlens,
                         static_cast<OutRows>(a.out_rows)...,
                         a.offset FUSED_ROPE_OPTIONS(FUSED_ROPE_MEMBER),
-                        static_cast<Norm>(std::get<kIndices>(a.norm.tie()))...);
+                        norm_option<Norm>(std::get<kIndices>(a.norm.tie()))...);
   }
 #undef FUSED_ROPE_PARAMETER
 #undef FUSED_ROPE_VALUE

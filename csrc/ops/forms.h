@@ -13,6 +13,7 @@ namespace fused_rope {
 //   void rotate_(const RawCall&)                          in place
 //   void rotate_out(const RawCall&, const Outputs&)
 //   TensorQuad norm_backward(const RawCall&, const OptionalTensors&)
+//   void rotate_and_cache(const RawCall&, const Outputs&) the second output null without k_out
 // The first three serve the operators with a norm too.
 template <typename Layer>
 class Forms {
@@ -35,6 +36,9 @@ class Forms {
     impl<&rotate_qk_<Weight, Weight>, Types<>, NormTypes>(m, "norm_rotate_qk_");
     impl<&rotate_out<Weight>, OutRows, NormTypes>(m, "norm_rotate_out");
     impl<&rotate_qk_out<Weight, Weight>, OutRows, NormTypes>(m, "norm_rotate_qk_out");
+    if constexpr (requires { &Layer::rotate_and_cache; }) {
+      impl<&rotate_and_cache, Types<>, OptionalNormTypes>(m, "rotate_and_cache");
+    }
   }
 
  private:
@@ -90,6 +94,19 @@ class Forms {
     Layer::rotate_out({kOp, {&q, &k}, cos, sin, a, {&weights...}}, {&q_out, &k_out});
   }
 
+  static void rotate_and_cache(const Arguments& a, const at::Tensor& q, const at::Tensor& k,
+                               const OptionalTensor& v, const at::Tensor& cos,
+                               const at::Tensor& sin, const at::Tensor& k_cache,
+                               const OptionalTensor& v_cache, const at::Tensor& slots,
+                               const at::Tensor& q_out, const OptionalTensor& k_out,
+                               const OptionalTensor& k_scale, const OptionalTensor& v_scale,
+                               const OptionalTensor& q_weight, const OptionalTensor& k_weight) {
+    const CacheArguments cache = {v, k_cache, v_cache, slots, k_scale, v_scale};
+    Layer::rotate_and_cache(
+        {"rotate_and_cache", {&q, &k}, cos, sin, a, {&q_weight, &k_weight}, &cache},
+        {&q_out, pointer(k_out)});
+  }
+
   static TensorQuad norm_rotate_qk_backward(const Arguments& a, const OptionalTensor& q_grad,
                                             const OptionalTensor& k_grad, const at::Tensor& q,
                                             const OptionalTensor& k, const at::Tensor& cos,
@@ -132,6 +149,24 @@ class DeviceLayer {
     const Call call(raw);
     check(call);
     kHasData ? check_out(call, outputs) : check_out_metadata(call, outputs);
+    const Guard guard(call.inputs[0]->device());
+    run(call, outputs);
+  }
+
+  static void rotate_and_cache(const RawCall& raw, const Outputs& outputs) {
+    const Call call(raw);
+    check(call);
+    kHasData ? check_out(call, outputs) : check_out_metadata(call, outputs);
+    if constexpr (kHasData) {
+      check_cache(call, outputs);
+    } else {
+      check_cache_metadata(call);
+      const CacheArguments& cache = *call.cache;
+      for (const at::Tensor* written :
+           {outputs[0], outputs[1], &cache.k_cache, pointer(cache.v_cache)}) {
+        if (written != nullptr) specialize_offset(*written);
+      }
+    }
     const Guard guard(call.inputs[0]->device());
     run(call, outputs);
   }

@@ -2,7 +2,7 @@
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
+#include <ATen/ops/empty_strided.h>
 
 #include "fused_rope/kernels/weight_gradients.h"
 
@@ -54,9 +54,12 @@ TableParams table_params(const at::Tensor& table, TableLayout layout) {
   return params;
 }
 
+IndexParams index_params(const at::Tensor& index) {
+  return {index.const_data_ptr(), index.scalar_type() == at::kLong};
+}
+
 IndexParams index_params(const OptionalTensor& index) {
-  if (!index.has_value()) return {nullptr, false};
-  return {index->const_data_ptr(), index->scalar_type() == at::kLong};
+  return index.has_value() ? index_params(*index) : IndexParams{nullptr, false};
 }
 
 // Strides of a [S], [1, S] or [B, S] index, after `leading` dimensions.
@@ -88,6 +91,36 @@ RowParams row_params(const Call& call, int64_t M) {
   rows.out_rows = index_params(a.out_rows);
   if (a.out_rows.has_value()) set_token_strides(*a.out_rows, 0, rows.out_rows_b, rows.out_rows_s);
   return rows;
+}
+
+kernels::Storage storage_of(const at::Tensor& cache) {
+  switch (cache.scalar_type()) {
+    case at::kFloat8_e4m3fn:
+      return kernels::Storage::kE4M3;
+    case at::kFloat8_e5m2:
+      return kernels::Storage::kE5M2;
+    case at::kChar:
+      return kernels::Storage::kInt8;
+    default:
+      return kernels::Storage::kOwn;
+  }
+}
+
+kernels::CacheTensorParams cache_params(const at::Tensor& cache, const OptionalTensor& scale) {
+  const at::IntArrayRef strides = cache.strides();
+  const bool paged = cache.dim() == 4;
+  kernels::CacheTensorParams params = {cache.mutable_data_ptr(),
+                                       paged ? strides[0] : 0,
+                                       strides[strides.size() - 3],
+                                       strides[strides.size() - 2],
+                                       strides.back(),
+                                       nullptr,
+                                       0};
+  if (scale.has_value()) {
+    params.scale = scale->const_data_ptr<float>();
+    params.scale_stride = scale->dim() == 0 ? 0 : scale->stride(0);
+  }
+  return params;
 }
 
 }  // namespace
@@ -127,6 +160,7 @@ PreparedCall::PreparedCall(const Call& call, const Outputs& outputs) {
   p.per_head = is_per_head(call.cos);
   if (call.has_norm()) set_norm(call);
   set_outputs(call, outputs);
+  if (call.cache != nullptr) set_cache(call);
 }
 
 void PreparedCall::set_outputs(const Call& call, const Outputs& outputs) {
@@ -135,7 +169,8 @@ void PreparedCall::set_outputs(const Call& call, const Outputs& outputs) {
   for (int i = 0; i < p.count; ++i) {
     kernels::TensorParams& t = p.tensors[i];
     t.scattered = call.is_scattered(i);
-    if (!outputs[i]->defined()) continue;  // a gradient that nobody asks for
+    // No k_out, or a gradient that nobody asks for.
+    if (outputs[i] == nullptr || !outputs[i]->defined()) continue;
     t.out = outputs[i]->mutable_data_ptr();
     t.out_strides = strides_of(*outputs[i], t.scattered ? Layout::kTHD : call.layout);
     if (t.scattered) p.rows.out_rows_limit = outputs[i]->size(0);
@@ -144,7 +179,7 @@ void PreparedCall::set_outputs(const Call& call, const Outputs& outputs) {
 
 C10_NOINLINE void PreparedCall::set_norm(const Call& call) {
   const NormArguments& a = call.arguments.norm;
-  norm_.eps = a.eps;
+  norm_.eps = *a.eps;
   norm_.zero_centered = a.zero_centered;
   norm_.cast = call.cast;
   norm_.after = a.after;
@@ -154,6 +189,27 @@ C10_NOINLINE void PreparedCall::set_norm(const Call& call) {
     norm_.weights[i] = {weight->const_data_ptr(), weight->stride(0), dtype_of(*weight)};
   }
   params.norm = &norm_;
+}
+
+C10_NOINLINE void PreparedCall::set_cache(const Call& call) {
+  const CacheArguments& a = *call.cache;
+  const int64_t rank = a.k_cache.dim();
+  kernels::RotateParams& p = params;
+  cache_.storage = storage_of(a.k_cache);
+  cache_.page_size = a.k_cache.size(rank - 3);
+  if (rank == 3) cache_.page_size = std::max<int64_t>(cache_.page_size, 1);  // one page
+  cache_.k = cache_params(a.k_cache, a.k_scale);
+  if (a.v.has_value()) {
+    const Sizes<int64_t> sizes(a.v->sizes(), call.layout);
+    cache_.v = cache_params(*a.v_cache, a.v_scale);
+    cache_.values = {
+        a.v->const_data_ptr(), nullptr, strides_of(*a.v, call.layout), {}, sizes.H, false};
+    cache_.values_D = sizes.D;
+  }
+  p.cache = &cache_;
+  p.rows.out_rows = index_params(a.slots);
+  set_token_strides(a.slots, 0, p.rows.out_rows_b, p.rows.out_rows_s);
+  p.rows.out_rows_limit = rank == 3 ? a.k_cache.size(0) : a.k_cache.size(0) * cache_.page_size;
 }
 
 PreparedBackward::PreparedBackward(const Call& call, const OptionalTensors& grads,
@@ -175,9 +231,21 @@ PreparedBackward::PreparedBackward(const Call& call, const OptionalTensors& grad
   }
 }
 
+void specialize_offset(const at::Tensor& written) {
+  const c10::SymInt offset = written.sym_storage_offset();
+  if (offset.maybe_as_int().has_value()) return;
+  // One symbol at a time, since only an equation of one symbol makes it a constant.
+  for (int64_t i = written.dim() - 1; i >= 0; --i) {
+    written.sym_stride(i).guard_int(__FILE__, __LINE__);
+    written.sym_size(i).guard_int(__FILE__, __LINE__);
+  }
+  offset.guard_int(__FILE__, __LINE__);
+}
+
 at::Tensor empty_output(const at::Tensor& x) {
-  if (x.is_non_overlapping_and_dense()) return at::empty_like(x);
-  return at::empty_symint(x.sym_sizes(), x.options());
+  return x.is_non_overlapping_and_dense()
+             ? at::empty_strided_symint(x.sym_sizes(), x.sym_strides(), x.options())
+             : at::empty_symint(x.sym_sizes(), x.options());
 }
 
 at::Tensor allocate_output(const at::Tensor& x, c10::DispatchKey key, c10::Allocator* allocator) {

@@ -18,10 +18,12 @@ class PreparedCall {
  private:
   void set_outputs(const Call& call, const Outputs& outputs);
   void set_norm(const Call& call);
+  void set_cache(const Call& call);
 
   std::array<at::Tensor, 2>
       converted_;  // cos and sin in a dtype that the kernels read, or undefined
   kernels::NormParams norm_ = {};
+  kernels::CacheParams cache_ = {};
 };
 
 // The gradients of q, k, q_weight and k_weight: undefined where not asked for.
@@ -45,5 +47,9 @@ at::Tensor empty_output(const at::Tensor& x);
 // The same from the allocator of x's device, which is the current one. Through the dispatcher an
 // allocation takes as long as the rest of a small call.
 at::Tensor allocate_output(const at::Tensor& x, c10::DispatchKey key, c10::Allocator* allocator);
+
+// Makes the storage offset of a traced tensor a constant: PyTorch's functionalization takes a
+// symbolic offset of a view that an operator mutates for 0.
+void specialize_offset(const at::Tensor& written);
 
 }  // namespace fused_rope

@@ -75,6 +75,17 @@ TORCH_LIBRARY(fused_rope, m) {
       "int blocks=1, bool inverse=False, str precision='fp32', str table_layout='half', *, "
       "float eps, bool zero_centered=False, str cast='never', bool after=False) -> ()",
 
+      // Without v and v_cache, k alone is stored. Without k_out, the rotated k is in the cache
+      // only.
+      "rotate_and_cache(Tensor q, Tensor k, Tensor? v, Tensor cos, Tensor sin, "
+      "Tensor(a!) k_cache, Tensor(b!)? v_cache, Tensor slots, Tensor(c!) q_out, "
+      "Tensor(d!)? k_out=None, Tensor? k_scale=None, Tensor? v_scale=None, Tensor? q_weight=None, "
+      "Tensor? k_weight=None, Tensor? positions=None, Tensor? offsets=None, "
+      "Tensor? cu_seqlens=None, SymInt offset=0, str layout='bshd', int[]? axes=None, "
+      "int rotary_offset=0, bool interleaved=False, int blocks=1, bool inverse=False, "
+      "str precision='fp32', str table_layout='half', *, float? eps=None, "
+      "bool zero_centered=False, str cast='never', bool after=False) -> ()",
+
       // The gradients of q, k, q_weight and k_weight that output_mask asks for; without k, those of
       // norm_rotate. An absent gradient of an output counts as zero.
       "norm_rotate_qk_backward(Tensor? q_grad, Tensor? k_grad, Tensor q, Tensor? k, Tensor cos, "

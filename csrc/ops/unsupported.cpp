@@ -29,7 +29,7 @@ void refuse_all(torch::Library& m) {
   for (const char* name :
        {"rotate", "rotate_", "rotate_qk", "rotate_qk_", "rotate_out", "rotate_qk_out",
         "norm_rotate", "norm_rotate_", "norm_rotate_qk", "norm_rotate_qk_", "norm_rotate_out",
-        "norm_rotate_qk_out", "norm_rotate_qk_backward"}) {
+        "norm_rotate_qk_out", "norm_rotate_qk_backward", "rotate_and_cache"}) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<kRefuse>());
   }
 }

@@ -87,6 +87,14 @@ class Reader {
                                         : convert<double>(name, "a float", object);
   }
 
+  void read(const char* name, std::optional<double>& option) {
+    if (!skip_none(name)) read(name, option.emplace());
+  }
+
+  [[noreturn]] void refuse_none(const char* name, const char* expected) const {
+    refuse(name, expected, Py_None);
+  }
+
   bool at_end() const { return next_ == end_; }
 
   Reader tuple(const char* name) {
@@ -166,9 +174,12 @@ struct RowArguments {
   c10::SymInt offset = 0;
 };
 
+// Whether an operator has a norm: kWithEps, if eps is not None.
+enum class Norm { kNever, kAlways, kWithEps };
+
 // Arguments with the options of a tuple, in the order of FUSED_ROPE_OPTIONS. Omitted last ones have
-// their defaults, but with a norm, all are there and FUSED_ROPE_NORM_OPTIONS follow.
-template <bool kNorm>
+// their defaults, but where there can be a norm, all are there and FUSED_ROPE_NORM_OPTIONS follow.
+template <Norm kNorm>
 Arguments read_arguments(const RowArguments& rows, Reader& options) {
   static const RotateOptions kDefaults;
   static const Arguments defaults = arguments_of(kDefaults);
@@ -180,9 +191,10 @@ Arguments read_arguments(const RowArguments& rows, Reader& options) {
   FUSED_ROPE_OPTIONS(FUSED_ROPE_READ)
 #undef FUSED_ROPE_READ
 #define FUSED_ROPE_READ(type, name) options.read(#name, result.norm.name);
-  if constexpr (kNorm) {
+  if constexpr (kNorm != Norm::kNever) {
     FUSED_ROPE_NORM_OPTIONS(FUSED_ROPE_READ)
   }
+  if (kNorm == Norm::kAlways && !result.norm.eps.has_value()) options.refuse_none("eps", "a float");
 #undef FUSED_ROPE_DEFAULT
 #undef FUSED_ROPE_READ
   return result;
@@ -232,7 +244,7 @@ struct Entry {
     const RowArguments rows(reader);
     if (tensors.has_subclass() || reader.has_subclass()) Py_RETURN_NOTIMPLEMENTED;
     Reader options = reader.tuple("options");
-    const Arguments a = read_arguments<kNorm>(rows, options);
+    const Arguments a = read_arguments<kNorm ? Norm::kAlways : Norm::kNever>(rows, options);
     return run({method.ml_name, inputs, cos, sin, a, given}, outputs);
     END_HANDLE_TH_ERRORS
   }
@@ -273,14 +285,59 @@ struct Entry {
   }
 };
 
-template <int kCount, Form kForm, bool kNorm = false>
-void def(py::module_& m, const char* name) {
-  using E = Entry<kCount, kForm, kNorm>;
+// The same for rotate_and_cache: its tuple has the tensors of the schema, up to k_weight. Returns
+// q_out, new memory where that is None.
+struct CacheEntry {
+  inline static PyMethodDef method = {};
+
+  static PyObject* call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+    HANDLE_TH_ERRORS
+    if (is_intercepted()) Py_RETURN_NOTIMPLEMENTED;
+    Reader reader(method.ml_name, arguments, count);
+    Reader tensors = reader.tuple("tensors");
+    const at::Tensor& q = tensors.tensor("q");
+    const at::Tensor& k = tensors.tensor("k");
+    const OptionalTensor v = tensors.optional_tensor("v");
+    const at::Tensor& cos = tensors.tensor("cos");
+    const at::Tensor& sin = tensors.tensor("sin");
+    const at::Tensor& k_cache = tensors.tensor("k_cache");
+    const OptionalTensor v_cache = tensors.optional_tensor("v_cache");
+    const at::Tensor& slots = tensors.tensor("slots");
+    const OptionalTensor q_out = tensors.optional_tensor("q_out");
+    const OptionalTensor k_out = tensors.optional_tensor("k_out");
+    const OptionalTensor k_scale = tensors.optional_tensor("k_scale");
+    const OptionalTensor v_scale = tensors.optional_tensor("v_scale");
+    const OptionalTensor q_weight = tensors.optional_tensor("q_weight");
+    const OptionalTensor k_weight = tensors.optional_tensor("k_weight");
+    const RowArguments rows(reader);
+    if (tensors.has_subclass() || reader.has_subclass()) Py_RETURN_NOTIMPLEMENTED;
+    Reader options = reader.tuple("options");
+    const Arguments a = read_arguments<Norm::kWithEps>(rows, options);
+    const CacheArguments cache = {v, k_cache, v_cache, slots, k_scale, v_scale};
+    at::Tensor rotated;
+    {
+      const py::gil_scoped_release no_gil;
+      rotated = call_rotate_and_cache(
+          {method.ml_name, {&q, &k}, cos, sin, a, {&q_weight, &k_weight}, &cache},
+          {pointer(q_out), pointer(k_out)});
+    }
+    return wrap(std::move(rotated));
+    END_HANDLE_TH_ERRORS
+  }
+};
+
+template <typename E>
+void def_entry(py::module_& m, const char* name) {
   E::method = {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&E::call)),
                METH_FASTCALL, nullptr};
   PyObject* function = PyCFunction_New(&E::method, nullptr);
   if (function == nullptr) throw py::error_already_set();
   m.add_object(name, py::reinterpret_steal<py::object>(function));
+}
+
+template <int kCount, Form kForm, bool kNorm = false>
+void def(py::module_& m, const char* name) {
+  def_entry<Entry<kCount, kForm, kNorm>>(m, name);
 }
 
 PYBIND11_MODULE(_C, m) {
@@ -305,6 +362,7 @@ PYBIND11_MODULE(_C, m) {
   def<2, Form::kInPlace, true>(m, "norm_rotate_qk_");
   def<1, Form::kOut, true>(m, "norm_rotate_out");
   def<2, Form::kOut, true>(m, "norm_rotate_qk_out");
+  def_entry<CacheEntry>(m, "rotate_and_cache");
 }
 
 }  // namespace

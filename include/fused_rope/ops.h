@@ -141,6 +141,34 @@ FUSED_ROPE_API std::tuple<at::Tensor, at::Tensor> norm_rotate_qk_out(
     const std::optional<at::Tensor>& k_weight, const NormOptions& norm,
     const RotateOptions& options = {});
 
+// Options of rotate_and_cache: CacheOptions().k_scale(k_scale).v_scale(v_scale)
+struct CacheOptions {
+  // For caches of 8 bits: the value of 1 in the cache, float32 [] or [Hk].
+  TORCH_ARG(std::optional<at::Tensor>, k_scale);
+  TORCH_ARG(std::optional<at::Tensor>, v_scale);
+  // Memory for q rotated, and for k rotated where it is wanted outside the cache too.
+  TORCH_ARG(std::optional<at::Tensor>, q_out);
+  TORCH_ARG(std::optional<at::Tensor>, k_out);
+  // The norm of q and k, as in norm_rotate_qk.
+  TORCH_ARG(std::optional<NormOptions>, norm);
+  TORCH_ARG(std::optional<at::Tensor>, q_weight);
+  TORCH_ARG(std::optional<at::Tensor>, k_weight);
+};
+
+// Returns q rotated, and stores k, rotated, and v in their slots of a KV cache, in one launch.
+//
+// The caches are [rows, Hk, D] or [pages, page_size, Hk, D], any strides, of x's dtype or of
+// float8_e4m3fn, float8_e5m2 or int8, which hold the value divided by the scale. slots is int32 or
+// int64 [B, S] or [T], page * page_size + place; -1: not stored. v may be narrower or wider than k;
+// v and v_cache may both be nullopt. Does not support autograd.
+FUSED_ROPE_API at::Tensor rotate_and_cache(const at::Tensor& q, const at::Tensor& k,
+                                           const std::optional<at::Tensor>& v,
+                                           const at::Tensor& cos, const at::Tensor& sin,
+                                           const at::Tensor& k_cache,
+                                           const std::optional<at::Tensor>& v_cache,
+                                           const at::Tensor& slots, const CacheOptions& cache = {},
+                                           const RotateOptions& options = {});
+
 // Returns cos and sin of row * inv_freq[j], times scale, for rows [first, first + rows): two
 // tensors [rows, P] of `dtype` on `device` (default: inv_freq's), within 1 float32 ulp for every
 // row up to 2^31. Does not synchronize.

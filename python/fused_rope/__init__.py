@@ -20,6 +20,7 @@ from .functional import (
     norm_rotate_qk_,
     rotate,
     rotate_,
+    rotate_and_cache,
     rotate_qk,
     rotate_qk_,
 )
@@ -51,6 +52,7 @@ __all__ = [
     "norm_rotate_qk_",
     "rotate",
     "rotate_",
+    "rotate_and_cache",
     "rotate_qk",
     "rotate_qk_",
     "self_check",

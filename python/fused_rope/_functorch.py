@@ -48,6 +48,8 @@ def call(
     options: Options,
 ) -> Any:
     """`below(name, tensors, *rows, options)`; rows are positions, offset and cu_seqlens."""
+    if name == "rotate_and_cache":
+        raise RuntimeError(f"{name}: expected no torch.func transform: it writes to a cache")
     if name.endswith("_out"):
         raise RuntimeError(f"{name}: expected out=None under torch.func, got out: use {name[:-4]}")
     count = 2 if "_qk" in name else 1

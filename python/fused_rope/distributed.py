@@ -14,6 +14,8 @@ dimension; the weights of a norm are replicated, and their gradients are partial
 DTensor x, plain tensors count as replicated, and gradients of plain tables are not supported.
 In place, placements must not have to change. `out=` is not supported.
 
+`rotate_and_cache` takes q, k, v and the caches sharded along their heads, or all replicated.
+
 Example:
     >>> import fused_rope, fused_rope.distributed
     >>> rope = fused_rope.RotaryEmbedding(64)
@@ -213,6 +215,32 @@ def _outputs(
     return outputs
 
 
+def _cache_shardings(*given: Any, **_: Any) -> _Shardings:
+    """The shardings of rotate_and_cache: by heads, or none. What it writes cannot move."""
+    schema = torch.ops.fused_rope.rotate_and_cache.default._schema
+    named = {a.name: value for a, value in zip(schema.arguments, given, strict=False)}
+    heads = Shard(named.get("layout", "bshd").index("h"))
+    cached = Shard(named["k_cache"].ndim - 2)
+    by_heads: dict[str, Placement] = dict.fromkeys(("q", "k", "v", "q_out", "k_out"), heads)
+    by_heads |= {"k_cache": cached, "v_cache": cached}
+    moved = {n: placement for n, placement in by_heads.items() if named.get(n) is not None}
+    for i in range(len(named["q"].placements)):
+        here = {n: named[n].placements[i] for n in moved}
+        if here != moved and set(here.values()) != {_WHOLE}:
+            raise RuntimeError(
+                "rotate_and_cache: expected q, k, v and the caches all sharded along their heads, "
+                f"or all replicated, got {', '.join(f'{n} {p}' for n, p in here.items())}"
+            )
+    if named["cos"].ndim == 4:
+        by_heads |= {"cos": Shard(2), "sin": Shard(2)}
+    scales = {n: named[n] for n in ("k_scale", "v_scale") if named.get(n) is not None}
+    by_heads |= {n: Shard(0) for n, scale in scales.items() if scale.ndim == 1}
+    tensors = [a.name for a in schema.arguments if "Tensor" in str(a.type)]
+    tensors = [n for n in tensors if named.get(n) is not None]
+    sharded = [by_heads.get(n, _WHOLE) for n in tensors]
+    return [([], [_WHOLE] * len(tensors)), ([], sharded)]
+
+
 def _register(name: str) -> None:
     count = _inputs_of(name)
     is_backward = name.endswith("_backward")
@@ -247,7 +275,8 @@ def _adapt_to_dtensors(
     layout: str,
 ) -> tuple[tuple[Any, ...], Tensor | None, int | Tensor, Tensor | None]:
     """The arguments of operator `name`; if x is a DTensor, all tensors are DTensors of its mesh."""
-    count, x = _inputs_of(name), tensors[0]
+    is_cached = name == "rotate_and_cache"
+    count, x = 3 if is_cached else _inputs_of(name), tensors[0]
     if not isinstance(x, DTensor):
         return tensors, positions, offset, cu_seqlens
     cos, sin = tensors[count : count + 2]
@@ -266,7 +295,9 @@ def _adapt_to_dtensors(
         return DTensor.from_local(tensor, x.device_mesh, run_check=False)
 
     others = tensors[count + 2 :]
-    if name.startswith("norm"):
+    if is_cached:
+        others = tuple(map(replicated, others))
+    elif name.startswith("norm"):
         others = (*others[:-count], *map(replicated, others[-count:]))
     tensors = (*tensors[:count], replicated(cos), replicated(sin), *others)
     return tensors, replicated(positions), replicated(offset), replicated(cu_seqlens)
@@ -276,4 +307,5 @@ for _name in ("rotate", "rotate_", "rotate_qk", "rotate_qk_"):
     _register(_name)
     _register(f"norm_{_name}")
 _register("norm_rotate_qk_backward")
+register_sharding(torch.ops.fused_rope.rotate_and_cache.default)(_cache_shardings)
 functional.adapt_to_dtensors = _adapt_to_dtensors

@@ -27,6 +27,7 @@ from .types import Cast, Layout, Precision, TableLayout
 
 _ops = torch.ops.fused_rope
 _entries = vars(_C)
+_ROW_MAJOR = torch.contiguous_format
 _in_dynamo = torch.compiler.is_dynamo_compiling
 # fused_rope.distributed sets this: it adapts the other arguments of a call to DTensors.
 adapt_to_dtensors: Callable[..., Any] | None = None
@@ -652,6 +653,122 @@ def norm_rotate_qk_(
     return q, k
 
 
+def rotate_and_cache(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor | None,
+    slots: Tensor,
+    *,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    q_out: Tensor | None = None,
+    k_out: Tensor | None = None,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float | None = None,
+    zero_centered: bool = False,
+    cast: Cast = "never",
+    after: bool = False,
+    layout: Layout = "bshd",
+    table_layout: TableLayout = "half",
+    positions: Tensor | None = None,
+    offset: int | Tensor = 0,
+    cu_seqlens: Tensor | None = None,
+    axes: Sequence[int] | None = None,
+    rotary_offset: int = 0,
+    interleaved: bool = False,
+    blocks: int = 1,
+    inverse: bool = False,
+    precision: Precision = "fp32",
+) -> Tensor:
+    """Rotates q, and stores k, rotated, and v in a KV cache, in one launch.
+
+    This is what a layer does before attention in a prefill or decode step. With a cache of q's
+    dtype it is the fused form of::
+
+        q, k = fused_rope.rotate_qk(q, k, cos, sin)
+        k_cache.view(-1, *k_cache.shape[-2:])[slots] = k
+        v_cache.view(-1, *v_cache.shape[-2:])[slots] = v
+
+    A cache of 8 bits holds numbers whose product with the scale is the value::
+
+        stored = (x.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+
+    where x is the rotated k, or v, of q's dtype. Values outside the range of the cache's dtype
+    become its largest or smallest number; a NaN stays one, or becomes 0 in int8.
+
+    Args:
+        q, k: [B, S, Hq, D] and [B, S, Hk, D] in the order that `layout` names, or [T, Hq, D] and
+            [T, Hk, D]. One dtype and device; any head counts, any strides. k is not changed.
+        v: [B, S, Hk, Dv], laid out as k; any Dv. None, with `v_cache` None: only k is stored.
+        cos, sin: as in `rotate`.
+        k_cache, v_cache: [rows, Hk, D] or [pages, page_size, Hk, D], and Dv for v; any strides, so
+            that a [pages, Hk, page_size, D] cache is passed as its transpose(1, 2). Both of q's
+            dtype, float8_e4m3fn, float8_e5m2 or int8.
+        slots: int32 or int64 [B, S] ([T] for "thd"): the row of each token, which is
+            page * page_size + place in a paged cache. A token with slot -1 is rotated but not
+            stored. A slot that two tokens share holds either.
+        k_scale, v_scale: for caches of 8 bits, float32 [] or [Hk] on q's device.
+        q_out: memory for the result, of q's shape and dtype, any strides.
+        k_out: memory for the rotated k, where it is wanted outside the cache too (attention over a
+            prompt reads it instead of the cache).
+        eps: normalizes q and k as `norm_rotate_qk` does. None: no norm.
+        q_weight, k_weight, zero_centered, cast, after: of the norm, as in `norm_rotate_qk`.
+        layout: as in `rotate`, and all keywords that are not named here.
+
+    Returns:
+        q rotated, of q's shape and dtype, or `q_out`.
+
+    Raises:
+        ValueError: as `rotate`; caches, scales or slots whose shapes do not match; scales for a
+            cache of q's dtype, or none for one of 8 bits; options of a norm without eps.
+        TypeError: as `rotate`; a cache, scale or slots of another dtype.
+        IndexError: as `rotate`; a slot outside the cache (on CUDA a device-side assertion).
+        RuntimeError: an input requires grad, or memory that overlaps.
+
+    Example::
+
+        >>> q, k, v = torch.randn(3, 32, 64), torch.randn(3, 8, 64), torch.randn(3, 8, 64)
+        >>> cos, sin = fused_rope.cos_sin_table(fused_rope.inv_freq(64), 4096)
+        >>> k_cache, v_cache = torch.zeros(2, 100, 16, 8, 64).unbind()  # 100 pages of 16 tokens
+        >>> slots = torch.tensor([16 * 7 + 2, 16 * 9, 16 * 4 + 15])  # one token of three sequences
+        >>> positions = torch.tensor([34, 160, 63])
+        >>> q = fused_rope.rotate_and_cache(
+        ...     q, k, v, cos, sin, k_cache, v_cache, slots, layout="thd", positions=positions
+        ... )
+    """
+    options = (
+        layout,
+        axes,
+        rotary_offset,
+        interleaved,
+        blocks,
+        inverse,
+        precision,
+        table_layout,
+        eps,
+        zero_centered,
+        cast,
+        after,
+    )
+    inputs = (q, k, v, cos, sin, k_cache, v_cache, slots)
+    others = (k_out, k_scale, v_scale, q_weight, k_weight)
+    if not _in_dynamo():
+        done: Tensor = _C.rotate_and_cache(
+            (*inputs, q_out, *others), positions, offset, cu_seqlens, None, options
+        )
+        if done is not NotImplemented:
+            return done
+    rotated = _empty_output(q) if q_out is None else q_out
+    tensors = (*inputs, rotated, *others)
+    _dispatch("rotate_and_cache", tensors, positions, offset, cu_seqlens, options)
+    return rotated
+
+
 def cos_sin_table(
     inv_freq: Tensor,
     rows: int,
@@ -745,6 +862,20 @@ def call(
         done = _entries[name](tensors, positions, offset, cu_seqlens, out_rows, options)
         if done is not NotImplemented:
             return done
+    return _dispatch(name, tensors, positions, offset, cu_seqlens, options, out_rows)
+
+
+def _dispatch(
+    name: str,
+    tensors: tuple[Tensor | None, ...],
+    positions: Tensor | None,
+    offset: int | Tensor,
+    cu_seqlens: Tensor | None,
+    options: tuple[Any, ...],
+    out_rows: Tensor | None = None,
+) -> Any:
+    """The call of an operator that the C++ entry does not serve."""
+    if not _in_dynamo():
         transform = torch._C._functorch.peek_interpreter_stack()
         if transform is not None and transform.key() != TransformType.Functionalize:
             rows = (positions, offset, cu_seqlens)
@@ -772,6 +903,12 @@ def call(
         if any(isinstance(a, Tensor) and a.is_nested for a in arguments):
             raise nested_error(name) from None
         raise
+
+
+def _empty_output(q: Tensor) -> Tensor:
+    """Memory for q rotated: of q's strides if q is dense, else row-major."""
+    like = torch.empty_like(q)
+    return like if like.stride() == q.stride() else torch.empty_like(like, memory_format=_ROW_MAJOR)
 
 
 def _register_dtensors(tensors: tuple[Tensor | None, ...]) -> None:
@@ -818,6 +955,7 @@ for _function in (
     norm_rotate_,
     norm_rotate_qk,
     norm_rotate_qk_,
+    rotate_and_cache,
     cos_sin_table,
 ):
     torch.jit._builtins._register_builtin(_function, _Unscriptable(_function.__name__))

@@ -31,6 +31,7 @@ __all__ = [
     "register_fallback",
     "rotate",
     "rotate_",
+    "rotate_and_cache",
     "rotate_qk",
     "rotate_qk_",
 ]
@@ -237,6 +238,78 @@ def norm_rotate_qk_(
     _refuse_grad("norm_rotate_qk_", "in place", q, k, cos, sin, q_weight, k_weight)
     y, z = _norm_rotated((q, k), cos, sin, (q_weight, k_weight), **options)
     return q.copy_(y), k.copy_(z)
+
+
+def rotate_and_cache(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor | None,
+    slots: Tensor,
+    *,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    q_out: Tensor | None = None,
+    k_out: Tensor | None = None,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float | None = None,
+    zero_centered: bool = False,
+    cast: Cast = "never",
+    after: bool = False,
+    layout: Layout = "bshd",
+    **options: Any,
+) -> Tensor:
+    """`fused_rope.rotate_and_cache` in PyTorch; that function documents every argument.
+
+    Example:
+        >>> angle = torch.arange(5.0)[:, None] / 10000 ** (torch.arange(0, 8, 2) / 8)
+        >>> q, k, v = torch.randn(3, 2, 5, 1, 8).unbind()
+        >>> k_cache, v_cache = torch.zeros(2, 3, 4, 1, 8).unbind()  # 3 pages of 4 tokens
+        >>> slots = torch.randperm(12)[:10].view(2, 5)
+        >>> q = rotate_and_cache(q, k, v, angle.cos(), angle.sin(), k_cache, v_cache, slots)
+    """
+    _refuse_grad("rotate_and_cache", "a cache", q, k, v, cos, sin, q_weight, k_weight)
+    if eps is None:
+        y, z = _rotated((q, k), cos, sin, layout=layout, **options)
+    else:
+        options |= {"eps": eps, "zero_centered": zero_centered, "cast": cast, "after": after}
+        y, z = _norm_rotated((q, k), cos, sin, (q_weight, k_weight), layout=layout, **options)
+    store(k_cache, z, slots, k_scale, layout)
+    if v is not None and v_cache is not None:
+        store(v_cache, v, slots, v_scale, layout)
+    if k_out is not None:
+        k_out.copy_(z)
+    return y if q_out is None else q_out.copy_(y)
+
+
+def quantize(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """x [..., H, D] in 8 bits: x / scale, saturated and rounded to nearest even."""
+    y = x.float() / (scale if scale.dim() == 0 else scale[:, None])
+    if dtype == torch.int8:
+        return y.nan_to_num(0.0).clamp(-128, 127).round().to(dtype)
+    largest = torch.finfo(dtype).max
+    return y.clamp(-largest, largest).to(dtype)
+
+
+def store(cache: Tensor, x: Tensor, slots: Tensor, scale: Tensor | None, layout: str) -> None:
+    """Writes each token of x to its slot of the cache, or nowhere if that is -1."""
+    tokens = _as_bshd(x, layout).flatten(0, 1)
+    rows = slots.flatten().long()
+    if rows.numel() == 0 or cache.numel() == 0:
+        return
+    if scale is not None:
+        # Indexing does not support all 8-bit floats.
+        tokens = quantize(tokens, scale, cache.dtype).view(torch.uint8)
+        cache = cache.view(torch.uint8)
+    paged = cache.dim() == 4
+    tokens, rows = _writes(tokens, rows, cache[0, 0] if paged else cache[0])
+    rows = torch.where(rows < 0, torch.iinfo(torch.int64).max, rows)  # no index from the end
+    page_size = cache.shape[1]
+    cache.index_put_((rows // page_size, rows % page_size) if paged else (rows,), tokens)
 
 
 def norm_rotate_qk_backward(
@@ -520,12 +593,20 @@ def _write(out: Tensor, y: Tensor, layout: str, out_rows: Tensor | None = None) 
     rows = out_rows.flatten().long()
     if rows.numel() == 0:
         return out
-    # A token without a row repeats the write of another: to drop it would synchronize.
+    values, rows = _writes(tokens, rows, out[0])
+    return out.index_copy_(0, rows, values)
+
+
+def _writes(tokens: Tensor, rows: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
+    """The tokens to write and their rows, without a row -1; row 0 holds `first`.
+
+    A token with row -1 repeats the write of another: to drop it would synchronize.
+    """
     kept = rows != -1
     other, any_kept = kept.int().argmax(), kept.any()
     rows = torch.where(any_kept, torch.where(kept, rows, rows[other]), 0)
     values = torch.where(kept[:, None, None], tokens, tokens[other])
-    return out.index_copy_(0, rows, torch.where(any_kept, values, out[0]))
+    return torch.where(any_kept, values, first), rows
 
 
 def _refuse_grad(name: str, form: str, *tensors: Tensor | None) -> None:
@@ -549,6 +630,7 @@ def register_fallback() -> None:
         _library.impl(f"{name}_", _kernel(in_place), "CompositeExplicitAutograd")
         _library.impl(f"{name}_out", _kernel(form, out=True), "CompositeExplicitAutograd")
     _library.impl("norm_rotate_qk_backward", _backward_kernel, "CompositeExplicitAutograd")
+    _library.impl("rotate_and_cache", _cache_kernel, "CompositeExplicitAutograd")
 
 
 def _kernel(form: Callable[..., Any], *, out: bool = False) -> Callable[..., Any]:
@@ -573,6 +655,16 @@ def _kernel(form: Callable[..., Any], *, out: bool = False) -> Callable[..., Any
         return _with_strides_of(result, inputs[0])
 
     return kernel
+
+
+def _cache_kernel(*args: Any, **norm: Any) -> None:
+    """`rotate_and_cache` with the arguments of its operator's schema."""
+    operator = torch.ops.fused_rope.rotate_and_cache
+    _check(operator, args, norm)
+    names = [argument.name for argument in operator.default._schema.arguments]
+    options = dict(zip(names, args, strict=False))
+    with torch.no_grad():
+        rotate_and_cache(**_one_offset(options), **norm)
 
 
 def _backward_kernel(*args: Any, output_mask: Sequence[bool], **norm: Any) -> tuple[Any, ...]:

@@ -2,6 +2,8 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+
 #include "reference.h"
 
 #if defined(__SSE2__)
@@ -179,6 +181,94 @@ TYPED_TEST(HalfPrecision, RoundsSpecialValues) {
     samples.push_back({nan, static_cast<uint16_t>(nan >> 16 & 0x8000u), true});
   }
   this->expect_narrowed(samples);
+}
+
+// A format of 8 bits, and its finite magnitudes in ascending order: entry i has the bits i.
+template <typename T>
+struct EightBits;
+template <>
+struct EightBits<Float8E4M3> {
+  static constexpr Format kType = {3, -6, 8};
+  static constexpr int kFinite = 0x7f;
+};
+template <>
+struct EightBits<Float8E5M2> {
+  static constexpr Format kType = {2, -14, 15};
+  static constexpr int kFinite = 0x7c;
+};
+
+template <typename T>
+class EightBitFloat : public ::testing::Test {
+ protected:
+  // The bits of the number that is nearest to `value`.
+  static uint8_t nearest(float value) {
+    static const std::vector<double> magnitudes = [] {
+      std::vector<double> all;
+      const Format& type = EightBits<T>::kType;
+      for (int bits = 0; bits < EightBits<T>::kFinite; ++bits) {
+        const int exponent = bits >> type.fraction_bits;
+        const int fraction = bits & ((1 << type.fraction_bits) - 1);
+        const int implicit = exponent == 0 ? 0 : 1 << type.fraction_bits;
+        const int scale = std::max(exponent, 1) - 1 + type.min_exponent - type.fraction_bits;
+        all.push_back(std::ldexp(implicit + fraction, scale));
+      }
+      return all;
+    }();
+    const uint8_t sign = std::signbit(value) ? 0x80 : 0;
+    if (std::isnan(value)) return sign | 0x7f;
+    const double size = std::min<double>(std::abs(value), magnitudes.back());
+    const auto high = std::lower_bound(magnitudes.begin(), magnitudes.end(), size);
+    auto bits = static_cast<uint8_t>(high - magnitudes.begin());
+    if (*high == size) return sign | bits;
+    const double below = size - *(high - 1), above = *high - size;
+    if (below < above || (below == above && bits % 2 == 1)) --bits;
+    return sign | bits;
+  }
+};
+
+using EightBitTypes = ::testing::Types<Float8E4M3, Float8E5M2>;
+TYPED_TEST_SUITE(EightBitFloat, EightBitTypes);
+
+TYPED_TEST(EightBitFloat, RoundsFloat32OfEveryExponent) {
+  constexpr uint64_t kStep = 4099;
+  for (uint64_t bits = 0; bits < uint64_t{1} << 32; bits += kStep) {
+    const float value = float_of(static_cast<uint32_t>(bits));
+    ASSERT_EQ(narrow<TypeParam>(value).bits, this->nearest(value)) << std::hex << bits;
+  }
+}
+
+TYPED_TEST(EightBitFloat, RoundsMidpointsToEven) {
+  // All values of 16 bits include all numbers of 8 bits, their midpoints and neighbors.
+  for (uint32_t bits = 0; bits < 1 << 16; ++bits) {
+    for (const float value : {widen(Float16{static_cast<uint16_t>(bits)}),
+                              widen(BFloat16{static_cast<uint16_t>(bits)})}) {
+      ASSERT_EQ(narrow<TypeParam>(value).bits, this->nearest(value)) << value;
+    }
+  }
+}
+
+TYPED_TEST(EightBitFloat, SaturatesAndKeepsNaN) {
+  using Limits = std::numeric_limits<float>;
+  for (const float value : {Limits::infinity(), Limits::max(), 57344.0f, 61440.0f, 448.0f, 464.0f,
+                            480.0f, Limits::quiet_NaN(), Limits::denorm_min(), 0.0f}) {
+    EXPECT_EQ(narrow<TypeParam>(value).bits, this->nearest(value)) << value;
+    EXPECT_EQ(narrow<TypeParam>(-value).bits, this->nearest(-value)) << -value;
+  }
+}
+
+TEST(Int8, RoundsToNearestEvenAndSaturates) {
+  for (int i = -150; i <= 150; ++i) {
+    for (const float fraction : {0.0f, 0.25f, 0.5f, 0.75f}) {
+      const float value = static_cast<float>(i) + fraction;
+      const float expected = std::clamp(std::nearbyint(value), -128.0f, 127.0f);
+      EXPECT_EQ(narrow<int8_t>(value), static_cast<int8_t>(expected)) << value;
+    }
+  }
+  using Limits = std::numeric_limits<float>;
+  EXPECT_EQ(narrow<int8_t>(Limits::infinity()), 127);
+  EXPECT_EQ(narrow<int8_t>(-Limits::max()), -128);
+  EXPECT_EQ(narrow<int8_t>(Limits::quiet_NaN()), 0);
+  EXPECT_EQ(narrow<int8_t>(Limits::denorm_min()), 0);
 }
 
 TEST(Numeric, VisitPassesTheTypeOfEveryDType) {

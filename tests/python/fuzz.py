@@ -32,11 +32,15 @@ from oracle import (
     bits,
     error_over_bound,
     norm_error_over_bound,
+    quantized,
     shape,
 )
 from torch import Tensor
 
 FORMS = ("rotate", "rotate_", "rotate_qk", "rotate_qk_", "out", "out_qk", "out_rows", "backward")
+FORMS += ("cache",)
+PAIRS = ("rotate_qk", "rotate_qk_", "out_qk", "out_rows", "backward", "cache")
+EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
 GUARD = 16  # elements before and after every tensor; whole vectors, so that alignment is random
 ALIGNMENT = 64  # elements, of every tensor's block of memory: more than any vector
 FAR = 8  # largest offset; tables have as many rows to spare
@@ -141,14 +145,14 @@ class Memory:
 
 def views(memory: Tensor) -> Callable[[View, int], Tensor]:
     """Finds the tensors of a case in bytes where its memory begins at `start`."""
-    typed = {dtype: memory.view(dtype) for dtype in (*DTYPES, *INTEGERS)}
+    typed = {dtype: memory.view(dtype) for dtype in (*DTYPES, *INTEGERS, *EIGHT_BITS)}
     return lambda view, start: typed[view.dtype].as_strided(
         view.size, view.stride, start // view.dtype.itemsize + view.offset
     )
 
 
 def identical(x: Tensor, y: Tensor) -> bool:
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
     return torch.equal(x.contiguous().view(integer), y.contiguous().view(integer))
 
 
@@ -175,7 +179,7 @@ class Case:
         large = is_large(index, device)
         self.memory = Memory(rng, device if large else "cpu")
         self.form = rng.choice(FORMS)
-        self.pair = self.form in ("rotate_qk", "rotate_qk_", "out_qk", "out_rows", "backward")
+        self.pair = self.form in PAIRS
         self.dtype = rng.choice(DTYPES)
         self.layout = rng.choice(LAYOUTS)
         self.D = rng.choice((2, 8, 16, 32, 64, rng.randint(1, 40), rng.randint(1, 140)))
@@ -307,6 +311,21 @@ class Case:
             want = [bits(x, self.cos, self.sin, **kw) for x in gradients or inputs]
             if self.kw["precision"] == "fp32":
                 self.check_bound(gradients or inputs, want, kw)
+        view = self.memory.view
+        if self.form == "cache":
+            stored = self.stored(want)
+            keywords = {**self.kw, **self.norm, **stored}
+            results = [keywords.pop("q'"), stored["k_cache"], stored["v_cache"]]
+            results += [stored[n] for n in ("q_out", "k_out") if n in stored]
+            return Call(
+                self.form,
+                [view(x) for x in inputs],
+                [view(t) for t in self.full],
+                {n: view(v) if isinstance(v, Tensor) else v for n, v in keywords.items()},
+                [],
+                [view(t) for t in results],
+                [w if w is None else view(w) for w in self.weights],
+            )
         to_cache = self.form == "out_rows"
         dense = want[:1] if to_cache else want
         results = inputs if in_place else [self.memory.floats(w.shape, w.dtype) for w in dense]
@@ -315,7 +334,6 @@ class Case:
             results.append(cache)
         for t, w in zip(results, want, strict=True):
             self.memory.expect(t, w)
-        view = self.memory.view
         return Call(
             self.form,
             [view(x) for x in inputs],
@@ -433,6 +451,57 @@ class Case:
         want[slots.flatten()[kept].long()] = rotated[kept]
         return cache, want
 
+    def stored(self, want: list[Tensor]) -> dict[str, Tensor]:
+        """What rotate_and_cache takes apart from q, k and the tables; the memory expects the rest.
+
+        The entry q' is memory for a result that the call allocates.
+        """
+        rng, memory, Hk = self.rng, self.memory, self.H[1]
+        device = want[0].device
+        tokens, page_size = self.B * self.S, rng.randint(1, 5)
+        pages = -(-(tokens + rng.randint(0, 5)) // page_size)
+        slots = torch.tensor(rng.sample(range(pages * page_size), tokens), dtype=torch.int64)
+        slots[[rng.random() < 0.2 for _ in range(tokens)]] = -1
+        one = self.layout == "thd" and rng.random() < 0.5
+        sizes = (tokens,) if one else (self.B, self.S)
+        slots = slots.to(rng.choice(INTEGERS)).view(sizes)
+        found = {"slots": memory.integers(slots), "q'": memory.floats(want[0].shape, self.dtype)}
+        width = rng.choice((self.D, rng.randint(0, 70)))
+        found["v"] = memory.floats(
+            shape(self.layout, self.B, self.S, Hk, width), self.dtype, expand=True
+        )
+        own = rng.random() < 0.4
+        dtype = self.dtype if own else rng.choice(EIGHT_BITS)
+        paged = rng.random() < 0.7
+        for name, x in (("k", want[1]), ("v", found["v"])):
+            rows = (pages, page_size) if paged else (pages * page_size,)
+            cache = memory.floats((*rows, Hk, x.shape[-1]), dtype)
+            scale = None
+            if not own:
+                per_head = rng.random() < 0.5
+                scale = memory.floats((Hk if per_head else 1,), torch.float32, expand=True)
+                found[f"{name}_scale"] = scale = scale if per_head else scale[0]
+            tokens_of_x = as_bshd(x, self.layout).reshape(tokens, Hk, x.shape[-1])
+            if not own:
+                tokens_of_x = quantized(tokens_of_x, scale, dtype)
+            after = cache.clone(memory_format=torch.contiguous_format)
+            flat = after.view(torch.uint8).flatten(0, -3)
+            kept = (slots.flatten() >= 0).to(device)
+            index = slots.flatten().long().to(device)[kept]
+            tokens_of_x = tokens_of_x.clone(memory_format=torch.contiguous_format)
+            flat[index] = tokens_of_x.view(torch.uint8)[kept]
+            memory.expect(cache, after)
+            found[f"{name}_cache"] = cache
+        if rng.random() < 0.5:
+            found["k_out"] = memory.floats(want[1].shape, self.dtype)
+            memory.expect(found["k_out"], want[1])
+        given = "q'"
+        if rng.random() < 0.5:
+            found["q_out"] = memory.floats(want[0].shape, self.dtype)
+            given = "q_out"
+        memory.expect(found[given], want[0])
+        return found
+
 
 # --- drawing and calling -----------------------------------------------------------------------
 
@@ -481,6 +550,15 @@ def perform(call: Call, find: Callable[[View], Tensor]) -> str | None:
     )
     weights = [v if v is None else find(v) for v in call.weights]
     kw = {n: find(v) if isinstance(v, View) else v for n, v in call.kw.items()}
+    if call.form == "cache":
+        kw |= dict(zip(("q_weight", "k_weight"), weights, strict=False))
+        (q, k), (cos, sin) = inputs, tables
+        got = fused_rope.rotate_and_cache(q=q, k=k, cos=cos, sin=sin, **kw)
+        if "q_out" not in kw:
+            find(call.results[0]).copy_(got)
+        elif got is not kw["q_out"]:
+            return "the result is not q_out"
+        return None
     in_place, out = call.form.endswith("_"), call.form.startswith("out")
     results = inputs if in_place else [find(v) for v in call.results]
     if out:

@@ -349,6 +349,29 @@ def norm_error_over_bound(
     return _over_bound(out, want, unit * _magnitude(cos, sin) * norms * largest_factors)
 
 
+# --- 8 bits ------------------------------------------------------------------------------------
+
+
+def quantized(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """x [..., H, D] as a cache stores it: the nearest of all numbers of `dtype`, ties to even."""
+    y = (x.to(torch.float32) / (scale if scale.dim() == 0 else scale[:, None])).double()
+    if dtype == torch.int8:
+        whole = y.nan_to_num(0.0).clamp(-128, 127).floor()
+        above = y.nan_to_num(0.0).clamp(-128, 127) - whole
+        up = (above > 0.5) | ((above == 0.5) & (whole % 2 == 1))
+        return (whole + up).to(dtype)
+    nan = 0x7F
+    numbers = torch.arange(nan, dtype=torch.uint8).view(dtype).double()
+    numbers = numbers[numbers.isfinite()].to(x.device)  # ascending: entry i has the bits i
+    size = y.abs().clamp(max=numbers[-1])
+    high = torch.searchsorted(numbers, size.nan_to_num(0.0).contiguous())
+    low = (high - 1).clamp(min=0)
+    below, above = size - numbers[low], numbers[high] - size
+    code = torch.where((below < above) | ((below == above) & (low % 2 == 0)), low, high)
+    code = torch.where(y.isnan(), nan, code) | torch.where(y.signbit(), 0x80, 0)
+    return code.to(torch.uint8).view(dtype)
+
+
 # --- memory ------------------------------------------------------------------------------------
 
 
@@ -360,7 +383,7 @@ def same(got: Tensor, want: Tensor) -> None:
 
 def identical(got: Tensor, want: Tensor) -> None:
     """Fails unless both are bitwise identical, NaN payloads and signs of zeros included."""
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[got.element_size()]
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[got.element_size()]
     same(got.detach().contiguous().view(integer), want.detach().contiguous().view(integer))
 
 

@@ -25,7 +25,8 @@ INTEGERS = (torch.int32, torch.int64)
 class Case:
     """One call: a form ("", "_", "out" or "backward"), x or q and k, the tables, and keywords.
 
-    With eps among these, it normalizes, and `weights` are as many as there are xs.
+    With eps among these, it normalizes, and `weights` are as many as there are xs. The form "cache"
+    has q, k and v, and the caches and slots are keywords.
     """
 
     def __init__(
@@ -51,6 +52,12 @@ class Case:
             for name, value in self.kw.items()
         }
         weights = [None if w is None else there(w, device) for w in self.weights]
+        if self.form == "cache":
+            q, k, v = xs
+            kw |= dict(zip(("q_weight", "k_weight"), weights, strict=False))
+            written = [kw[n] for n in ("k_cache", "v_cache", "k_out") if n in kw]
+            result = fused_rope.rotate_and_cache(q, k, v, *tables, **kw)
+            return [y.cpu().view(torch.uint8) for y in (whole(result), *map(whole, written))]
         qk = "_qk" * (len(xs) == 2)
         name = "norm_" * ("eps" in kw) + "rotate" + qk
         if self.form == "backward":
@@ -262,13 +269,62 @@ def norms() -> Iterator[Case]:
         yield Case("backward", x, angles(5, sizes[-1] // 2), [draw(sizes[-1])], eps=1e-6)
 
 
+def caches() -> Iterator[Case]:
+    """Storage, element types, widths, pages and strides of caches, k alone stored, norms, rows."""
+    eight = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
+    slots = torch.tensor([[7, -1, 0, 3, 11], [-1, 10, 5, 4, 9]])
+    widths = (
+        (32, 16, 0, 32),
+        (128, 64, 0, 64),
+        (48, 16, 16, 19),
+        (19, 6, 3, 16),
+        (576, 32, 512, 8),
+    )
+    norms: tuple[dict[str, Any], ...] = ({}, dict(eps=1e-6), dict(eps=1e-6, after=True))
+    for dtype, (D, P, o, Dv), pairing, norm in itertools.product(DTYPES, widths, PAIRINGS, norms):
+        for storage in (None, *eight):
+            kw = dict(rotary_offset=o, slots=slots, **pairing, **norm)
+            if storage is not None:
+                kw |= dict(k_scale=torch.tensor(0.03), v_scale=torch.tensor([0.1, 0.02, 3.0]))
+            weights = [draw(D, dtype=dtype), draw(D, dtype=torch.float32)] if norm else []
+            xs = [draw(2, 5, H, n, dtype=dtype) for H, n in ((4, D), (3, D), (3, Dv))]
+            for rows in ((12,), (3, 4), (5, 3)):
+                stored = [draw(*rows, 3, n).to(storage or dtype) for n in (D, Dv)]
+                both = dict(k_cache=stored[0], v_cache=stored[1])
+                yield Case("cache", xs, angles(9, P), weights, **both, **kw)
+            k_out = torch.zeros_like(xs[1])
+            heads_first = [draw(3, 3, 4, n).to(storage or dtype).transpose(1, 2) for n in (D, Dv)]
+            both = dict(k_cache=heads_first[0], v_cache=heads_first[1])
+            index = positions(2, 5, rows=9)
+            yield Case(
+                "cache", xs, angles(9, P), weights, k_out=k_out, positions=index, **both, **kw
+            )
+    for name, dtype in itertools.product(VIEWS, (torch.bfloat16, torch.float32)):
+        xs = [view(name, dtype) for _ in range(3)]
+        for storage in (dtype, torch.float8_e4m3fn):
+            joint = draw(12, 4, 40).to(storage)
+            kw = dict(k_cache=joint[..., :16], v_cache=joint[..., 20:36], slots=slots.int())
+            if storage != dtype:
+                kw |= dict(k_scale=torch.tensor(0.03), v_scale=torch.tensor(0.1))
+            yield Case("cache", xs, angles(5, 8), **kw)
+    packed = [draw(10, H, 16) for H in (3, 2, 2)]
+    cache = [draw(3, 4, 2, 16) for _ in range(2)]
+    kw = dict(k_cache=cache[0], v_cache=cache[1], slots=slots.flatten(), layout="thd")
+    yield Case("cache", packed, angles(20, 8), cu_seqlens=torch.tensor([0, 0, 4, 4, 7]), **kw)
+    yield Case(
+        "cache", packed, angles(20, 8), positions=positions(2, 10, rows=20), axes=[0, 1] * 4, **kw
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda")
     device = parser.parse_args().device
     torch.manual_seed(0)
     count = 0
-    for case in itertools.chain(instances(), forms(), memory(), tables(), rows(), norms()):
+    for case in itertools.chain(
+        instances(), forms(), memory(), tables(), rows(), norms(), caches()
+    ):
         for got, want in zip(case.run(device), case.run("cpu"), strict=True):
             try:
                 same(got, want)

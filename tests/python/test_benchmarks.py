@@ -73,6 +73,8 @@ KEYS = {"case", "variant", "direction", "provider", "metric", "median", "baselin
         ("train", "norm", "backward", 3 * 4 * 4096 * 40 * 128 * 2),
         ("train", "norm", "both", 5 * 4 * 4096 * 40 * 128 * 2),
         ("neox20b", "norm", "in_place", 2 * 4 * 4096 * 128 * 96 * 2),
+        ("decode64", "cache", "forward", 64 * 2 * (32 + 8 + 8) * 128 * 2),
+        ("decode64", "cache_fp8", "forward", 64 * ((2 * 32 + 8 + 8) * 2 + 8 + 8) * 128),
     ],
 )
 def test_bytes_moved(case, variant, direction, expected):
@@ -146,6 +148,9 @@ def target_figures():
         yield from ((name, "norm", "forward", provider) for provider in ("fused_rope", *peers))
     for name in ("train", "prefill", "mid2048"):
         yield from ((name, "norm", "backward", provider) for provider in ("fused_rope", *peers))
+    for words in ("cache", "cache_fp8"):
+        for name in ("call", "decode256", "decode64", "prefill"):
+            yield name, words, "forward", "fused_rope"
 
 
 def test_a_run_for_the_targets_measures_all_that_they_need():
@@ -768,6 +773,45 @@ def test_quick_run_times_norms(tiny):
     assert found >= {(*place, name) for place in places for name in names}
 
 
+@pytest.mark.parametrize("name", ["fused_rope", "two_step"])
+@pytest.mark.parametrize("variant", ["cache", "cache_fp8"])
+def test_caches_are_verified(name, variant):
+    pytest.importorskip("fused_rope")
+    provider, work = providers.PROVIDERS[name](), Work(CASES["tiny"], variant)
+    assert provider.supports(work, "forward") and not provider.supports(work, "backward")
+    trial = Trial(Bench(work, 2, CPU), provider, "forward")
+    trial.verify()
+    assert [len(call()) for call in trial.calls] == [3] * 2
+    if name == "fused_rope":
+        assert operators_of(trial) == ["aten.empty_strided.default"] * 2  # q'
+
+
+class Unstored(providers.FusedRope):
+    """Stores k in place of v."""
+
+    def bind_cache(self, inputs):
+        return super().bind_cache(replace(inputs, cache=replace(inputs.cache, v=inputs.k)))
+
+
+@pytest.mark.parametrize("variant", ["cache", "cache_fp8"])
+def test_a_wrong_cache_is_not_timed(tiny, monkeypatch, variant):
+    pytest.importorskip("fused_rope")
+    monkeypatch.setitem(providers.PROVIDERS, "quack", Unstored)
+    status, content, _ = tiny("--cases", "tiny", "--variants", variant, "--providers", "quack")
+    assert status == 1 and content["rows"] == [] and content["meta"]["refused"]
+
+
+def test_quick_run_times_caches(tiny):
+    pytest.importorskip("fused_rope")
+    names = ["fused_rope", "two_step"]
+    words = ["cache", "cache_fp8"]
+    arguments = ["--cases", "tiny", "call", "--variants", *words, "--providers", *names]
+    status, content, _ = tiny(*arguments)
+    assert status == 0 and content["meta"]["refused"] == []
+    found = {(row["case"], row["variant"], row["provider"]) for row in content["rows"]}
+    assert found == {(c, v, p) for c in ("tiny", "call") for v in words for p in names}
+
+
 def test_sweep_compares_plans(tmp_path, capsys):
     pytest.importorskip("fused_rope")
     out = tmp_path / "sweep.json"
@@ -997,7 +1041,7 @@ def test_decode_chain(chain):
     assert status == 0 and content["meta"]["left_out"] == []
     rows = content["rows"]
     assert all(row.keys() >= KEYS - {"bytes"} and row["variant"] == "plain" for row in rows)
-    ways = ("eager_hf", "fused_copy", "fused_write")
+    ways = ("eager_hf", "fused_copy", "fused_write", "fused_cache", "fused_cache_fp8")
     assert [(r["case"], r["provider"]) for r in rows] == [
         (case, way) for case in ("chain1", "chain3") for way in ways
     ]

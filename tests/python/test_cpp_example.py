@@ -110,7 +110,7 @@ def test_equals_transformers(program: Path, tmp_path: Path) -> None:
     [
         ("rotary_attention", "fused_rope "),
         ("llama_attention", "loss "),
-        ("decode", "keys are in their slots"),
+        ("decode", "keys and values are in their slots"),
     ],
 )
 def test_alone(name: str, printed: str, examples: Path) -> None:

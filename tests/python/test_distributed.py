@@ -315,6 +315,44 @@ def expect_local_norm(mesh: DeviceMesh, placements, cos, sin, **options) -> None
 
 
 @check
+def caches(mesh: DeviceMesh) -> None:
+    """Heads where they are, or whole tensors; nothing that is written can move."""
+    device = mesh.device_type
+    cos, sin = tables(device, M)
+    q, k, v = (torch.randn(B, S, H, D, device=device) for H in (HQ, HK, HK))
+    slots = torch.randperm(B * S, device=device).view(B, S)
+    for dtype in (torch.float32, torch.float8_e4m3fn):
+        scales = {}
+        if dtype != torch.float32:
+            scales = {n: torch.rand(HK, device=device) + 0.01 for n in ("k_scale", "v_scale")}
+        whole = [torch.zeros(4, 8, HK, D, device=device).to(dtype) for _ in range(2)]
+        expected = fused_rope.rotate_and_cache(q, k, v, cos, sin, *whole, slots, eps=1e-6, **scales)
+        for placements in ([Shard(2)], [Replicate()]):
+            xs = [distribute_tensor(x, mesh, placements) for x in (q, k, v)]
+            zeros = [torch.zeros(4, 8, HK, D, device=device).to(dtype) for _ in range(2)]
+            parts = [
+                DTensor.from_local(z.chunk(WORLD, 2)[0].clone(), mesh, placements) for z in zeros
+            ]
+            if placements == [Replicate()]:
+                parts = [DTensor.from_local(z, mesh, placements) for z in zeros]
+            with CommDebugMode() as communication:
+                got = fused_rope.rotate_and_cache(*xs, cos, sin, *parts, slots, eps=1e-6, **scales)
+            assert communication.get_total_counts() == 0
+            assert list(got.placements) == placements
+            expect_same(got, expected)
+            for part, cache in zip(parts, whole, strict=True):
+                mine = cache.chunk(WORLD, 2)[mesh.get_rank()] if placements == [Shard(2)] else cache
+                assert torch.equal(
+                    part.to_local().view(torch.uint8), mine.contiguous().view(torch.uint8)
+                )
+    q = distribute_tensor(q, mesh, [Shard(2)])
+    k, v = (distribute_tensor(x, mesh, [Replicate()]) for x in (k, v))
+    with pytest.raises(RuntimeError, match="all sharded along their heads"):
+        whole = [torch.zeros(32, HK, D, device=device) for _ in range(2)]
+        fused_rope.rotate_and_cache(q, k, v, cos, sin, *whole, slots)
+
+
+@check
 def norms(mesh: DeviceMesh) -> None:
     device = mesh.device_type
     cos, sin = tables(device, M)

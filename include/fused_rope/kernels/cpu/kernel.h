@@ -9,15 +9,16 @@
 
 #include "fused_rope/kernels/cpu/norm.h"
 #include "fused_rope/kernels/cpu/rotate_pairs.h"
+#include "fused_rope/kernels/cpu/store.h"
 #include "fused_rope/kernels/cpu/table_rows.h"
 
 namespace fused_rope::kernels {
 
-// A token whose table row or output row does not exist.
+// A token whose table row, or whose output row or slot, does not exist.
 struct BadRow {
   int64_t b, s;
   int64_t index;
-  bool output;  // a row of out_rows, not of the table
+  bool output;  // an output row or a slot, not a row of the table
 };
 
 // The first token in [begin, end) of the B*S tokens that has a row out of range, if any.
@@ -57,6 +58,7 @@ class TokenRotator {
   TokenRotator(const RotateParams& params, Isa isa)
       : p_(params),
         isa_(params.norm == nullptr ? widest(isa) : isa),
+        store_isa_(isa),
         slots_(slots()),
         table_(params, slots_,
                params.norm == nullptr || HeadNormalizer<T, kPrecision>::has_words(params)),
@@ -87,15 +89,22 @@ class TokenRotator {
   bool interleaved() const { return p_.pairing.distance == 1; }
 
   // Whether the tokens of a head are closer together in memory than the heads of a token.
-  static bool by_head(const TensorParams& t) {
-    return !t.scattered && t.in_strides.s < t.in_strides.h;
+  bool by_head(const TensorParams& t) const {
+    return !t.scattered && !is_cached(t) && t.in_strides.s < t.in_strides.h;
+  }
+
+  // Whether a tensor, k, goes to the cache, token by token.
+  bool is_cached(const TensorParams& t) const {
+    return p_.cache != nullptr && &t == &p_.tensors[1];
   }
 
   // Tokens whose table rows are held: several where heads are rotated token by token.
   int64_t slots() const {
     constexpr int64_t kEntries =
         16384;  // of cos and of sin: 128 KiB of float32, half of a small L2
-    const bool several = !p_.per_head && std::any_of(p_.tensors, p_.tensors + p_.count, by_head);
+    const bool several =
+        !p_.per_head && std::any_of(p_.tensors, p_.tensors + p_.count,
+                                    [this](const TensorParams& t) { return by_head(t); });
     if (!several) return 1;
     return std::clamp<int64_t>(kEntries / std::max<int64_t>(p_.pairing.P, 1), 1, p_.S);
   }
@@ -111,9 +120,27 @@ class TokenRotator {
               t, {input(t, b, s, h), output(t, b, s, h), t.in_strides.s, t.out_strides.s, n, 0, 1});
         }
       } else {
-        for (int64_t slot = 0; slot < n; ++slot) rotate_token(t, b, s + slot, slot);
+        for (int64_t slot = 0; slot < n; ++slot) {
+          rotate_token(t, b, s + slot, slot);
+          if (is_cached(t)) store_token(b, s + slot);
+        }
       }
     }
+  }
+
+  // Stores k, rotated, and v of token (b, s) in its slot of the cache, if it has one.
+  void store_token(int64_t b, int64_t s) const {
+    const int64_t slot = output_row(p_.rows, b, s);
+    if (slot == -1) return;
+    const CacheParams& cache = *p_.cache;
+    const auto store = [&](const CacheTensorParams& to, const T* from, int64_t H, int64_t D,
+                           const Strides& strides) {
+      kernels::store_token<T>(cache, to, {from, H, D, strides.h, strides.d}, slot, store_isa_);
+    };
+    const TensorParams& k = p_.tensors[1];
+    const TensorParams& v = cache.values;
+    store(cache.k, output(k, b, s, 0), k.H, p_.D, k.out_strides);
+    if (v.in != nullptr) store(cache.v, input(v, b, s, 0), v.H, cache.values_D, v.in_strides);
   }
 
   void rotate_token(const TensorParams& t, int64_t b, int64_t s, int64_t slot) {
@@ -249,7 +276,7 @@ class TokenRotator {
   }
 
   const RotateParams& p_;
-  const Isa isa_;
+  const Isa isa_, store_isa_;
   const int64_t slots_;
   TableRows<T, kPrecision> table_;
   std::vector<T> head_;      // a head whose elements are not contiguous
@@ -261,7 +288,16 @@ class TokenRotator {
 // must be in range: call find_bad_row first.
 inline void rotate_tokens(const RotateParams& p, int64_t begin, int64_t end, Isa isa = best_isa()) {
   visit(p, [&]<typename T, Precision kPrecision>() {
-    TokenRotator<T, kPrecision>(p, isa).rotate(begin, end);
+    if (p.cache == nullptr || p.tensors[1].out != nullptr) {
+      return TokenRotator<T, kPrecision>(p, isa).rotate(begin, end);
+    }
+    // Every token of k passes through the same memory on its way to the cache.
+    RotateParams buffered = p;
+    TensorParams& k = buffered.tensors[1];
+    std::vector<T> token(k.H * p.D);
+    k.out = token.data();
+    k.out_strides = {0, 0, p.D, 1};
+    TokenRotator<T, kPrecision>(buffered, isa).rotate(begin, end);
   });
 }
 
