@@ -284,7 +284,8 @@ def table_rows(
     padding = torch.zeros(S, dtype=torch.bool, device=device)
     if cu_seqlens is not None:
         starts = cu_seqlens.long()
-        padding = token >= starts[-1]
+        # Without sequences every token is padding.
+        padding = token >= (starts[-1] if starts.shape[0] > 1 else 0)
         sequence = torch.searchsorted(starts[1:-1], token, right=True)
         token = token - starts[sequence]
     if isinstance(offset, Tensor):

@@ -240,7 +240,8 @@ class Case:
         sequences = B
         if self.layout == "thd" and rng.random() < 0.5:
             ends = sorted(rng.randint(0, S) for _ in range(rng.randint(0, 4)))
-            kw["cu_seqlens"] = self.integers([0, *ends])
+            start = 0 if ends else rng.randint(0, S)  # of no sequence
+            kw["cu_seqlens"] = self.integers([start, *ends])
             sequences = len(ends)
         shift = 0
         offset = rng.choice(("none", "int", "tensor"))
