@@ -356,8 +356,9 @@ def table_rows(
     token = torch.arange(S, device=device)
     padding = torch.zeros(S, dtype=torch.bool, device=device)
     if cu_seqlens is not None:
-        starts = cu_seqlens.long()
-        padding = token >= starts[-1]
+        starts = cu_seqlens.long().contiguous()
+        # Without sequences every token is padding.
+        padding = token >= (starts[-1] if starts.shape[0] > 1 else 0)
         sequence = torch.searchsorted(starts[1:-1], token, right=True)
         token = token - starts[sequence]
     if isinstance(offset, Tensor):

@@ -287,11 +287,11 @@ class Call {
       p_.axes = axes_.data();
     }
     if (p_.B == 1 && !chance(3)) {
-      rows.N = 1 + random_.below(chance(2) ? 4 : 90);
+      rows.N = random_.below(chance(2) ? 5 : 91);
       std::vector<int64_t> starts(rows.N + 1);
       for (int64_t& start : starts) start = random_.below(p_.S + 1);
       std::sort(starts.begin(), starts.end());
-      starts[0] = 0;
+      if (rows.N > 0) starts[0] = 0;
       rows.cu_seqlens = integers(starts);
       rows.cu_seqlens_stride = 1;
     }

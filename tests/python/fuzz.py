@@ -244,7 +244,8 @@ class Case:
         sequences = B
         if self.layout == "thd" and rng.random() < 0.5:
             ends = sorted(rng.randint(0, S) for _ in range(rng.randint(0, 4)))
-            kw["cu_seqlens"] = self.integers([0, *ends])
+            start = 0 if ends else rng.randint(0, S)  # of no sequence
+            kw["cu_seqlens"] = self.integers([start, *ends])
             sequences = len(ends)
         shift = 0
         offset = rng.choice(("none", "int", "tensor"))
@@ -408,7 +409,9 @@ class Case:
         """Fails unless they are within float32 rounding of what their sums are made of."""
         double = self.dtype == torch.float64
         unit = 64 * torch.finfo(torch.float64 if double else torch.float32).eps
-        factor = max([1.0] + [float(w.abs().max()) + 1 for w in self.weights if w is not None])
+        factor = max(
+            [1.0] + [float(w.detach().abs().max()) + 1 for w in self.weights if w is not None]
+        )
         table = max([1.0] + [float(t.abs().max()) for t in (self.cos, self.sin) if t.numel()])
         for i, (got, want) in enumerate(zip(found, exact, strict=True)):
             if got.numel() == 0 or xs[0].numel() == 0 or xs[1].numel() == 0:

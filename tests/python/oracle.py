@@ -88,7 +88,7 @@ def token_rows(
     sequence = None
     if cu_seqlens is not None:
         cu = cu_seqlens.long()
-        copied = (token >= cu[-1]).expand(1, 1, S)
+        copied = (token >= cu[-1] if len(cu) > 1 else token >= 0).expand(1, 1, S)
         # The last sequence that starts at or before the token, so not an empty one.
         sequence = (cu[:-1, None] <= token).sum(0).sub(1).clamp(min=0)
         position = (token - cu[sequence]).expand(1, 1, S)

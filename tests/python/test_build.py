@@ -34,6 +34,15 @@ def test_facts():
         assert _build.WITH_CUDA, "a GPU is there, but the library was built without CUDA"
 
 
+def test_headers_find_each_other():
+    """The installed ones include no header that is not installed."""
+    root = FOLDER / "include"
+    headers = [p for p in root.rglob("*") if p.suffix in (".h", ".cuh")]
+    included = {x for p in headers for x in re.findall(r'#include "(.+)"', p.read_text())}
+    assert included
+    assert not [x for x in included if not (root / x).is_file()]
+
+
 @pytest.mark.parametrize("call", ["rotate(x, *table)", "cos_sin_table(x[0, 0, 0], 4096)"])
 def test_threads(call):
     """The CPU's loops are spread over torch's threads; without OpenMP they silently are not."""

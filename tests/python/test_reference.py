@@ -16,7 +16,7 @@ def tensor(layout, D, dtype, device):
 
 
 ROWS = ["none", "offset", "positions", "positions [S]", "axes", "axes of one sequence"]
-PACKED_ROWS = ["packed", "packed, lengths", "packed, positions"]
+PACKED_ROWS = ["packed", "no sequence", "packed, lengths", "packed, positions"]
 LAYOUT_ROWS = [(x, n) for x in LAYOUTS for n in ROWS]
 LAYOUT_ROWS += [("thd", n) for n in PACKED_ROWS]
 LAYOUT_ROWS += [(x, n) for x in LAYOUTS if x != "thd" for n in ("lengths", "lengths, axes")]
@@ -39,6 +39,7 @@ def row_choice(layout, name, device):
         "axes": {"positions": three, "axes": axes, "offset": 1},
         "axes of one sequence": {"positions": three[:, 0], "axes": axes},
         "packed": {"cu_seqlens": cu},
+        "no sequence": {"cu_seqlens": cu[1:2]},
         "packed, lengths": {"cu_seqlens": cu, "offset": past},
         "packed, positions": {"cu_seqlens": cu, "offset": past, "positions": each[0]},
         "lengths": {"offset": lengths},

@@ -154,6 +154,18 @@ def test_packed_sequences(case, lengths, padding, itype, device):
     identical(fused_rope.rotate(q, cos, sin, **kw)[T - padding :], q[T - padding :])
 
 
+@pytest.mark.parametrize("start", [0, 3, 99])
+@pytest.mark.parametrize("D", [32, 10, 9])
+@pytest.mark.parametrize("itype", INTEGERS, ids=str)
+def test_without_sequences_all_tokens_are_padding(start, D, itype, device):
+    """Wherever the first sequence would start."""
+    q, k = (any_bits((6, heads, D), torch.bfloat16, device) for heads in (4, 1))
+    cos, sin = angles(7, D // 2, device)
+    kw = dict(layout="thd", cu_seqlens=torch.tensor([start], dtype=itype, device=device))
+    for x, got in zip((q, k), fused_rope.rotate_qk(q, k, cos, sin, **kw), strict=True):
+        identical(got, x)
+
+
 def test_packed_sequences_equal_separate_calls(device):
     lengths = [3, 5, 1]
     parts = [tensor("thd", 1, n, 2, 16, torch.float32, device) for n in lengths]

@@ -47,6 +47,8 @@ inline __half2 __floats2half2_rn(float x, float y) {
 }
 inline uint16_t __half_as_ushort(fused_rope::kernels::Float16 x) { return x.bits; }
 
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+
 namespace fused_rope::kernels {
 
 // As much as a block of sm_90 can have.
@@ -71,6 +73,7 @@ template <typename V>
 V from_other_lane(V value, uint32_t mask) {
   return emulation::block.exchange(value, emulation::block.lane() ^ mask);
 }
+inline uint32_t ballot(bool vote) { return emulation::block.ballot(vote); }
 inline void sync_warp() { emulation::block.wait_for_warp(); }
 inline void sync_block() {
   asm volatile("" ::: "memory");  // accesses of shared memory have different types

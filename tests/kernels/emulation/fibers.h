@@ -62,15 +62,17 @@ class Block {
   // The value of another thread of the warp.
   template <typename V>
   V exchange(V value, unsigned lane) {
-    // Two buffers: whoever writes one again has met all who read it.
-    Fiber& self = *fibers_[current_];
-    Warp& of_self = warp();
-    unsigned char (*slots)[8] = of_self.slots[self.exchanges++ % 2];
-    std::memcpy(slots[current_ % kWarpSize], &value, sizeof(V));
-    wait(of_self.barrier);
     V other;
-    std::memcpy(&other, slots[lane], sizeof(V));
+    std::memcpy(&other, share(value)[lane], sizeof(V));
     return other;
+  }
+
+  // One bit for each thread of the warp.
+  uint32_t ballot(bool vote) {
+    const Slot* slots = share(vote);
+    uint32_t votes = 0;
+    for (unsigned i = 0; i < kWarpSize; ++i) votes |= uint32_t{slots[i][0]} << i;
+    return votes;
   }
 
   unsigned lane() const { return current_ % kWarpSize; }
@@ -87,13 +89,26 @@ class Block {
     ucontext_t context;
     std::unique_ptr<char[]> stack = std::make_unique<char[]>(kStackBytes);
   };
+  using Slot = unsigned char[8];
   struct Warp {
     Barrier barrier;
-    unsigned char slots[2][kWarpSize][8];
+    Slot slots[2][kWarpSize];
   };
   static constexpr size_t kStackBytes = size_t{1} << 18;
 
   Warp& warp() { return warps_[current_ / kWarpSize]; }
+
+  // The values of all threads of the warp.
+  template <typename V>
+  const Slot* share(V value) {
+    // Two buffers: whoever writes one again has met all who read it.
+    Fiber& self = *fibers_[current_];
+    Warp& of_self = warp();
+    Slot* slots = of_self.slots[self.exchanges++ % 2];
+    std::memcpy(slots[current_ % kWarpSize], &value, sizeof(V));
+    wait(of_self.barrier);
+    return slots;
+  }
 
   // setjmp and longjmp switch without the system call that swapcontext makes.
   void resume(Fiber& fiber) {

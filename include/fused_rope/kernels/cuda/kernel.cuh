@@ -2,6 +2,7 @@
 #pragma once
 
 #include "fused_rope/kernels/cuda/kernel_params.cuh"
+#include "fused_rope/kernels/cuda/sequence_search.cuh"
 #include "fused_rope/kernels/normalization.h"
 
 // Fails as PyTorch's own indexing does: "device-side assert triggered", also with NDEBUG.

@@ -26,8 +26,16 @@ struct NoAxes {
   explicit NoAxes(const RotateParams&) {}
 };
 
+// A warp searches for the sequence of its token.
+struct NoAxesOfSequences : NoAxes {
+  static constexpr bool kSharesWarps = true;
+  using NoAxes::NoAxes;
+};
+
 template <RowLookup kLookup>
-using AxesOf = std::conditional_t<has_axes(kLookup), PairAxes, NoAxes>;
+using AxesOf = std::conditional_t<
+    has_axes(kLookup), PairAxes,
+    std::conditional_t<kLookup == RowLookup::kPacked, NoAxesOfSequences, NoAxes>>;
 
 // The address of a tile's first head.
 inline const char* tile_start(const void* data, const ByteStrides& strides, const Tile& tile) {

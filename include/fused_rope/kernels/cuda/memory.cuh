@@ -156,6 +156,9 @@ __device__ __forceinline__ void wait_for_copies() {
 #if defined(__CUDACC__)  // the tests' emulation on the host has its own
 constexpr unsigned kAllLanes = 0xffffffffu;
 
+// Whether the threads of a warp exchange values.
+constexpr bool together = true;
+
 template <typename Int>
 __device__ __forceinline__ Int from_lane(Int value, uint32_t lane) {
   return __shfl_sync(kAllLanes, value, static_cast<int>(lane));
@@ -167,6 +170,9 @@ template <typename V>
 __device__ __forceinline__ V from_other_lane(V value, uint32_t mask) {
   return __shfl_xor_sync(kAllLanes, value, static_cast<int>(mask));
 }
+
+// One bit for each lane. All lanes of the warp must call it.
+__device__ __forceinline__ uint32_t ballot(bool vote) { return __ballot_sync(kAllLanes, vote); }
 
 __device__ __forceinline__ void sync_warp() { __syncwarp(); }
 __device__ __forceinline__ void sync_block() { __syncthreads(); }
