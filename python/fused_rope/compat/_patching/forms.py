@@ -53,6 +53,7 @@ class Form:
         width: of the tables. "tiled", "repeated" and "blocks" are full-width tables of which the
             adapter reads one half and the model both; with "half" and "first" both read the same.
         exact: False if results may differ by a rounding: PyTorch may contract complex products.
+        inexact: further checks, whose results may differ by a rounding.
         order: the permutation between both results, if they order elements differently.
         device: where it can be checked.
     """
@@ -63,6 +64,7 @@ class Form:
     checks: tuple[check.Check, ...]
     width: str = "tiled"
     exact: bool = True
+    inexact: tuple[check.Check, ...] = ()
     order: Order | None = None
     device: str = "cpu"
 
@@ -82,14 +84,19 @@ class Form:
 
     @cached_property
     def parameters(self) -> list[inspect.Parameter]:
-        """The adapter's parameters without `precision` and `norm`."""
+        """The adapter's parameters without its options, which are keyword-only."""
         found = inspect.signature(self.adapter).parameters.values()
-        return [parameter for parameter in found if parameter.name not in ("precision", "norm")]
+        return [p for p in found if p.kind is not inspect.Parameter.KEYWORD_ONLY]
 
     @cached_property
     def normalizes(self) -> bool:
         """Whether the adapter takes a norm."""
         return "norm" in inspect.signature(self.adapter).parameters
+
+    @cached_property
+    def joins(self) -> bool:
+        """Whether the adapter takes a part of a joint sequence."""
+        return "span" in inspect.signature(self.adapter).parameters
 
     def fit(self, original: Callable[..., Any]) -> Adapter | None:
         """The adapter that can replace `original`, or None."""
@@ -141,7 +148,8 @@ class Form:
         dtype: torch.dtype,
         table_dtype: torch.dtype,
     ) -> bool:
-        for number, make in enumerate(self.checks):
+        for number, make in enumerate((*self.checks, *self.inexact)):
+            exact = self.exact and number < len(self.checks)
             arguments = list(make(check.Draw(dtype, table_dtype, self.device)))
             if ignored is None:
                 calls = [arguments]
@@ -156,22 +164,23 @@ class Form:
                 continue
             # A function that ignores its position_ids takes any; one that gathers fails for some.
             others = [_result(original, call) for call in calls[1:]]
-            if not all(a is not None and self._same(a, ours) for a in (theirs, *others)):
+            if not all(a is not None and self._same(a, ours, exact) for a in (theirs, *others)):
                 return False
         return True
 
-    def _same(self, theirs: tuple[Any, ...], ours: tuple[Any, ...]) -> bool:
+    def _same(self, theirs: tuple[Any, ...], ours: tuple[Any, ...], exact: bool) -> bool:
         if len(theirs) != len(ours) or not all(isinstance(t, Tensor) for t in theirs):
             return False
         if self.order is not None:
             ours = tuple(map(self.order.theirs, ours))
-        return all(self._equal(a.to(b.dtype), b) for a, b in zip(theirs, ours, strict=True))
+        return all(_equal(a.to(b.dtype), b, exact) for a, b in zip(theirs, ours, strict=True))
 
-    def _equal(self, theirs: Tensor, ours: Tensor) -> bool:
-        if self.exact:
-            return torch.equal(theirs, ours)
-        eps = 2 * torch.finfo(ours.dtype).eps
-        return theirs.shape == ours.shape and torch.allclose(theirs, ours, rtol=eps, atol=eps)
+
+def _equal(theirs: Tensor, ours: Tensor, exact: bool) -> bool:
+    if exact:
+        return torch.equal(theirs, ours)
+    eps = 2 * torch.finfo(ours.dtype).eps
+    return theirs.shape == ours.shape and torch.allclose(theirs, ours, rtol=eps, atol=eps)
 
 
 def _without_position_ids(adapter: Adapter, index: int) -> Adapter:

@@ -7,6 +7,7 @@ import warnings
 import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -18,7 +19,10 @@ from .forms import TABLES, Form, signature
 from .replacements import MARK, Replacement, Report, Site
 from .style import Adapter, RealTableError
 
-__all__ = ["Function", "Rotation", "VerifiedTables", "all_equal", "verified"]
+__all__ = ["Function", "Rotation", "VerifiedTables", "all_equal", "rotation_of", "verified"]
+
+
+_ROTATION = "_fused_rope_rotation"  # the attribute of our functions that holds their Rotation
 
 
 class Rotation:
@@ -78,12 +82,20 @@ class Rotation:
             ours.__name__ = owner.site.name
         else:
             functools.update_wrapper(ours, original)
+        setattr(ours, _ROTATION, self)
         return ours
 
     def normalized(
-        self, norm: rms_norms.Norm, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        norm: rms_norms.Norm,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        **options: Any,
     ) -> Any | None:
-        """The results of a call whose tensors are normalized too; None if it is not covered."""
+        """The results of a call whose tensors are normalized too; None if it is not covered.
+
+        `options` are further ones of the adapter.
+        """
         if not (self.owner.active and self.form.normalizes) or (norm.after and self.form.order):
             return None
         if torch.compiler.is_compiling():
@@ -93,7 +105,7 @@ class Rotation:
             return None
         try:
             precision = self.owner.options.precision
-            return self._adapter(*args, precision=precision, norm=norm, **kwargs)
+            return self._adapter(*args, precision=precision, norm=norm, **kwargs, **options)
         except (TypeError, ValueError):  # raised before any memory is touched
             return None
 
@@ -105,12 +117,13 @@ class Rotation:
         first, last = self.first, self.last
         return (first < last <= len(args) and known(args[first:last])) or self._verify(args, kwargs)
 
-    def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The given arguments of a call by name."""
         return {**dict(zip(self.names, args, strict=False)), **kwargs}
 
     def _assert_halves_equal(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Adds the comparison to a graph, which cannot branch on it."""
-        for read, unread in self.form.halves(self._arguments(args, kwargs)):
+        for read, unread in self.form.halves(self.arguments(args, kwargs)):
             torch._assert_async((read == unread).all(), self.mismatch)
 
     def _fall_back(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -126,7 +139,7 @@ class Rotation:
         synchronization per forward, and none if the rotary module marks its tables as verified.
         """
         try:
-            arguments = self._arguments(args, kwargs)
+            arguments = self.arguments(args, kwargs)
             tables, known = self.form.tables(arguments), verified[self.form.width_of(arguments)]
             if known.contains(tables):
                 return True
@@ -151,6 +164,13 @@ class Rotation:
                 f"fused_rope: the model uses its own rotary function again: {self.mismatch}",
                 stacklevel=4,
             )
+
+
+def rotation_of(function: Any) -> Rotation | None:
+    """The Rotation whose function it is, or None."""
+    found = vars(function).get(_ROTATION) if isinstance(function, FunctionType) else None
+    # A wrapper copies the attributes of what it wraps, so the attribute alone is not enough.
+    return found if found is not None and found.ours is function else None
 
 
 class Function(Replacement):

@@ -125,6 +125,9 @@ class _Models:
     def __init__(self) -> None:
         self._counts: dict[int, tuple[Callable[[], torch.nn.Module | None], int]] = {}
 
+    def __contains__(self, model: torch.nn.Module) -> bool:
+        return self._counts.get(id(model), (lambda: None, 0))[0]() is model
+
     def __len__(self) -> int:
         self._drop_dead()
         return sum(count for _, count in self._counts.values())

@@ -49,14 +49,14 @@ class Style:
         positions: Tensor | None = None,
         blocks: int = 1,
         norm: Norm | None = None,
+        offset: int = 0,
+        out: Tensor | None = None,
     ) -> Tensor:
         """`functional.rotate` in this style, or `norm_rotate`."""
         options = self._options(x, cos, precision, layout, blocks)
-        name, tensors = "rotate", (x, cos, sin)
-        if norm is not None:
-            name, tensors, options = _with_norm(name, tensors, options, norm)
-        rotated: Tensor = functional.call(name, tensors, positions, 0, None, options)
-        return rotated
+        outs = () if out is None else (out,)
+        rotated: Tensor = _call("rotate", (x, cos, sin), positions, offset, options, norm, outs)
+        return rotated if out is None else out
 
     def rotate_qk(
         self,
@@ -68,14 +68,14 @@ class Style:
         layout: str,
         positions: Tensor | None = None,
         norm: Norm | None = None,
+        offset: int = 0,
+        out: Pair | None = None,
     ) -> Pair:
         """`functional.rotate_qk` in this style, or `norm_rotate_qk`."""
         options = self._options(q, cos, precision, layout)
-        name, tensors = "rotate_qk", (q, k, cos, sin)
-        if norm is not None:
-            name, tensors, options = _with_norm(name, tensors, options, norm)
-        rotated: Pair = functional.call(name, tensors, positions, 0, None, options)
-        return rotated
+        tensors = (q, k, cos, sin)
+        rotated: Pair = _call("rotate_qk", tensors, positions, offset, options, norm, out or ())
+        return rotated if out is None else out
 
     @cached_property
     def table_layout(self) -> str:
@@ -105,11 +105,22 @@ class Style:
         )
 
 
-def _with_norm(
-    name: str, tensors: tuple[Any, ...], options: tuple[Any, ...], norm: Norm
-) -> tuple[str, tuple[Any, ...], tuple[Any, ...]]:
-    """The same call of the operator that normalizes, too."""
-    return f"norm_{name}", (*tensors, *norm.weights), (*options, *norm.options)
+def _call(
+    name: str,
+    tensors: tuple[Tensor, ...],
+    positions: Tensor | None,
+    offset: int,
+    options: tuple[Any, ...],
+    norm: Norm | None,
+    outs: tuple[Tensor, ...],
+) -> Any:
+    """The operator `name`, or the one that normalizes too, or writes to `outs`."""
+    weights: tuple[Tensor | None, ...] = ()
+    if norm is not None:
+        name, weights, options = f"norm_{name}", norm.weights, (*options, *norm.options)
+    if outs:
+        name = f"{name}_out"
+    return functional.call(name, (*tensors, *outs, *weights), positions, offset, None, options)
 
 
 class RealTableError(TypeError):

@@ -18,7 +18,7 @@ from ...types import Compiled, Precision
 from .._patching import functions, replacements
 from .._patching import norms as rms_norms
 from .._patching.forms import Form, split
-from .._patching.functions import Function, verified
+from .._patching.functions import Function, rotation_of, verified
 from .._patching.replacements import MARK, Replacement, Report, Site
 from .forms import find_form
 from .rewriting import Calls, Rewritten, norm_classes, rewrite
@@ -163,10 +163,10 @@ class _Attention(Replacement):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any | None:
-        replacement = None if norm is None else replacements.replacement_of(function)
-        if norm is None or not isinstance(replacement, Function):
+        rotation = rotation_of(function)
+        if norm is None or rotation is None:
             return None
-        return replacement.rotation.normalized(norm, args, kwargs)
+        return rotation.normalized(norm, args, kwargs)
 
 
 def _width(pair: Any) -> str | None:
