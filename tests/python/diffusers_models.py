@@ -160,7 +160,7 @@ def ltx2(draw: Draw) -> dict[str, Any]:
 
 def hidream(draw: Draw) -> dict[str, Any]:
     return {
-        "hidden_states": draw(B, 4, 32, 32),
+        "hidden_states": draw(B, 4, 8, 8),
         "encoder_hidden_states_t5": draw(B, 8, 8),
         "encoder_hidden_states_llama3": draw(B, B, 8, 4),
         "pooled_embeds": draw(B, 8),
@@ -370,7 +370,7 @@ HIDREAM = {
     "num_routed_experts": 2,
     "num_activated_experts": 2,
     "axes_dims_rope": (4, 2, 2),
-    "max_resolution": (32, 32),
+    "max_resolution": (8, 8),
     "llama_layers": (0, 1),
     "force_inference_output": True,
 }

@@ -49,6 +49,8 @@ class Rotation:
         self.last = self.first + sum(tables)
         self.mismatch = f"{key}: the halves of its tables differ, unlike form {form.name!r}"
         self.warned = False
+        # Dynamo cannot trace the first read of a cached property.
+        self.normalizes, self.joins = form.normalizes, form.joins
         self._adapter = adapter
         self.ours = self._make(adapter)
 
@@ -96,7 +98,7 @@ class Rotation:
 
         `options` are further ones of the adapter.
         """
-        if not (self.owner.active and self.form.normalizes) or (norm.after and self.form.order):
+        if not (self.owner.active and self.normalizes) or (norm.after and self.form.order):
             return None
         if torch.compiler.is_compiling():
             if self.form.unread:

@@ -147,7 +147,7 @@ def _spans(
     if len(xs[0].parts) == 1:
         return [{}]
     arguments = rotation.arguments((xs, *args), kwargs)
-    if not rotation.form.joins or arguments.get("sequence_dim", 2) != xs[0].dim:
+    if not rotation.joins or arguments.get("sequence_dim", 2) != xs[0].dim:
         return None
     lengths = [[part.shape[x.dim] for part, _ in x.parts] for x in xs]
     shapes = [{part.shape[: x.dim] + part.shape[x.dim + 1 :] for part, _ in x.parts} for x in xs]

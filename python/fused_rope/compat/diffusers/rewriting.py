@@ -139,8 +139,9 @@ class _Norms:
                 ):
                     xs.append(second)
                     rest.pop(0)
-                made.append(self._rotate(statement, xs))
                 waiting -= set(xs)
+                made += self._normalize(_used(statement) & waiting, waiting, statement)
+                made.append(self._rotate(statement, xs))
             else:
                 made += self._other(statement, waiting)
         return made
