@@ -101,7 +101,7 @@ def patch(
                 found = _find(sites, options)
                 replacements.install(found, part)
                 done.append(part)
-                _merge(report, replacements.describe(found))
+                _merge(report, _described(found, part))
         except BaseException:
             for part in done:
                 replacements.undo(part, _belongs_to(part))
@@ -205,6 +205,24 @@ def _models(operator: str, model: Any) -> list[torch.nn.Module | None]:
         f"{operator}: expected a model or pipeline of diffusers or None, got {got}: pass an "
         "instance, such as that of from_pretrained"
     )
+
+
+def _described(found: Mapping[Site, Replacement | str], model: torch.nn.Module | None) -> Report:
+    """The report; norms of the model that the operator does not know are left alone in it."""
+    report = replacements.describe(found)
+    layers = [] if model is None else list(model.modules())
+    for site, entry in found.items():
+        if not (isinstance(entry, Processor) and site.key in report.norms and layers):
+            continue
+        owner = site.owner
+        assert isinstance(owner, type)
+        using = [layer for layer in layers if isinstance(vars(layer).get("processor"), owner)]
+        norms = [getattr(layer, name, None) for layer in using for name in entry.norms]
+        if using and not any(map(rms_norms.kind_of, norms)):
+            names = sorted({type(norm).__name__ for norm in norms if norm is not None})
+            del report.norms[site.key]
+            report.left_alone[site.key] = f"its norms are not known: {', '.join(names) or 'none'}"
+    return report
 
 
 def _merge(report: Report, other: Report) -> None:
