@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
 from types import FunctionType, ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -33,8 +33,16 @@ _NORM = re.compile("norm")
 _OTHERS = re.compile(r"(builtins|torch|transformers|accelerate|peft)(\.|$)")
 
 
+class Pipeline(Protocol):
+    """A pipeline of diffusers."""
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """Its models, schedulers and tokenizers by name."""
+
+
 def patch(
-    model: Any = None,
+    model: torch.nn.Module | Pipeline | None = None,
     *,
     precision: Precision = "model",
     compiled: Compiled | None = None,
@@ -109,7 +117,7 @@ def patch(
     return report
 
 
-def unpatch(model: Any = None) -> Report:
+def unpatch(model: torch.nn.Module | Pipeline | None = None) -> Report:
     """Undoes one `patch` of a model or pipeline; the last one restores the original functions.
 
     Args:
@@ -137,7 +145,7 @@ def unpatch(model: Any = None) -> Report:
 
 
 @contextmanager
-def patched(model: Any = None, **options: Any) -> Iterator[Report]:
+def patched(model: torch.nn.Module | Pipeline | None = None, **options: Any) -> Iterator[Report]:
     """Patches a model or pipeline inside a `with` statement.
 
     Args:
@@ -168,7 +176,7 @@ def patched(model: Any = None, **options: Any) -> Iterator[Report]:
             unpatch(model)
 
 
-def is_patched(model: Any = None) -> bool:
+def is_patched(model: torch.nn.Module | Pipeline | None = None) -> bool:
     """Whether a model, or one of a pipeline's, rotates with the operator now.
 
     Args:
