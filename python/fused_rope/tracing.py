@@ -15,6 +15,8 @@ __all__ = [
     "fake_mode_of",
     "in_dynamo",
     "is_capturing",
+    "is_recorded",
+    "is_recording",
     "is_strictly_fake",
     "is_traced",
     "outside_modes",
@@ -57,6 +59,27 @@ def is_traced(q: Tensor) -> bool:
 def is_capturing(device: torch.device) -> bool:
     """Whether a CUDA graph is being captured: memory must not be kept, and values not read."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def is_recording() -> bool:
+    """Whether a tracer records operators, or tensors are fake; modes that only observe are not."""
+    keys = torch._C._TorchDispatchModeKey
+    return (
+        torch._C._is_tracing()
+        or torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch)
+        or (
+            torch._C._len_torch_dispatch_stack() > 0
+            and any(
+                torch._C._get_dispatch_mode(key) is not None
+                for key in (keys.FAKE, keys.PROXY, keys.FUNCTIONAL)
+            )
+        )
+    )
+
+
+def is_recorded(device: torch.device) -> bool:
+    """Whether calls on the device are captured, traced or fake, so that no value can be read."""
+    return is_recording() or is_capturing(device)
 
 
 def is_strictly_fake(q: Tensor) -> bool:

@@ -18,8 +18,8 @@ from test_aoti import skip_where_no_package_loads
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples" / "cpp"
-# Tables that tests/python/test_transformers*.py compare with the installed transformers.
-GENERATED = ("docs/transformers.md", "docs/from_config.md")
+# Tables that other tests compare with the installed transformers and diffusers.
+GENERATED = ("docs/transformers.md", "docs/from_config.md", "docs/diffusers.md")
 PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/NOTES.md"]
 PAGES += sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/**/*.md"))
 PAGES = [page for page in PAGES if page not in GENERATED]

@@ -164,9 +164,10 @@ def test_patched(llama):
 
 
 def test_patch_declines_devices_without_kernels(llama, monkeypatch):
-    from fused_rope.compat.transformers import is_patched, patched, patching
+    from fused_rope.compat._patching import replacements
+    from fused_rope.compat.transformers import is_patched, patched
 
-    monkeypatch.setattr(patching, "has_kernels", lambda device: device != "CPU")
+    monkeypatch.setattr(replacements, "has_kernels", lambda device: device != "CPU")
     with patched(llama) as report:
         assert not report.patched and not is_patched(llama)
         (reason,) = report.left_alone.values()

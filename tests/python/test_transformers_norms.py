@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 transformers = pytest.importorskip("transformers")
 
 from fused_rope import functional  # noqa: E402
-from fused_rope.compat.transformers import is_patched, norms, patch, patching, unpatch  # noqa: E402
+from fused_rope.compat._patching import functions, norms, replacements  # noqa: E402
+from fused_rope.compat.transformers import is_patched, patch, patching, unpatch  # noqa: E402
 from fused_rope.compat.transformers.coverage import norm_entries  # noqa: E402
 from fused_rope.compat.transformers.rewriting import Calls, rewrite  # noqa: E402
 from transformers_models import CASES, MOE, Case, causal  # noqa: E402
@@ -80,7 +81,7 @@ class Count(TorchDispatchMode):
 def untouched():
     """Every test leaves the families as they were."""
     yield
-    for entry in list(patching._replacements.values()):
+    for entry in list(replacements.current.values()):
         entry.remove()
 
 
@@ -158,7 +159,7 @@ def test_a_norm_that_waits_is_bitwise_the_original(name, monkeypatch):
     def refuse(self, norm, args, kwargs):
         waited.append(norm)
 
-    monkeypatch.setattr(patching._Function, "normalized", refuse)
+    monkeypatch.setattr(functions.Rotation, "normalized", refuse)
     patch(model, norms="fused")
     got, got_grads, _ = run(model, arguments)
     assert waited

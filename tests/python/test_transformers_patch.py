@@ -16,6 +16,7 @@ from oracle import same
 
 transformers = pytest.importorskip("transformers")
 
+from fused_rope.compat._patching import functions, replacements  # noqa: E402
 from fused_rope.compat.transformers import patch, patching, unpatch  # noqa: E402
 from test_transformers import build, modeling  # noqa: E402
 
@@ -45,9 +46,9 @@ class Attention(torch.nn.Module):
 @pytest.fixture(autouse=True)
 def untouched():
     """Every test begins with nothing patched and leaves the family as it was."""
-    patching._retired.clear()
+    replacements.retired.clear()
     yield
-    for entry in list(patching._replacements.values()):
+    for entry in list(replacements.current.values()):
         entry.remove()
     assert llama.apply_rotary_pos_emb is ORIGINAL
     assert llama.LlamaRotaryEmbedding.forward is FORWARD
@@ -171,7 +172,7 @@ def test_nothing_is_replaced_when_patch_fails(error, remote, monkeypatch):
     module, model = remote()
     module.apply_rotary_pos_emb_vision = module.apply_rotary_pos_emb
     before = dict(vars(module))
-    install = patching._Replacement.install
+    install = replacements.Replacement.install
 
     def second_fails(self):
         if module.apply_rotary_pos_emb is not before["apply_rotary_pos_emb"]:
@@ -180,10 +181,10 @@ def test_nothing_is_replaced_when_patch_fails(error, remote, monkeypatch):
 
     monkeypatch.setattr(patching, "find_form", lambda name, f: find("apply_rotary_pos_emb", f))
     find = importlib.import_module("fused_rope.compat.transformers.forms").find_form
-    monkeypatch.setattr(patching._Replacement, "install", second_fails)
+    monkeypatch.setattr(replacements.Replacement, "install", second_fails)
     with pytest.raises(error):
         patch(model)
-    assert dict(vars(module)) == before and not patching._replacements
+    assert dict(vars(module)) == before and not replacements.current
 
 
 def test_what_cannot_be_replaced_is_left_alone(remote):
@@ -435,8 +436,8 @@ def test_tables_written_to_between_calls():
 def test_a_rotary_module_that_is_known_is_looked_at_once(mode, monkeypatch):
     """Neither later forwards nor layers compare anything, whatever the position."""
     model, looks = model_of(), []
-    compare = patching._all_equal
-    monkeypatch.setattr(patching, "_all_equal", lambda pairs: looks.append(0) or compare(pairs))
+    compare = functions.all_equal
+    monkeypatch.setattr(functions, "all_equal", lambda pairs: looks.append(0) or compare(pairs))
     ids = torch.randint(97, (2, 12))
     patch(model)
     with mode():
@@ -601,7 +602,7 @@ def test_cycles_of_patches_keep_a_bounded_number_of_functions():
 
     def count():
         gc.collect()
-        return sum(isinstance(o, patching._Replacement) for o in gc.get_objects())
+        return sum(isinstance(o, replacements.Replacement) for o in gc.get_objects())
 
     counts = []
     for rows in range(16, 32):
@@ -623,9 +624,9 @@ def forbidden(monkeypatch):
         def reached(*args, **kwargs):
             raise AssertionError("reached")
 
-        adapters = importlib.import_module("fused_rope.compat.transformers.adapters")
+        style = importlib.import_module("fused_rope.compat._patching.style")
         for name in ("call", "rotate", "rotate_qk"):
-            monkeypatch.setattr(adapters.functional, name, reached)
+            monkeypatch.setattr(style.functional, name, reached)
         monkeypatch.setattr(patching.Tables, "__call__", reached)
 
     return forbid

@@ -26,7 +26,8 @@ from torch.utils.checkpoint import (
 
 transformers = pytest.importorskip("transformers")
 
-from fused_rope.compat.transformers import patch, patching, tables, unpatch  # noqa: E402
+from fused_rope.compat._patching import replacements  # noqa: E402
+from fused_rope.compat.transformers import patch, tables, unpatch  # noqa: E402
 from fused_rope.frequencies import frequencies  # noqa: E402
 from fused_rope.hf_config import config_arguments  # noqa: E402
 from test_transformers import SIZES as SMALL  # noqa: E402
@@ -704,12 +705,12 @@ def test_many_modules_of_equal_numbers_share_rows(patched):
 def test_patching_with_ever_other_rows_keeps_nothing():
     rotary = rotary_of()
     patch(rotary, rows=2), unpatch(rotary)
-    before = len(patching._retired)
+    before = len(replacements.retired)
     for rows in range(3, 30):
         patch(rotary, rows=rows)
         rotary(torch.zeros(1, 1, 64), torch.tensor([[rows - 1]]))
         unpatch(rotary)
-    assert len(patching._retired) == before
+    assert len(replacements.retired) == before
 
 
 @pytest.mark.parametrize("table", ["original", "float64"])

@@ -11,6 +11,7 @@ from oracle import bits, same
 
 transformers = pytest.importorskip("transformers", minversion="4.57")
 
+from fused_rope.compat._patching import style  # noqa: E402
 from fused_rope.compat.transformers import adapters, coverage, patch, unpatch  # noqa: E402
 from fused_rope.compat.transformers.forms import FORMS, find_form  # noqa: E402
 from fused_rope.compat.transformers.patching import modules_of, rotary_functions  # noqa: E402
@@ -95,7 +96,7 @@ def test_outputs_and_gradients(name, dtype, device, patched, monkeypatch):
         q, *rest = (+x for x in tensors[:-2])
         return (q, *rest) if rest else q
 
-    monkeypatch.setattr(adapters, "functional", SimpleNamespace(call=copies))
+    monkeypatch.setattr(style, "functional", SimpleNamespace(call=copies))
     assert distance([o.detach() for o in tensors(model(**arguments))], original) > 1e-3
 
 

@@ -1,6 +1,7 @@
 """A user's script, for type checkers: each line marked WRONG, and no other, is an error."""
 
 import fused_rope
+import fused_rope.compat.diffusers
 import fused_rope.compat.transformers
 import torch
 from fused_rope.types import Layout, Precision
@@ -33,6 +34,8 @@ assert_type(report.patched, dict[str, str])
 with fused_rope.compat.transformers.patched(torch.nn.Linear(1, 1)) as report:
     assert_type(report.left_alone, dict[str, str])
 assert_type(fused_rope.compat.transformers.is_patched(), bool)
+with fused_rope.compat.diffusers.patched(torch.nn.Linear(1, 1), norms="fused") as report:
+    assert_type(report.norms, dict[str, str])
 assert_type(fused_rope.distributed.zigzag_positions(8, rank=0, size=2), Tensor)
 assert_type(fused_rope.mrope_axes([2, 1, 1]), tuple[int, ...])
 assert_type(fused_rope.__version__, str)
@@ -43,6 +46,7 @@ fused_rope.rotate_qk(x, x, cos, sin, table_layout="full")  # WRONG
 fused_rope.RotaryEmbedding(64, layout="hbsd")  # WRONG
 fused_rope.compat.transformers.patch(None, compiled="inductor")  # WRONG
 fused_rope.compat.transformers.patch("gpt2")  # WRONG
+fused_rope.compat.diffusers.patch("black-forest-labs/FLUX.1-dev")  # WRONG
 fused_rope.cos_sin_table(64, 4096)  # WRONG
 rope(x, offset="3")  # WRONG
 q, k = rope(x), rope(x).nothing  # WRONG

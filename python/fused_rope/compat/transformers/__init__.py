@@ -15,15 +15,15 @@ alone and reports why. `patch(model, norms="fused")` also replaces the forward o
 that normalize q and k next to the rotation, so that both run in one pass.
 
     adapters.py          one adapter for each signature
-    forms.py             the table of forms, and which form a function has
+    forms.py             the table of forms
     reference_checks.py  calls that a function and its adapter must answer alike
     tables.py            cosines and sines of rotary modules in fewer kernels
-    norms.py             the RMS norms of q and k, and norms that wait for the rotation
     rewriting.py         forwards of attention classes whose norms wait
     patching.py          patch, unpatch, patched and is_patched
     kernel_layers.py     the same for transformers' `use_kernels=True`
     coverage.py          which model classes are covered: python -m fused_rope.compat.transformers
     configs.py           which configs `RotaryEmbedding.from_config` reads
+    ../_patching         what does not depend on the library
 """
 
 from __future__ import annotations

@@ -6,113 +6,15 @@ differs between functions of one signature.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ... import functional
-from .norms import Norm
-
-Adapter = Callable[..., Any]
-Pair = tuple[Tensor, Tensor]
-
-
-@dataclass(frozen=True)
-class Style:
-    """How a function pairs the elements of a head, reads its tables and rounds.
-
-    Attributes:
-        width: "half" for tables [..., P]; for [..., R], "tiled" (two equal halves), "repeated"
-            (every number twice in succession) or "first" (the model reads only the first half).
-        interleaved: the two elements of a pair are adjacent.
-        inverse: the rotation is the inverse one.
-        trailing: the last R elements are rotated, not the first.
-        float32: the model computes in float32 and rounds once; otherwise it rounds each operation
-            to its dtype.
-    """
-
-    width: str = "tiled"
-    interleaved: bool = False
-    inverse: bool = False
-    trailing: bool = False
-    float32: bool = False
-
-    def rotate(
-        self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        precision: str,
-        layout: str,
-        positions: Tensor | None = None,
-        blocks: int = 1,
-        norm: Norm | None = None,
-    ) -> Tensor:
-        """`functional.rotate` in this style, or `norm_rotate`."""
-        options = self._options(x, cos, precision, layout, blocks)
-        name, tensors = "rotate", (x, cos, sin)
-        if norm is not None:
-            name, tensors, options = _with_norm(name, tensors, options, norm)
-        rotated: Tensor = functional.call(name, tensors, positions, 0, None, options)
-        return rotated
-
-    def rotate_qk(
-        self,
-        q: Tensor,
-        k: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        precision: str,
-        layout: str,
-        positions: Tensor | None = None,
-        norm: Norm | None = None,
-    ) -> Pair:
-        """`functional.rotate_qk` in this style, or `norm_rotate_qk`."""
-        options = self._options(q, cos, precision, layout)
-        name, tensors = "rotate_qk", (q, k, cos, sin)
-        if norm is not None:
-            name, tensors, options = _with_norm(name, tensors, options, norm)
-        rotated: Pair = functional.call(name, tensors, positions, 0, None, options)
-        return rotated
-
-    @cached_property
-    def table_layout(self) -> str:
-        """The operator's name for `width`."""
-        return "tiled" if self.width == "first" else self.width
-
-    def _options(
-        self, x: Tensor, cos: Tensor, precision: str, layout: str, blocks: int = 1
-    ) -> tuple[Any, ...]:
-        """The options of `functional.call`."""
-        # With a wider table the model computes in the table's dtype, as precision "fp32" does.
-        x_dtype, dtype = x.dtype, cos.dtype
-        if self.float32 or (dtype != x_dtype and torch.promote_types(x_dtype, dtype) != x_dtype):
-            precision = "fp32"
-        offset = 0
-        if self.trailing:
-            offset = x.shape[-1] - cos.shape[-1] * (2 if self.width == "half" else 1)
-        return (
-            layout,
-            None,
-            offset,
-            self.interleaved,
-            blocks,
-            self.inverse,
-            precision,
-            self.table_layout,
-        )
-
-
-def _with_norm(
-    name: str, tensors: tuple[Any, ...], options: tuple[Any, ...], norm: Norm
-) -> tuple[str, tuple[Any, ...], tuple[Any, ...]]:
-    """The same call of the operator that normalizes, too."""
-    return f"norm_{name}", (*tensors, *norm.weights), (*options, *norm.options)
-
+from .._patching.norms import Norm
+from .._patching.style import Adapter, Pair, Style, parts
 
 HALF = Style()
 HALF_FLOAT32 = Style(float32=True)
@@ -195,19 +97,6 @@ def single(style: Style) -> Adapter:
         layout = layout_of(x, cos, unsqueeze_dim)
         cos, sin = per_token(cos, sin, x, layout)
         return style.rotate(x, cos, sin, precision, layout=layout, norm=norm)
-
-    return rotate
-
-
-def without_position_ids(adapter: Adapter, index: int) -> Adapter:
-    """The adapter with transformers 4's signature: argument `index`, position_ids, is unused."""
-
-    def rotate(*args: Any, precision: str = "model", **kwargs: Any) -> Any:
-        if kwargs:
-            kwargs.pop("position_ids", None)
-        if len(args) > index:
-            args = args[:index] + args[index + 1 :]
-        return adapter(*args, precision=precision, **kwargs)
 
     return rotate
 
@@ -471,21 +360,6 @@ def _gather(table: Tensor, ids: Tensor | None, unsqueeze_dim: int) -> dict[str, 
     M = len(table)
     positions = torch.where((ids < 0) & (ids >= -M), ids + M, ids)
     return {"layout": layout, "positions": positions}
-
-
-class RealTableError(TypeError):
-    """A real table instead of a complex one."""
-
-
-def parts(freqs: Tensor, device: torch.device) -> Pair:
-    """Cosine and sine: the real and the imaginary part of a complex table."""
-    if not freqs.is_complex():
-        raise RealTableError(
-            f"apply_rotary_emb: expected a complex table, got {freqs.dtype}: a cast such as "
-            "model.to(dtype) dropped the imaginary part: build the table again after the cast"
-        )
-    freqs = freqs.to(device)
-    return freqs.real, freqs.imag
 
 
 def complex_rows(layout: str) -> Adapter:

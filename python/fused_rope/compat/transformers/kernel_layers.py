@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._patching.style import Pair, Style
 from . import adapters
-from .adapters import Pair, Style
 from .forms import find_form
 from .patching import check_model, modules_of, rotary_functions
 

@@ -5,25 +5,24 @@ from __future__ import annotations
 import functools
 import re
 import sys
-import threading
-import warnings
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from types import FunctionType, ModuleType
+from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
-from ...diagnostics import has_kernels
+from ...tracing import is_recorded
 from ...types import Compiled, Precision
-from . import norms as rms_norms
-from .adapters import Adapter, RealTableError
-from .forms import TABLES, Form, find_form, signature, split
+from .._patching import functions, replacements
+from .._patching import norms as rms_norms
+from .._patching.forms import Form, split
+from .._patching.functions import Function, rotation_of, verified
+from .._patching.replacements import MARK, Replacement, Report, Site
+from .forms import find_form
 from .rewriting import Calls, Rewritten, norm_classes, rewrite
-from .tables import Tables, is_recorded, rotary_modules
+from .tables import Tables, rotary_modules
 
 __all__ = [
     "Report",
@@ -40,206 +39,21 @@ __all__ = [
 
 _FUNCTION = re.compile(r"(vision_)?apply_\w*(rotary|rope)")
 _METHOD = re.compile(r"_?apply_rotary")
-_MARK = "_fused_rope_replacement"  # the attribute of our functions that holds their _Replacement
-
-
-@dataclass
-class Report:
-    """What `patch` or `unpatch` did, by function: "module.function" or "module.class.method".
-
-    Attributes:
-        patched: replaced functions, and the form of each.
-        norms: forwards of attention classes whose norms run with the rotation, and the order and
-            rounding.
-        tables: rotary modules, and what computes their cosines and sines now: "ours", "its own" or
-            "somebody else's".
-        restored: functions that are the models' own again.
-        left_alone: functions that were skipped, and the reason.
-    """
-
-    patched: dict[str, str] = field(default_factory=dict)
-    norms: dict[str, str] = field(default_factory=dict)
-    tables: dict[str, str] = field(default_factory=dict)
-    restored: list[str] = field(default_factory=list)
-    left_alone: dict[str, str] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        lines = [f"patched {name} ({form})" for name, form in self.patched.items()]
-        lines += [f"fused norms of {name} ({how})" for name, how in self.norms.items()]
-        lines += [f"restored {name}" for name in self.restored]
-        lines += [f"tables of {name} ({maker})" for name, maker in self.tables.items()]
-        lines += [f"left alone {name}: {reason}" for name, reason in self.left_alone.items()]
-        return "\n".join(lines) or "found no rotary function"
 
 
 @dataclass(frozen=True)
-class Site:
-    """An attribute of a module or class that holds a rotary function."""
-
-    owner: ModuleType | type
-    name: str
-
-    @property
-    def module(self) -> str:
-        return self.owner.__name__ if isinstance(self.owner, ModuleType) else self.owner.__module__
-
-    @property
-    def owner_key(self) -> str:
-        if isinstance(self.owner, ModuleType):
-            return self.module
-        return f"{self.module}.{self.owner.__qualname__}"
-
-    @property
-    def key(self) -> str:
-        return f"{self.owner_key}.{self.name}"
-
-    @property
-    def value(self) -> Any:
-        """What the owner holds now; None if it was deleted."""
-        return vars(self.owner).get(self.name)
-
-    @property
-    def original(self) -> Any:
-        """The value, or what it replaces: a module may import another site's replacement."""
-        replacement = _replacement_of(self.value)
-        return self.value if replacement is None else replacement.original
-
-    @property
-    def function(self) -> Any:
-        """The function that a model calls there if it is not patched."""
-        return _function_of(self.original)
-
-
-def _replacement_of(value: Any) -> _Replacement | None:
-    """The replacement to which a value belongs, or None."""
-    function = _function_of(value)
-    # A wrapper copies the attributes of what it wraps, so the mark alone is not enough.
-    found = vars(function).get(_MARK) if isinstance(function, FunctionType) else None
-    return found if found is not None and _function_of(found.ours) is function else None
-
-
-def _function_of(value: Any) -> Any:
-    """The function of a value, which may be a staticmethod."""
-    return value.__func__ if isinstance(value, staticmethod) else value
-
-
-@dataclass(frozen=True)
-class Options:
+class Options(replacements.Options):
     """The options of `patch`."""
 
-    precision: str
-    compiled: str
     rows: int | None
     table: str
-    norms: str
 
 
-class _Models:
-    """How many calls of `patch` each model of a replacement has had; references are weak."""
-
-    def __init__(self) -> None:
-        self._counts: dict[int, tuple[Callable[[], torch.nn.Module | None], int]] = {}
-
-    def __len__(self) -> int:
-        self._drop_dead()
-        return sum(count for _, count in self._counts.values())
-
-    def add(self, model: torch.nn.Module | None) -> None:
-        self._drop_dead()
-        ref, count = self._counts.get(id(model), (None, 0))
-        if ref is None:
-            ref = (lambda: None) if model is None else weakref.ref(model)
-        self._counts[id(model)] = ref, count + 1
-
-    def take(self, model: torch.nn.Module | None) -> bool:
-        """Undoes one `add` of the model, of one that contains it or that it contains, or of None.
-
-        If the model is None it undoes any. Returns whether there was one.
-        """
-        self._drop_dead()
-        for key in self._keys(model):
-            ref, count = self._counts.pop(key)
-            if count > 1:
-                self._counts[key] = ref, count - 1
-            return True
-        return False
-
-    def _keys(self, model: torch.nn.Module | None) -> list[int]:
-        """The keys that `take` may use, in order of preference."""
-        exact = [key for key in (id(model), id(None)) if key in self._counts]
-        if exact or model is None:
-            return exact or list(self._counts)
-        parts = {id(part) for part in model.modules()}
-        return [
-            key
-            for key, (ref, _) in self._counts.items()
-            if key in parts or any(part is model for part in _alive(ref).modules())
-        ]
-
-    def _drop_dead(self) -> None:
-        for key, (ref, _) in list(self._counts.items()):
-            if key != id(None) and ref() is None:
-                del self._counts[key]
-
-
-def _alive(ref: Callable[[], torch.nn.Module | None]) -> torch.nn.Module:
-    model = ref()
-    return torch.nn.Module() if model is None else model
-
-
-class _Replacement:
-    """The value at a site while models are patched.
-
-    References to `ours` (in a hook, a bound method, a module that imported it) may outlive the
-    patch; once it is removed, `ours` calls the original.
-    """
-
-    # The options that `ours` depends on, and how many removed replacements are kept per site:
-    # compiled code stays valid if the same function is installed again.
-    depends_on: tuple[str, ...]
-    kept = 1
-
-    def __init__(self, site: Site, options: Options) -> None:
-        self.site = site
-        self.original = site.original
-        self.options = options
-        self.models = _Models()
-        self.active = False
-        self.ours: Any = None
-
-    @property
-    def installed(self) -> bool:
-        return self.active and self.site.value is self.ours
-
-    def fits(self, site: Site, options: Options) -> bool:
-        """Whether it can be installed at the site again, with these options."""
-        return (
-            self.site == site
-            and self.original is site.original
-            and all(getattr(self.options, n) == getattr(options, n) for n in self.depends_on)
-        )
-
-    def install(self) -> None:
-        setattr(self.site.owner, self.site.name, self.ours)
-        self.active = True
-
-    def remove(self) -> bool:
-        """Restores the original value, unless other code has replaced ours since."""
-        with _lock:
-            was_installed, self.active, self.models = self.installed, False, _Models()
-            if _replacements.get(self.site.key) is self:
-                del _replacements[self.site.key]
-            if was_installed:
-                setattr(self.site.owner, self.site.name, self.original)
-            others = [r for r in _retired.get(self.site.key, []) if r is not self]
-            _retired[self.site.key] = [self, *others][: self.kept]
-            return was_installed
-
-
-class _Forward(_Replacement):
+class _Forward(Replacement):
     """Replaces the forward of a rotary module. Compiled code depends on none of its options."""
 
     depends_on = ()
+    options: Options
 
     def __init__(self, site: Site, options: Options) -> None:
         super().__init__(site, options)
@@ -263,7 +77,7 @@ class _Forward(_Replacement):
                 self._mark_verified(pair, layer_type)
             return pair
 
-        setattr(forward, _MARK, self)
+        setattr(forward, MARK, self)
         self.ours = forward
         self._from_library = _from_library(original)
         self._widths: dict[str | None, str] = {}
@@ -277,7 +91,7 @@ class _Forward(_Replacement):
         width = self._widths.get(layer_type) or _width(pair)
         if width is not None:
             self._widths[layer_type] = width
-            _verified[width].add(pair, fresh=True)
+            verified[width].add(pair, fresh=True)
 
     def install(self) -> None:
         self.tables = Tables(self.original, self.options.rows, self.options.table == "float64")
@@ -287,131 +101,16 @@ class _Forward(_Replacement):
         self.tables = None  # frees the rows; a forward that runs has a reference of its own
         return super().remove()
 
+    def report(self, report: Report) -> None:
+        report.tables[self.site.owner_key] = "ours"
 
-class _Function(_Replacement):
-    """Replaces a rotary function; it has the original's signature."""
-
-    depends_on = ("precision", "compiled")
-    kept = 4
-
-    def __init__(self, site: Site, form: Form, adapter: Adapter, options: Options) -> None:
-        super().__init__(site, options)
-        self.form = form
-        self.function = site.function
-        self.signature = signature(self.function)
-        self.names = list(self.signature.parameters)
-        tables = [name in TABLES for name in self.names]
-        self.first = tables.index(True) if True in tables else 0
-        self.last = self.first + sum(tables)
-        self.mismatch = f"{site.key}: the halves of its tables differ, unlike form {form.name!r}"
-        self.warned = False
-        self._adapter = adapter
-        self.ours = self._make(adapter)
-
-    def _make(self, adapter: Adapter) -> Any:
-        original, precision = self.function, self.options.precision
-        inlined = self.options.compiled == "original" and self.form.inlines
-        unread, known = self.form.unread, _verified[self.form.width].contains
-        first, last = self.first, self.last
-
-        def ours(*args: Any, **kwargs: Any) -> Any:
-            if torch.compiler.is_compiling():
-                if inlined or not self.active:
-                    return original(*args, **kwargs)
-                if unread:
-                    self._assert_halves_equal(args, kwargs)
-                return adapter(*args, precision=precision, **kwargs)
-            if not self.active:
-                return original(*args, **kwargs)
-            verified = not unread or (len(args) >= last and known(args[first:last]))
-            if not (verified or self._verify(args, kwargs)):
-                return self._fall_back(args, kwargs)
-            try:
-                return adapter(*args, precision=precision, **kwargs)
-            except (TypeError, ValueError) as error:  # raised before any memory is touched
-                if isinstance(error, RealTableError):
-                    raise
-            return self._fall_back(args, kwargs)
-
-        if isinstance(original, torch.nn.Module):  # the `kernels` package wraps functions in layers
-            ours.__signature__ = self.signature  # type: ignore[attr-defined]
-            ours.__name__ = self.site.name
-        else:
-            functools.update_wrapper(ours, original)
-        setattr(ours, _MARK, self)
-        return staticmethod(ours) if isinstance(self.original, staticmethod) else ours
-
-    def normalized(
-        self, norm: rms_norms.Norm, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any | None:
-        """The results of a call whose tensors are normalized too; None if it is not covered."""
-        if not (self.active and self.form.normalizes) or (norm.after and self.form.order):
-            return None
-        if torch.compiler.is_compiling():
-            if self.form.unread:
-                self._assert_halves_equal(args, kwargs)
-        elif not self._trusts(args, kwargs):
-            return None
-        try:
-            return self._adapter(*args, precision=self.options.precision, norm=norm, **kwargs)
-        except (TypeError, ValueError):  # raised before any memory is touched
-            return None
-
-    def _trusts(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether the adapter reads all that a call's tables say."""
-        known = _verified[self.form.width].contains
-        verified = len(args) >= self.last and known(args[self.first : self.last])
-        return not self.form.unread or verified or self._verify(args, kwargs)
-
-    def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        return {**dict(zip(self.names, args, strict=False)), **kwargs}
-
-    def _assert_halves_equal(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Adds the comparison to a graph, which cannot branch on it."""
-        for read, unread in self.form.halves(self._arguments(args, kwargs)):
-            torch._assert_async((read == unread).all(), self.mismatch)
-
-    def _fall_back(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The original's results in the adapter's order of elements."""
-        result = self.function(*args, **kwargs)
-        return result if self.form.order is None else tuple(map(self.form.order.ours, result))
-
-    def _verify(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether the two halves of each full-width table of a call are equal.
-
-        The caller may pass any tables, and tables that agree now may differ at other positions. So
-        each new table is compared, once for all layers that share it. On CUDA that is one
-        synchronization per forward, and none if the rotary module marks its tables as verified.
-        """
-        try:
-            arguments = self._arguments(args, kwargs)
-            tables = [table for name, table in arguments.items() if name in TABLES]
-            if _verified[self.form.width].contains(tables):
-                return True
-            if any(is_recorded(table.device) for table in tables):
-                return False
-            equal = _all_equal(self.form.halves(arguments))
-        except Exception:  # no such arguments, or no values: meta, fake and mapped tensors
-            return False
-        if equal:
-            _verified[self.form.width].add(tables)
-        else:
-            self._give_up()
-        return equal
-
-    def _give_up(self) -> None:
-        """Ends the patch of the family, unless caches may hold keys in the adapter's order."""
-        if self.form.order is None:
-            self.remove()
-        if not self.warned:
-            self.warned = self.form.order is not None
-            warnings.warn(
-                f"fused_rope: the model uses its own rotary function again: {self.mismatch}",
-                stacklevel=4,
-            )
+    def report_undone(self, report: Report) -> None:
+        own = self.site.value is self.original
+        maker = "ours" if self.installed else "its own" if own else "somebody else's"
+        report.tables[self.site.owner_key] = maker
 
 
-class _Attention(_Replacement):
+class _Attention(Replacement):
     """Replaces the forward of an attention class by one whose norms run with the rotation."""
 
     depends_on = ("precision", "compiled", "norms")
@@ -423,7 +122,10 @@ class _Attention(_Replacement):
         self.ours = rewritten.make(
             Calls(self._defer, self._rotate, self._rotate_first, rms_norms.normalize)
         )
-        setattr(self.ours, _MARK, self)
+        setattr(self.ours, MARK, self)
+
+    def report(self, report: Report) -> None:
+        report.norms[self.site.key] = self.how
 
     def _fuses(self) -> bool:
         compiled = self.options.compiled == "fused" or not torch.compiler.is_compiling()
@@ -461,54 +163,10 @@ class _Attention(_Replacement):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any | None:
-        replacement = None if norm is None else _replacement_of(function)
-        if norm is None or not isinstance(replacement, _Function):
+        rotation = rotation_of(function)
+        if norm is None or rotation is None:
             return None
-        return replacement.normalized(norm, args, kwargs)
-
-
-class _VerifiedTables:
-    """Full-width tables whose halves were found equal, while they live and do not change."""
-
-    def __init__(self) -> None:
-        self._known: dict[int, tuple[weakref.ref[Tensor], int | None]] = {}
-
-    def contains(self, tables: Sequence[Tensor]) -> bool:
-        """Whether it contains all of these."""
-        for table in tables:
-            known = self._known.get(id(table))
-            if known is None or known[0]() is not table:
-                return False
-            if known[1] is not None and known[1] != table._version:
-                return False
-        return True
-
-    def add(self, tables: Iterable[Tensor], fresh: bool = False) -> None:
-        """Adds these.
-
-        An inference tensor has no version counter, so that writes to it go unseen. It is added only
-        if it is fresh, that is if no other code has a reference to it.
-        """
-        for table in tables:
-            inference = table.is_inference()
-            if fresh or not inference:
-                key = id(table)
-                forget = functools.partial(self._forget, key)
-                version = None if inference else table._version
-                self._known[key] = weakref.ref(table, forget), version
-
-    def _forget(self, key: int, ref: weakref.ref[Tensor]) -> None:
-        if self._known.get(key, (None,))[0] is ref:
-            del self._known[key]
-
-
-def _all_equal(pairs: list[tuple[Tensor, Tensor]]) -> bool:
-    """Whether the tensors of each pair have equal values. Synchronizes once."""
-    if any(a.shape != b.shape for a, b in pairs):
-        return False
-    if all(a.device.type == "cpu" for a, _ in pairs):
-        return all(torch.equal(a, b) for a, b in pairs)
-    return bool(torch.stack([(a == b).all() for a, b in pairs]).all())
+        return rotation.normalized(norm, args, kwargs)
 
 
 def _width(pair: Any) -> str | None:
@@ -516,7 +174,9 @@ def _width(pair: Any) -> str | None:
     try:
         if is_recorded(pair[0].device):
             return None
-        tiled, repeated = (_all_equal([split(t, w) for t in pair]) for w in ("tiled", "repeated"))
+        tiled, repeated = (
+            functions.all_equal([split(t, w) for t in pair]) for w in ("tiled", "repeated")
+        )
     except Exception:  # not a pair of tables, or tables without values
         return None
     return None if tiled == repeated else "tiled" if tiled else "repeated"
@@ -531,12 +191,6 @@ def _from_library(forward: Callable[..., Any]) -> bool:
             return False
         function = getattr(function, "__wrapped__", None)
     return True
-
-
-_lock = threading.RLock()
-_replacements: dict[str, _Replacement] = {}
-_retired: dict[str, list[_Replacement]] = {}
-_verified = {w: _VerifiedTables() for w in ("tiled", "repeated", "blocks", "half", "first")}
 
 
 def patch(
@@ -625,24 +279,24 @@ def patch(
     modules = modules_of(model)
     sites, forwards = list(rotary_functions(modules)), _forwards(modules)
     attentions = list(attention_classes(modules)) if norms == "fused" else []
-    reason = None if fallback else _lacks_kernels(model)
+    reason = None if fallback else replacements.lacks_kernels(model)
     if reason is not None:
         return Report(left_alone={site.key: reason for site in sites})
-    with _lock:
+    with replacements.lock:
         for site in (*sites, *forwards, *attentions):
-            _check_options(site, options)
+            replacements.check_options(site, options)
         # Everything that may fail precedes the first replacement.
-        found = {site: _find_replacement(site, options, _function) for site in sites}
-        known = {site.module for site, entry in found.items() if isinstance(entry, _Function)}
+        found = {site: replacements.find_replacement(site, options, _function) for site in sites}
+        known = {site.module for site, entry in found.items() if isinstance(entry, Function)}
         for site in forwards:
             if site.module in known:
-                found[site] = _find_replacement(site, options, _Forward)
-        forms = {site.key: e.form for site, e in found.items() if isinstance(e, _Function)}
+                found[site] = replacements.find_replacement(site, options, _Forward)
+        forms = {site.key: e.form for site, e in found.items() if isinstance(e, Function)}
         for site in attentions:
             entry = _find_attention(site, forms, options)
             if entry is not None:
                 found[site] = entry
-        _install(found, model)
+        replacements.install(found, model)
         return _report(found, modules)
 
 
@@ -666,24 +320,7 @@ def unpatch(model: torch.nn.Module | None = None) -> Report:
         ['transformers.models.llama.modeling_llama.apply_rotary_pos_emb']
     """
     check_model("unpatch", model)
-    report = Report()
-    modules = {module.__name__ for module in modules_of(model)}
-    with _lock:
-        for entry in [e for e in _replacements.values() if e.site.module in modules]:
-            entry.models.take(model)
-            if not entry.models:
-                entry.remove()
-            if isinstance(entry, _Forward):
-                report.tables[entry.site.owner_key] = _maker(entry)
-            elif not entry.installed and entry.site.value is entry.original:
-                report.restored.append(entry.site.key)
-            else:
-                report.left_alone[entry.site.key] = (
-                    f"{len(entry.models)} more models are patched"
-                    if entry.installed
-                    else "it was replaced by somebody else since"
-                )
-    return report
+    return replacements.undo(model, _belongs_to(model))
 
 
 @contextmanager
@@ -739,13 +376,19 @@ def is_patched(model: torch.nn.Module | None = None) -> bool:
         False
     """
     check_model("is_patched", model)
-    modules = {module.__name__ for module in modules_of(model)}
-    with _lock:
+    belongs = _belongs_to(model)
+    with replacements.lock:
         return any(
-            isinstance(entry, _Function) and entry.installed and bool(entry.models)
-            for entry in list(_replacements.values())
-            if entry.site.module in modules
+            isinstance(entry, Function) and entry.installed and bool(entry.models)
+            for entry in list(replacements.current.values())
+            if belongs(entry)
         )
+
+
+def _belongs_to(model: torch.nn.Module | None) -> Callable[[Replacement], bool]:
+    """Whether a replacement is one of the model's family."""
+    modules = {module.__name__ for module in modules_of(model)}
+    return lambda entry: entry.site.module in modules
 
 
 def check_model(operator: str, model: Any) -> None:
@@ -764,141 +407,45 @@ def check_model(operator: str, model: Any) -> None:
     raise TypeError(f"{operator}: expected a model of transformers or None, got {got}: {advice}")
 
 
-def _lacks_kernels(model: torch.nn.Module | None) -> str | None:
-    """Why the operator would be slower than the original on the model's devices; None if not."""
-    parameters = [] if model is None else model.parameters()
-    devices = {parameter.device.type for parameter in parameters} - {"meta"}
-    without = sorted(device for device in devices if not has_kernels(device.upper()))
-    if not without:
-        return None
-    return (
-        f"the library has no kernels for {', '.join(without)}, and the PyTorch reference is slower "
-        "than the original (patch with fallback=True uses it)"
-    )
-
-
-def _maker(entry: _Replacement) -> str:
-    """What computes the tables of a rotary module now."""
-    own = entry.site.value is entry.original
-    return "ours" if entry.installed else "its own" if own else "somebody else's"
-
-
 def _options(
     precision: str, compiled: str | None, rows: int | None, table: str, norms: str
 ) -> Options:
-    if precision not in ("fp32", "model"):
-        raise ValueError(f"patch: expected precision 'fp32' or 'model', got {precision!r}")
-    if compiled not in (None, "original", "fused"):
-        raise ValueError(f"patch: expected compiled 'original', 'fused' or None, got {compiled!r}")
+    compiled = replacements.check_choices(precision, compiled, norms)
     if rows is not None and rows < 1:
         raise ValueError(f"patch: expected rows >= 1 or None, got {rows}")
     if table not in ("original", "float64"):
         raise ValueError(f"patch: expected table 'original' or 'float64', got {table!r}")
-    if norms not in ("model", "fused"):
-        raise ValueError(f"patch: expected norms 'model' or 'fused', got {norms!r}")
     if table == "float64" and rows is None:
         raise ValueError("patch: expected rows >= 1 with table 'float64', got None")
-    compiled = compiled or ("original" if precision == "model" else "fused")
-    return Options(precision, compiled, rows, table, norms)
+    return Options(precision, compiled, norms, rows, table)
 
 
-def _entry(site: Site) -> _Replacement | None:
-    """The replacement of a site, if a patched model lives and the owner is the same object."""
-    entry = _replacements.get(site.key)
-    if entry is not None and (entry.site != site or not entry.models):
-        entry.remove()
-        return None
-    return entry
-
-
-def _check_options(site: Site, options: Options) -> None:
-    """Raises if a family is already patched with other options."""
-    entry = _entry(site)
-    if entry is None:
-        return
-    for name, theirs in asdict(entry.options).items():
-        ours = getattr(options, name)
-        if ours != theirs:
-            raise ValueError(
-                f"patch: expected {name} {theirs!r}, as {site.key} is patched with it, got {ours!r}"
-                ": unpatch it first"
-            )
-
-
-def _find_replacement(
-    site: Site, options: Options, make: Callable[[Site, Options], _Replacement | str]
-) -> _Replacement | str:
-    """The replacement to install at the site, or the reason for none."""
-    entry = _entry(site)
-    if entry is not None:
-        if entry.installed or site.original is entry.original:
-            return entry
-        return "it was replaced by somebody else since another model was patched"
-    for entry in _retired.get(site.key, []):  # makes code that was compiled with it valid again
-        if entry.fits(site, options):
-            entry.options = options
-            return entry
-    return make(site, options)
-
-
-def _install(found: dict[Site, _Replacement | str], model: torch.nn.Module | None) -> None:
-    """Installs all of these or none; a site that cannot be assigned gets a reason instead."""
-    before: list[tuple[_Replacement, Any, bool]] = []
-    try:
-        for site, entry in found.items():
-            if isinstance(entry, str) or entry.installed:
-                continue
-            before.append((entry, site.value, entry.active))
-            try:
-                entry.install()
-            except (AttributeError, TypeError) as error:
-                before.pop()
-                found[site] = f"it cannot be replaced: {error}"
-    except BaseException:
-        for entry, value, active in before:
-            setattr(entry.site.owner, entry.site.name, value)
-            entry.active = active
-        raise
-    for site, entry in found.items():
-        if isinstance(entry, _Replacement):
-            _replacements[site.key] = entry
-            entry.models.add(model)
-
-
-def _report(found: dict[Site, _Replacement | str], modules: list[ModuleType]) -> Report:
-    report = Report()
+def _report(found: dict[Site, Replacement | str], modules: list[ModuleType]) -> Report:
     rotary = {site.owner for site in _forwards(modules)}
-    for site, entry in found.items():
-        if isinstance(entry, _Function):
-            report.patched[site.key] = entry.form.name
-        elif isinstance(entry, _Forward):
-            report.tables[site.owner_key] = "ours"
-        elif isinstance(entry, _Attention):
-            report.norms[site.key] = entry.how
-        elif site.name == "forward" and site.owner in rotary:
-            report.tables[site.owner_key] = "somebody else's"
-        else:
-            report.left_alone[site.key] = str(entry)
+    forwards = [site for site in found if site.name == "forward" and site.owner in rotary]
+    others = {site: found[site] for site in forwards if not isinstance(found[site], Replacement)}
+    report = replacements.describe({s: entry for s, entry in found.items() if s not in others})
+    report.tables |= {site.owner_key: "somebody else's" for site in others}
     return report
 
 
-def _function(site: Site, options: Options) -> _Function | str:
+def _function(site: Site, options: Options) -> Function | str:
     found = find_form(site.name, site.function)
-    return found if isinstance(found, str) else _Function(site, *found, options)
+    return found if isinstance(found, str) else Function(site, *found, options)
 
 
 def _find_attention(
     site: Site, forms: Mapping[str, Form], options: Options
-) -> _Replacement | str | None:
+) -> Replacement | str | None:
     """The replacement of an attention class's forward, or why none; None if it has no norms."""
     rewritten = find_norms(site, forms)
     if rewritten is None:
         return None
 
-    def make(site: Site, options: Options) -> _Replacement | str:
+    def make(site: Site, options: Options) -> Replacement | str:
         return rewritten if isinstance(rewritten, str) else _Attention(site, *rewritten, options)
 
-    return _find_replacement(site, options, make)
+    return replacements.find_replacement(site, options, make)
 
 
 def find_norms(site: Site, forms: Mapping[str, Form]) -> tuple[Rewritten, str] | str | None:

@@ -12,7 +12,6 @@ reason. `rewrite` changes no other statement, and keeps file and lines for trace
 """
 
 from __future__ import annotations
-import __future__
 
 import ast
 import inspect
@@ -22,6 +21,8 @@ from collections.abc import Callable, Collection, Set
 from dataclasses import dataclass
 from types import CodeType, FunctionType
 from typing import Any, TypeGuard
+
+from .._patching.sources import Refusal, compile_with, definition_of
 
 __all__ = ["Calls", "Rewritten", "norm_classes", "rewrite"]
 
@@ -66,10 +67,6 @@ class Rewritten:
     functions: tuple[str, ...]
 
 
-class _Refusal(Exception):
-    """Why a forward is left alone."""
-
-
 def rewrite(owner: type, forward: Any, rotary: Set[str]) -> Rewritten | str | None:
     """The forward of a class with its norms moved into its rotary calls.
 
@@ -86,24 +83,17 @@ def rewrite(owner: type, forward: Any, rotary: Set[str]) -> Rewritten | str | No
     if code is None or not rotary & _names(code) or not any(map(_NORM.search, _names(code))):
         return None
     try:
-        definition = _definition(owner, forward, innermost)
+        definition = definition_of(owner, forward)
         rewriter = _Rewriter(rotary)
         rewriter.function(definition)
-    except _Refusal as refusal:
+    except Refusal as refusal:
         return str(refusal)
     if not rewriter.norms:
         return "no norm of q and k stands next to the rotation"
-    tree = _factory(definition)
-    ast.increment_lineno(tree, code.co_firstlineno - 1)
-    compiled = compile(tree, code.co_filename, "exec", dont_inherit=True, flags=_flags(code))
+    factory = compile_with(definition, forward, (_DEFER, _ROTATE, _ROTATE_FIRST, _NORMALIZE))
 
     def make(calls: Calls) -> Any:
-        namespace: dict[str, Any] = {}
-        exec(compiled, innermost.__globals__, namespace)
-        arguments = (calls.defer, calls.rotate, calls.rotate_first, calls.normalize)
-        made = namespace["_fused_rope_make"](*arguments)
-        made.__qualname__ = forward.__qualname__
-        return made
+        return factory(calls.defer, calls.rotate, calls.rotate_first, calls.normalize)
 
     norms, functions = (tuple(dict.fromkeys(v)) for v in (rewriter.norms, rewriter.functions))
     return Rewritten(make, rewriter.after, norms, functions)
@@ -134,59 +124,6 @@ def _names(code: CodeType) -> set[str]:
     return {*code.co_names}
 
 
-def _flags(code: CodeType) -> int:
-    """The `from __future__` imports under which the code was compiled."""
-    features = (getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)
-    return sum(flag for flag in set(features) if code.co_flags & flag)
-
-
-def _definition(owner: type, forward: Any, innermost: FunctionType) -> ast.FunctionDef:
-    """The parsed definition of the class's own forward."""
-    module = inspect.getmodule(owner)
-    if innermost.__code__.co_filename != getattr(module, "__file__", None):
-        raise _Refusal("its forward is not the one of its module")
-    if innermost.__code__.co_freevars:
-        raise _Refusal("its forward is a closure")
-    try:
-        source = textwrap.dedent(inspect.getsource(innermost))
-        tree = ast.parse(source)
-    except (OSError, TypeError, SyntaxError):
-        raise _Refusal("the source of its forward is not available") from None
-    definition = tree.body[0]
-    if not isinstance(definition, ast.FunctionDef):
-        raise _Refusal("the source of its forward is not available")
-    if (forward is not innermost) and not definition.decorator_list:
-        raise _Refusal("its forward is wrapped by other code")
-    parsed = _nested(compile(tree, "", "exec", flags=_flags(innermost.__code__), dont_inherit=True))
-    if _fingerprint(parsed) != _fingerprint(innermost.__code__):
-        raise _Refusal("the source of its forward differs from its code")
-    return definition
-
-
-def _nested(code: CodeType) -> CodeType:
-    named = [c for c in code.co_consts if isinstance(c, CodeType) and c.co_name == "forward"]
-    if not named:
-        raise _Refusal("the source of its forward is not available")
-    return named[0]
-
-
-def _fingerprint(code: CodeType) -> tuple[Any, ...]:
-    """Equal for one source, also if the compiler picks other instructions outside of its module."""
-    return code.co_names, code.co_varnames, [c for c in code.co_consts if type(c) in (int, float)]
-
-
-def _factory(definition: ast.FunctionDef) -> ast.Module:
-    """A module with one function, which returns the definition with its calls as a closure."""
-    tree = ast.parse(
-        f"def _fused_rope_make({_DEFER}, {_ROTATE}, {_ROTATE_FIRST}, {_NORMALIZE}):\n"
-        f"    return {definition.name}"
-    )
-    factory = tree.body[0]
-    assert isinstance(factory, ast.FunctionDef)
-    factory.body.insert(0, definition)
-    return ast.fix_missing_locations(tree)
-
-
 class _Rewriter:
     """Moves the norms of one function.
 
@@ -207,7 +144,7 @@ class _Rewriter:
         pending: set[str] = set()
         body = self._block(definition.body, pending)
         if pending:
-            raise _Refusal(f"{min(pending)} is normalized and not rotated")
+            raise Refusal(f"{min(pending)} is normalized and not rotated")
         documented = ast.get_docstring(definition, clean=False) is not None
         at = definition.body[1 if documented else 0]
         first = [
@@ -282,7 +219,7 @@ class _Rewriter:
         elif pending & set(names):
             if not pending >= set(names):
                 alone = min(set(names) - pending)
-                raise _Refusal(f"{alone} is rotated without a norm next to the rotation")
+                raise Refusal(f"{alone} is rotated without a norm next to the rotation")
             rotate, deferred = _ROTATE, [_name(_PENDING + name) for name in names]
             pending -= set(names)
         else:
@@ -327,12 +264,12 @@ class _Rewriter:
     def _refuse_uses(self, node: ast.AST, pending: set[str]) -> None:
         parts = list(ast.walk(node)) if pending else []
         if any(_is_reshaped(part, pending) for part in parts):
-            raise _Refusal("its norm is followed by a reshape, and may cover several heads")
+            raise Refusal("its norm is followed by a reshape, and may cover several heads")
         for part in parts:
             if isinstance(part, ast.Name) and part.id in pending:
-                raise _Refusal(f"{part.id} is used between the norm and the rotation")
+                raise Refusal(f"{part.id} is used between the norm and the rotation")
             if _writes_in_place(part):
-                raise _Refusal("a tensor is changed between the norm and the rotation")
+                raise Refusal("a tensor is changed between the norm and the rotation")
 
 
 def _is_reshaped(node: ast.AST, pending: set[str]) -> bool:

@@ -33,9 +33,9 @@ from torch import Tensor
 from ...frequencies import frequencies
 from ...functional import cos_sin_table
 from ...hf_config import config_arguments
-from ...tracing import is_capturing, outside_modes
+from ...tracing import is_capturing, is_recording, outside_modes
 
-__all__ = ["RECIPES", "Recipe", "Tables", "is_recorded", "rotary_modules"]
+__all__ = ["RECIPES", "Recipe", "Tables", "rotary_modules"]
 
 Pair = tuple[Tensor, Tensor]
 Key = tuple[Any, ...]
@@ -456,7 +456,7 @@ def _frequencies(
         and "_is_replica" not in vars(module)  # DataParallel's replicas live for one forward
         and _multiplies_exactly(x.device)
         and torch._C._functorch.peek_interpreter_stack() is None
-        and not _traced()
+        and not is_recording()
     )
     return (inv_freq, scale) if usable else None
 
@@ -482,24 +482,3 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def _version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
-
-
-def _traced() -> bool:
-    """Whether a tracer records operators, or tensors are fake; modes that only observe are not."""
-    keys = torch._C._TorchDispatchModeKey
-    return (
-        torch._C._is_tracing()
-        or torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch)
-        or (
-            torch._C._len_torch_dispatch_stack() > 0
-            and any(
-                torch._C._get_dispatch_mode(key) is not None
-                for key in (keys.FAKE, keys.PROXY, keys.FUNCTIONAL)
-            )
-        )
-    )
-
-
-def is_recorded(device: torch.device) -> bool:
-    """Whether calls on the device are captured, traced or fake, so that no value can be read."""
-    return _traced() or is_capturing(device)

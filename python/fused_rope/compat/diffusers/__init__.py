@@ -1,22 +1,33 @@
-"""Drop-in for diffusers' rotary function (diffusers/models/embeddings.py).
+"""diffusers: a drop-in for its rotary function, and `patch` for whole models and pipelines.
 
-    from fused_rope.compat.diffusers import apply_rotary_emb
+    from fused_rope.compat.diffusers import patch, patched, unpatch
 
-The arguments and numbers are the same. Differences: x may have any strides, tables are not
-converted, and `out=` rotates the streams of a dual-stream block into one joint tensor.
+    print(patch(pipeline))  # its models use the operator; prints which functions were replaced
+    print(unpatch(pipeline))  # they use their own functions again
+
+    with patched(transformer) as report:  # both
+        transformer(**inputs)
+
+A function is replaced if an entry of the table of forms has its signature and its results in
+reference checks; otherwise it is left alone, and the report says why.
+
+    adapters.py          one adapter for each signature
+    forms.py             the table of forms
+    reference_checks.py  calls that a function and its adapter must answer alike
+    rewriting.py         attention processors that define a rotary function, or normalize q and k
+    processors.py        the replacements of these
+    patching.py          patch, unpatch, patched and is_patched
+    coverage.py          which models are covered: python -m fused_rope.compat.diffusers
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from .. import functional
-from ..types import Layout
-from ._tables import for_all_tokens, real_and_imaginary
+from . import adapters
+from .patching import Report, is_patched, patch, patched, unpatch
 
-__all__ = ["apply_rotary_emb"]
-
-_LAYOUTS: dict[int, Layout] = {1: "bshd", 2: "bhsd"}
+__all__ = ["Report", "apply_rotary_emb", "is_patched", "patch", "patched", "unpatch"]
 
 
 def apply_rotary_emb(
@@ -29,6 +40,10 @@ def apply_rotary_emb(
     out: Tensor | None = None,
 ) -> Tensor:
     """Rotates x by cosines and sines, or by complex numbers.
+
+    It has the arguments and numbers of `diffusers.models.embeddings.apply_rotary_emb`. Differences:
+    x may have any strides, tables are not converted, and `out=` rotates the streams of a
+    dual-stream block into one joint tensor.
 
     Args:
         x: [B, H, S, D]; [B, S, H, D] with sequence_dim=1 or complex freqs_cis. Any float dtype.
@@ -58,29 +73,9 @@ def apply_rotary_emb(
         >>> _ = apply_rotary_emb(text, (cos[:7], sin[:7]), out=joint[:, :, :7])
         >>> _ = apply_rotary_emb(image, (cos[7:], sin[7:]), out=joint[:, :, 7:])
     """
-    if not use_real:
-        if not isinstance(freqs_cis, Tensor):
-            raise TypeError("apply_rotary_emb: expected a complex tensor freqs_cis, got a tuple")
-        cos, sin = real_and_imaginary("apply_rotary_emb", "freqs_cis", freqs_cis)
-        cos, sin = _rows(cos, x, 1), _rows(sin, x, 1)
-        return functional.rotate(x, cos, sin, interleaved=True, out=out)
-    if use_real_unbind_dim not in (-1, -2) or sequence_dim not in _LAYOUTS:
-        raise ValueError(
-            "apply_rotary_emb: expected use_real_unbind_dim -1 or -2 and sequence_dim 1 or 2, got "
-            f"{use_real_unbind_dim} and {sequence_dim}"
-        )
-    interleaved = use_real_unbind_dim == -1
-    cos, sin = (_rows(table.to(x.device), x, sequence_dim) for table in freqs_cis)
-    return functional.rotate(
-        x,
-        cos,
-        sin,
-        layout=_LAYOUTS[sequence_dim],
-        table_layout="repeated" if interleaved else "tiled",
-        interleaved=interleaved,
-        out=out,
-    )
-
-
-def _rows(table: Tensor, x: Tensor, sequence_dim: int) -> Tensor:
-    return for_all_tokens(table, x.shape[sequence_dim]) if x.dim() == 4 else table
+    span = None
+    if use_real and x.dim() == 4 and sequence_dim in (1, 2):  # further rows are not read
+        span = 0, max(x.shape[sequence_dim], *(len(table) for table in freqs_cis))
+    arguments = (x, freqs_cis, use_real, use_real_unbind_dim, sequence_dim)
+    rotated: Tensor = adapters.shared(*arguments, precision="fp32", out=out, span=span)
+    return rotated

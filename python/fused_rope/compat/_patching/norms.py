@@ -9,9 +9,10 @@ a weight of another dtype or device.
 from __future__ import annotations
 
 import inspect
+import warnings
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -64,6 +65,7 @@ class Kind:
         eps: the name of the attribute.
         weighted: whether it has a weight.
         zero_centered, cast: as in `norm_rotate`.
+        mixed: whether the weight may be float32 if x is narrower.
         attributes: other attributes of an instance, which must not differ.
     """
 
@@ -73,6 +75,7 @@ class Kind:
     weighted: bool
     zero_centered: bool
     cast: str
+    mixed: bool
     attributes: dict[str, Any]
 
     def __str__(self) -> str:
@@ -86,7 +89,7 @@ class Kind:
         weight = norm._parameters.get("weight")
         if weight is None or not self.weighted:  # FSDP and others move parameters elsewhere
             return weight is None and not self.weighted
-        dtypes = (x.dtype,) if self.cast == "before" else (x.dtype, torch.float32)
+        dtypes = (x.dtype, torch.float32) if self.mixed else (x.dtype,)
         return (
             type(weight) in (Tensor, torch.nn.Parameter)
             and weight.dtype in dtypes
@@ -141,6 +144,8 @@ def kind_of(norm: Any) -> Kind | None:
 def _same_attributes(kind: Kind, norm: torch.nn.Module) -> bool:
     theirs, weight = _attributes(norm, kind.eps), norm._parameters.get("weight")
     if norm._buffers or norm._modules or len(norm._parameters) > 1:
+        return False
+    if not isinstance(vars(norm).get(kind.eps), float):  # torch.nn.RMSNorm: that of the dtype
         return False
     width = None if weight is None else weight.shape[-1]
     return theirs.keys() == kind.attributes.keys() and all(
@@ -204,8 +209,10 @@ def _make(norm: type, with_scale: bool) -> torch.nn.Module | None:
             return None
         scale = {"with_scale": with_scale} if "with_scale" in names else {}
         width = () if next(iter(names), None) in (None, "eps") else (_WIDTH,)
+        eps = names["eps"].default if "eps" in names else 0.0
+        given = {} if isinstance(eps, float) else {"eps": 1e-6}
         with outside_modes(), torch.device("cpu"):
-            made: torch.nn.Module = norm(*width, **scale)
+            made: torch.nn.Module = norm(*width, **scale, **given)
             return made.float()
     except Exception:  # of any kind: another signature
         return None
@@ -226,14 +233,17 @@ def _check(norm: torch.nn.Module) -> Kind | None:
     if weighted:
         arithmetic = [(centered, cast) for centered in (False, True) for cast in _CASTS]
     for zero_centered, cast in arithmetic:
-        kind = Kind(type(norm), forward, eps, weighted, zero_centered, cast, attributes)
-        if _agrees(norm, kind):
-            return kind
+        kind = Kind(type(norm), forward, eps, weighted, zero_centered, cast, False, attributes)
+        if _agrees(norm, kind, torch.float32) and _agrees(norm, kind, torch.bfloat16):
+            mixed = cast == "after" and _agrees(norm, kind, torch.bfloat16, torch.float32)
+            return replace(kind, mixed=mixed)
     return None
 
 
-def _agrees(norm: torch.nn.Module, kind: Kind) -> bool:
-    """Whether operator and module agree in float32 and bfloat16, for a large and a small eps.
+def _agrees(
+    norm: torch.nn.Module, kind: Kind, dtype: torch.dtype, weight_dtype: torch.dtype | None = None
+) -> bool:
+    """Whether operator and module agree for x of this dtype, for a large and a small eps.
 
     Rounding to bfloat16 before the weight instead of after it changes a quarter of the results; the
     order of the sums changes a few in a million.
@@ -242,17 +252,18 @@ def _agrees(norm: torch.nn.Module, kind: Kind) -> bool:
     draw = torch.randn(33, _WIDTH, generator=generator, device="cpu", dtype=torch.float32)
     original = getattr(norm, kind.eps)
     try:
-        for dtype in (torch.float32, torch.bfloat16):
-            x, weight = draw[:-1].to(dtype).view(2, 8, 2, _WIDTH), draw[-1].to(dtype)
-            given = norm._parameters.get("weight") is not None
-            if given:
-                norm._parameters["weight"] = torch.nn.Parameter(weight, requires_grad=False)
-            for eps in (original, 0.5):
-                setattr(norm, kind.eps, eps)
+        x, weight = draw[:-1].to(dtype).view(2, 8, 2, _WIDTH), draw[-1].to(weight_dtype or dtype)
+        given = norm._parameters.get("weight") is not None
+        if given:
+            norm._parameters["weight"] = torch.nn.Parameter(weight, requires_grad=False)
+        for eps in (original, 0.5):
+            setattr(norm, kind.eps, eps)
+            with warnings.catch_warnings():  # some modules say that a mixed call is slow
+                warnings.simplefilter("ignore")
                 theirs = kind.forward(norm, x)
-                ours = _operator(x, weight if given else None, kind, eps)
-                if theirs.dtype != dtype or theirs.shape != x.shape or not _close(theirs, ours):
-                    return False
+            ours = _operator(x, weight if given else None, kind, eps)
+            if theirs.dtype != dtype or theirs.shape != x.shape or not _close(theirs, ours):
+                return False
     except Exception:  # of any kind: the module takes other arguments
         return False
     finally:
