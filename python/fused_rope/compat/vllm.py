@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import functional
 from ..types import Precision
+from ._tables import split_heads
 
 __all__ = ["rotary_embedding"]
 
@@ -72,22 +73,9 @@ def rotary_embedding(
         "inverse": inverse,
         "precision": precision,
     }
-    q = _heads("query", query, positions, head_size)
+    q = split_heads("rotary_embedding", "query", query, positions.shape, head_size)
     if key is None:
         functional.rotate_(q, cos, sin, **options)
     else:
-        k = _heads("key", key, positions, head_size)
+        k = split_heads("rotary_embedding", "key", key, positions.shape, head_size)
         functional.rotate_qk_(q, k, cos, sin, **options)
-
-
-def _heads(name: str, x: Tensor, positions: Tensor, head_size: int) -> Tensor:
-    """A view of x with heads in a dimension of their own."""
-    tokens = positions.dim()
-    if x.dim() == tokens + 1 and x.shape[-1] % head_size == 0:
-        return x.view(*x.shape[:-1], x.shape[-1] // head_size, head_size)
-    if x.dim() == tokens + 2 and x.shape[-1] == head_size:
-        return x
-    raise ValueError(
-        f"rotary_embedding: expected {name} of {list(positions.shape)} tokens, each of "
-        f"H*{head_size} or [H, {head_size}], got {list(x.shape)}"
-    )
