@@ -109,7 +109,8 @@ def call(package, name, *, is_neox, dtype, device="cpu"):
     order = CASES[name].order
     if name == "MRotaryEmbeddingInterleaved":  # its constructor chooses the order
         order = ["thw"[axis] for axis in rope.mrope_dim[:8]]
-    positions = torch.randint(0, M, (3, T) if order else (T,), device=device)
+    # Slices of longer buffers, as with CUDA graphs.
+    positions = torch.randint(0, M, (3, T + 5) if order else (T + 5,), device=device)[..., :T]
     q, k = (torch.randn(T, H, D, device=device).to(dtype) for H in (HQ, HK))
     cos, sin = rope.cos_sin_cache[positions].chunk(2, -1)
     if order:
@@ -184,6 +185,21 @@ def test_deepseek_v4(package, inverse):
     close(got, want)
     if native != "forward_native":
         same(got, native[0])
+
+
+def test_inference_mode(package):
+    """vLLM's mode: modules and inputs are inference tensors, q and k parts of one split."""
+    vllm.register()
+    with torch.inference_mode():
+        for name in ("RotaryEmbedding", "MRotaryEmbedding"):
+            rope, positions, *_, cos, sin = call(package, name, is_neox=True, dtype=torch.bfloat16)
+            qkv = torch.randn(T, (HQ + 2 * HK) * D).bfloat16()
+            q, k, v = qkv.split([HQ * D, HK * D, HK * D], -1)
+            before = v.clone()
+            want = [rotate_reference(x.view(T, -1, D), cos, sin) for x in (q, k)]
+            for x, values in zip(rope(positions, q, k), want, strict=True):
+                close(x.view(T, -1, D), values)
+            same(v, before)
 
 
 def test_text_positions_and_offsets(package):
