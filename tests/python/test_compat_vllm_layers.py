@@ -172,7 +172,7 @@ def test_model_precision(package, name, is_neox):
 
 @pytest.mark.parametrize("inverse", [False, True])
 def test_deepseek_v4(package, inverse):
-    """Heads of another size than the module's, the inverse, no key; vLLM's own bits."""
+    """Heads of another size than the module's, the inverse, no key; bitwise vLLM's own result."""
     vllm.register()
     rope = make(package, "DeepseekV4ScalingRotaryEmbedding", is_neox=False, dtype=torch.bfloat16)
     query, positions = torch.randn(T, HQ, 2 * D).bfloat16(), torch.randint(0, M, (T,))
@@ -203,15 +203,17 @@ def test_inference_mode(package):
 
 
 def test_text_positions_and_offsets(package):
-    """M-RoPE with one position for each token; positions shifted by offsets, as in LoRA."""
+    """M-RoPE with one position for each token; positions of both kinds with offsets."""
     vllm.register()
-    rope, positions, q, k, *_ = call(package, "MRotaryEmbedding", is_neox=True, dtype=torch.float32)
-    text = positions[0] // 2
-    offsets = torch.arange(T)
-    cos, sin = rope.cos_sin_cache[text + offsets][:, None].chunk(2, -1)
-    want = [rotate_reference(x, cos, sin) for x in (q, k)]
-    for x, values in zip(rope(text, q.flatten(1), k.flatten(1), offsets), want, strict=True):
-        close(x.view(values.shape), values)
+    offsets, name = torch.arange(T), "MRotaryEmbedding"
+    rope, positions, q, k, cos, sin = call(package, name, is_neox=True, dtype=torch.float32)
+    row, text = positions[0] // 2, rope.cos_sin_cache
+    text = text[row + offsets][:, None].chunk(2, -1)
+    for where, tables in ((row, text), (positions - offsets, (cos, sin))):
+        want = [rotate_reference(x, *tables) for x in (q, k)]
+        got = rope(where, *flat(name, q.clone(), k.clone()), offsets)
+        for x, values in zip(got, want, strict=True):
+            close(x.view(values.shape), values)
 
 
 def test_no_key(package):

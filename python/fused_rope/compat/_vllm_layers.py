@@ -114,8 +114,10 @@ class MRope(Rotation):
         key: Tensor | None = None,
         offsets: Tensor | None = None,
     ) -> _Rotated:
+        if offsets is not None:
+            positions = positions + offsets
         if positions.dim() == 1:
-            return super().forward_cuda(positions, query, key, offsets)
+            return super().forward_cuda(positions, query, key)
         cos, sin = self.cos_sin_cache.chunk(2, -1)
         options: dict[str, Any] = {
             "layout": "thd",
@@ -145,7 +147,7 @@ class SpatialFirst(MRope):
         return tuple(1 + j % 2 if j < spatial else 0 for j in range(P))
 
 
-class Placed(MRope):
+class ListedAxes(MRope):
     """An axis for each pair that the constructor lists (openPangu)."""
 
     mrope_dim: list[int]
@@ -176,7 +178,7 @@ class VisionRotation(Layer):
         )
 
 
-class Given(Layer):
+class CallerTables(Layer):
     """x [S, H, D] or [B, S, H, D] by tables of the caller, not in place (vision encoders)."""
 
     is_neox_style: bool
@@ -208,9 +210,9 @@ LAYERS: dict[str, type[Layer]] = {
     "DeepseekScalingRotaryEmbedding": Rotation,
     "DeepseekV4ScalingRotaryEmbedding": LastElements,
     "MRotaryEmbedding": MRope,
-    "MRotaryEmbeddingInterleaved": Placed,
+    "MRotaryEmbeddingInterleaved": ListedAxes,
     "BailingMRotaryEmbedding": SpatialFirst,
     "Ernie4_5_VLRotaryEmbedding": SpatialFirst,
     "Llama4VisionRotaryEmbedding": VisionRotation,
-    "ApplyRotaryEmb": Given,
+    "ApplyRotaryEmb": CallerTables,
 }
