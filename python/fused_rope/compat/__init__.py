@@ -12,9 +12,11 @@ if TYPE_CHECKING:
     from . import (
         diffusers,
         flash_attn,
+        flashinfer,
         liger,
         rotalabs,
         rotary_embedding_torch,
+        sglang,
         torchtune,
         transformer_engine,
         transformers,
@@ -26,9 +28,11 @@ if TYPE_CHECKING:
 __all__ = [
     "diffusers",
     "flash_attn",
+    "flashinfer",
     "liger",
     "rotalabs",
     "rotary_embedding_torch",
+    "sglang",
     "torchtune",
     "transformer_engine",
     "transformers",

@@ -1,6 +1,8 @@
-"""Views that turn other libraries' tables into tables of the operators."""
+"""Views that turn other libraries' tensors into arguments of the operators."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -22,3 +24,22 @@ def real_and_imaginary(operator: str, name: str, table: Tensor) -> tuple[Tensor,
     if not table.is_complex():
         raise TypeError(f"{operator}: expected a complex {name}, got {table.dtype}")
     return table.real, table.imag
+
+
+def split_heads(
+    operator: str, name: str, x: Tensor, tokens: Sequence[int], head_size: int
+) -> Tensor:
+    """A view [*tokens, H, D] of x, which is that or [*tokens, H*D].
+
+    Raises:
+        ValueError: x is neither.
+    """
+    dims = len(tokens)
+    if x.dim() == dims + 1 and x.shape[-1] % head_size == 0:
+        return x.view(*x.shape[:-1], x.shape[-1] // head_size, head_size)
+    if x.dim() == dims + 2 and x.shape[-1] == head_size:
+        return x
+    raise ValueError(
+        f"{operator}: expected {name} of {list(tokens)} tokens, each of "
+        f"H*{head_size} or [H, {head_size}], got {list(x.shape)}"
+    )

@@ -1,4 +1,10 @@
-"""Drop-in for vLLM's rotary operator (vllm/_custom_ops.py), which works in place.
+"""Drop-ins for vLLM: its rotary embeddings, and its operator (vllm/_custom_ops.py).
+
+An environment variable switches vLLM, which loads this package by the entry point "fused_rope":
+
+    VLLM_PLUGINS=fused_rope vllm serve ...
+
+The operator works in place:
 
     from fused_rope.compat.vllm import rotary_embedding
 
@@ -9,14 +15,17 @@ error.
 
 from __future__ import annotations
 
+import os
+from importlib import import_module
 from typing import Any
 
 from torch import Tensor
 
 from .. import functional
 from ..types import Precision
+from ._tables import split_heads
 
-__all__ = ["rotary_embedding"]
+__all__ = ["plugin", "register", "rotary_embedding"]
 
 
 def rotary_embedding(
@@ -72,22 +81,76 @@ def rotary_embedding(
         "inverse": inverse,
         "precision": precision,
     }
-    q = _heads("query", query, positions, head_size)
+    q = split_heads("rotary_embedding", "query", query, positions.shape, head_size)
     if key is None:
         functional.rotate_(q, cos, sin, **options)
     else:
-        k = _heads("key", key, positions, head_size)
+        k = split_heads("rotary_embedding", "key", key, positions.shape, head_size)
         functional.rotate_qk_(q, k, cos, sin, **options)
 
 
-def _heads(name: str, x: Tensor, positions: Tensor, head_size: int) -> Tensor:
-    """A view of x with heads in a dimension of their own."""
-    tokens = positions.dim()
-    if x.dim() == tokens + 1 and x.shape[-1] % head_size == 0:
-        return x.view(*x.shape[:-1], x.shape[-1] // head_size, head_size)
-    if x.dim() == tokens + 2 and x.shape[-1] == head_size:
-        return x
-    raise ValueError(
-        f"rotary_embedding: expected {name} of {list(positions.shape)} tokens, each of "
-        f"H*{head_size} or [H, {head_size}], got {list(x.shape)}"
-    )
+def register(precision: Precision = "fp32") -> list[str]:
+    """Makes vLLM construct its rotary embeddings with this package's rotation.
+
+    Call it before the engine is made. Classes of vLLM's CustomOp registry are replaced by
+    subclasses: constructors, tables and `forward_native` stay vLLM's own, `forward_cuda` and
+    `forward_cpu` are one launch. A second call only changes the precision.
+
+    Args:
+        precision: "fp32" rounds once, as vLLM's kernels do. "model" gives the bits of
+            `forward_native`, which rounds each product.
+
+    Returns:
+        The names of the replaced classes: those in this list that the installed vLLM has. The
+        classes of Fourier and dual-chunk embeddings keep vLLM's code, and so does that of longrope,
+        which is not in the registry.
+
+    Raises:
+        ImportError: vLLM is not installed.
+        AssertionError: by vLLM, if another plugin replaced one of the classes.
+        ValueError: another precision.
+    """
+    from ._vllm_layers import LAYERS  # these classes call this module
+
+    if precision not in ("fp32", "model"):
+        raise ValueError(f"register: expected precision 'fp32' or 'model', got {precision!r}")
+    package = "vllm.model_executor.layers.rotary_embedding"
+    modules = [import_module(package + part) for part in ("", ".common", ".ernie45_vl_rope")]
+    found = {
+        name: getattr(module, name)
+        for name in LAYERS
+        for module in modules
+        if hasattr(module, name)
+    }
+    for name, original in found.items():
+        if original not in _replaced:
+            key = original.name
+            ours = type(name, (LAYERS[name], original), {"__doc__": original.__doc__})
+            original.register_oot(ours)
+            ours.name = key  # type: ignore[attr-defined]  # register_oot sets it to the class's name
+            _replaced[original] = ours
+        _replaced[original].precision = precision
+    return list(found)
+
+
+def plugin() -> None:
+    """The entry points of vLLM: `register` if the variable VLLM_PLUGINS names one of them.
+
+    "fused_rope" is `register()`, "fused_rope_model" is `register("model")`. If the variable is not
+    set, vLLM loads every installed plugin, and this one does nothing. If it is set, vLLM loads only
+    what it names.
+
+    Raises:
+        ValueError: VLLM_PLUGINS names both.
+        ImportError, AssertionError: as `register`.
+    """
+    names = [name.strip() for name in os.environ.get("VLLM_PLUGINS", "").split(",")]
+    chosen = [precision for name, precision in _PLUGINS.items() if name in names]
+    if len(chosen) > 1:
+        raise ValueError(f"VLLM_PLUGINS: expected one of {', '.join(_PLUGINS)}, got all of them")
+    if chosen:
+        register(chosen[0])
+
+
+_PLUGINS: dict[str, Precision] = {"fused_rope": "fp32", "fused_rope_model": "model"}
+_replaced: dict[type, Any] = {}
