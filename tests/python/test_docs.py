@@ -26,7 +26,13 @@ PAGES += sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/**/*.md"
 PAGES = [page for page in PAGES if page not in GENERATED]
 SLOW = ("docs/guides/compilers.md",)  # compiles C++
 RUN = ("python", "pycon")
-PATCHED = ("megatron", "torchtitan")  # no test environment has these
+# Packages that may be missing, and what shows that a block needs one.
+OPTIONAL = {
+    "accelerate": r"\bTrainer\(",
+    "megatron": r"megatron\.patch\(\)",
+    "peft": r"^from peft\b",
+    "torchtitan": r"torchtitan\.patch\(\)",
+}
 
 
 class Block(NamedTuple):
@@ -36,9 +42,11 @@ class Block(NamedTuple):
     text: str
 
     def missing(self) -> str | None:
-        """The package that the block patches, if it is not installed."""
-        patched = [package for package in PATCHED if f"{package}.patch()" in self.text]
-        return next((p for p in patched if importlib.util.find_spec(p) is None), None)
+        """A package that the block needs and that is not installed."""
+        for package, sign in OPTIONAL.items():
+            if re.search(sign, self.text, re.MULTILINE) and not importlib.util.find_spec(package):
+                return package
+        return None
 
     def run(self, names: dict[str, Any]) -> None:
         """Runs the block in the namespace of its page; tracebacks name the page's lines."""
@@ -106,7 +114,7 @@ def test_python_block_runs(
     if "transformers" in "".join(b.text for b in blocks_of(block.page)):
         pytest.importorskip("transformers")
     if package := block.missing():
-        pytest.skip(f"it patches {package}, which is not installed")
+        pytest.skip(f"{package} is not installed")
     if "aoti_load_package" in block.text:
         skip_where_no_package_loads(tmp_path)
     monkeypatch.chdir(tmp_path)

@@ -40,6 +40,8 @@ __all__ = [
 
 _FUNCTION = re.compile(r"(vision_)?apply_\w*(rotary|rope)")
 _METHOD = re.compile(r"_?apply_rotary")
+# Packages that replace rotary functions too, and what to do where the operator shall run.
+_REPLACERS = {"liger_kernel": "apply Liger with rope=False to use the operator"}
 _MARK = "_fused_rope_replacement"  # the attribute of our functions that holds their _Replacement
 
 
@@ -121,6 +123,13 @@ def _replacement_of(value: Any) -> _Replacement | None:
 def _function_of(value: Any) -> Any:
     """The function of a value, which may be a staticmethod."""
     return value.__func__ if isinstance(value, staticmethod) else value
+
+
+def _replacer(value: Any) -> tuple[str, str]:
+    """Who replaced a rotary function by this value, and the advice to append."""
+    package = str(getattr(_function_of(value), "__module__", "")).partition(".")[0]
+    advice = _REPLACERS.get(package)
+    return (package, f": {advice}") if advice else ("somebody else", "")
 
 
 @dataclass(frozen=True)
@@ -245,6 +254,8 @@ class _Forward(_Replacement):
         super().__init__(site, options)
         original = self.original
         self.tables: Tables | None = None
+        self.functions: list[_Function] = []  # those of the family
+        self._warned = False
 
         @functools.wraps(original)
         def forward(
@@ -254,6 +265,8 @@ class _Forward(_Replacement):
             tables = self.tables
             if torch.compiler.is_compiling() or tables is None or not self.active:
                 return original(self_, x, position_ids, *arguments)
+            if not self._warned:
+                self._warn_if_replaced()
             made = tables(self_, x, position_ids, layer_type)
             if made is not None:
                 self._mark_verified(made, layer_type)
@@ -279,7 +292,19 @@ class _Forward(_Replacement):
             self._widths[layer_type] = width
             _verified[width].add(pair, fresh=True)
 
+    def _warn_if_replaced(self) -> None:
+        """Warns if other code replaced a rotary function of the family after it was patched."""
+        for function in self.functions:
+            if function.active and not function.installed:
+                self._warned = True
+                who, advice = _replacer(function.site.value)
+                warnings.warn(
+                    f"fused_rope: {who} replaced {function.site.key} after it was patched{advice}",
+                    stacklevel=3,
+                )
+
     def install(self) -> None:
+        self._warned = False
         self.tables = Tables(self.original, self.options.rows, self.options.table == "float64")
         super().install()
 
@@ -601,8 +626,9 @@ def patch(
     Returns:
         A Report of the functions that are replaced now, and of those that were left alone and why.
         Functions are left alone that cannot be read (scripted, builtin, compiled), whose form is
-        unknown, or that other code replaced since another model was patched; all functions, if the
-        model's device has no kernel.
+        unknown, that Liger replaced first, or that other code replaced since another model was
+        patched; all functions, if the model's device has no kernel. The first forward after other
+        code replaced ours warns.
 
     Raises:
         TypeError: the model is a name, a config or a class.
@@ -643,6 +669,7 @@ def patch(
             if entry is not None:
                 found[site] = entry
         _install(found, model)
+        _link(found)
         return _report(found, modules)
 
 
@@ -681,7 +708,7 @@ def unpatch(model: torch.nn.Module | None = None) -> Report:
                 report.left_alone[entry.site.key] = (
                     f"{len(entry.models)} more models are patched"
                     if entry.installed
-                    else "it was replaced by somebody else since"
+                    else "it was replaced by {} since{}".format(*_replacer(entry.site.value))
                 )
     return report
 
@@ -833,7 +860,8 @@ def _find_replacement(
     if entry is not None:
         if entry.installed or site.original is entry.original:
             return entry
-        return "it was replaced by somebody else since another model was patched"
+        who, advice = _replacer(site.value)
+        return f"it was replaced by {who} since another model was patched{advice}"
     for entry in _retired.get(site.key, []):  # makes code that was compiled with it valid again
         if entry.fits(site, options):
             entry.options = options
@@ -865,6 +893,14 @@ def _install(found: dict[Site, _Replacement | str], model: torch.nn.Module | Non
             entry.models.add(model)
 
 
+def _link(found: dict[Site, _Replacement | str]) -> None:
+    """Tells the forwards of rotary modules which functions read their tables."""
+    functions = [entry for entry in found.values() if isinstance(entry, _Function)]
+    for entry in found.values():
+        if isinstance(entry, _Forward):
+            entry.functions = [f for f in functions if f.site.module == entry.site.module]
+
+
 def _report(found: dict[Site, _Replacement | str], modules: list[ModuleType]) -> Report:
     report = Report()
     rotary = {site.owner for site in _forwards(modules)}
@@ -883,6 +919,9 @@ def _report(found: dict[Site, _Replacement | str], modules: list[ModuleType]) ->
 
 
 def _function(site: Site, options: Options) -> _Function | str:
+    who, advice = _replacer(site.original)
+    if advice:
+        return f"it was replaced by {who} first{advice}"
     found = find_form(site.name, site.function)
     return found if isinstance(found, str) else _Function(site, *found, options)
 
