@@ -1,5 +1,6 @@
 """torchtitan's functions: both caches, all shapes of them, bits, gradients; and the binding."""
 
+import dataclasses
 import sys
 from types import ModuleType
 
@@ -108,10 +109,14 @@ def test_patch(rope):
 def test_original(dtype):
     """Bitwise on the CPU, forward and backward, through its modules."""
     original = pytest.importorskip("torchtitan.models.common.rope", exc_type=ImportError)
-    position = torch.randint(0, M, (S,))
+    fields = {field.name for field in dataclasses.fields(original.RoPE.Config)}
+    packed = "max_context_length" in fields  # later than 0.3.0
+    shape = (S,) if packed else (B, S)
+    rows = {"max_context_length" if packed else "max_seq_len": M}
+    position = torch.randint(0, M, shape)
     for kind in (original.ComplexRoPE, original.CosSinRoPE):
-        module = kind.Config(dim=D, max_context_length=M).build()
-        q, k = (torch.randn(S, H, D, dtype=dtype, requires_grad=True) for H in (HQ, HK))
+        module = kind.Config(dim=D, **rows).build()
+        q, k = (torch.randn(*shape, H, D, dtype=dtype, requires_grad=True) for H in (HQ, HK))
         want = module(q, k, position)
         grads = [torch.randn_like(x) for x in want]
         want += torch.autograd.grad(want, (q, k), grads)
