@@ -285,8 +285,8 @@ def patch() -> list[str]:
     before a TransformerConfig is made. A second call changes nothing.
 
     Returns:
-        The names that are bound: four of rope_utils, and TransformerEngine's function for packed
-        qkv in `megatron.core.transformer.attention`, if this version calls it.
+        The names that are bound, four of them in rope_utils. TransformerEngine's function for
+        packed qkv is bound in `megatron.core.transformer.attention`, if this version calls it.
 
     Raises:
         ImportError: Megatron-LM is not installed.
