@@ -311,6 +311,31 @@ def test_packed_qkv_of_any_strides(layout, device):
 
 
 @pytest.mark.parametrize("layout", ["sbhd", "bshd"])
+@pytest.mark.parametrize("empty", [0, 1, 2])
+def test_empty_packed_qkv(empty, layout, device):
+    freqs, _ = angles(device=device)
+    qkv, split = packed_qkv(layout, device)
+    qkv = qkv.narrow(empty, 0, 0).requires_grad_()
+    results = apply_fused_qkv_rotary_pos_emb(qkv, freqs, freqs, split, layout)
+    assert [x.shape[-1] for x in results] == split[1:2] * 2 + split[2:]
+    (gradient,) = torch.autograd.grad(sum(x.sum() for x in results), qkv)
+    assert gradient.shape == qkv.shape
+
+
+@pytest.mark.parametrize("layout", ["sbhd", "bshd"])
+def test_results_of_packed_qkv_may_be_modified(layout, device):
+    freqs, _ = angles(device=device)
+    qkv, split = packed_qkv(layout, device)
+    leaf = qkv.clone().requires_grad_()
+    results = apply_fused_qkv_rotary_pos_emb(leaf, freqs, freqs, split, layout)
+    got = torch.autograd.grad(sum(x.mul_(2).sum() for x in results), leaf)
+    want = torch.autograd.grad(
+        sum((2 * x).sum() for x in by_slices(leaf, freqs, freqs, split, layout)), leaf
+    )
+    same(got[0], want[0])
+
+
+@pytest.mark.parametrize("layout", ["sbhd", "bshd"])
 def test_gradient_of_packed_qkv_is_written_once(layout, device):
     """Backward allocates the packed gradient and nothing of the size of q or k."""
     freqs, _ = angles(device=device)

@@ -183,8 +183,12 @@ class _Packing:
     """
 
     def __init__(self, qkv: Tensor, widths: tuple[int, ...]) -> None:
-        self.shape = qkv.shape
+        first, second, G, _ = qkv.shape
         self.widths = widths
+        heads, D = widths[0] // widths[1], widths[1]
+        self.shape = qkv.shape
+        self.shapes = [(first, second, G * n, D) for n in (heads, 1)]  # of q and k
+        self.grouped = [(first, second * G, n, D) for n in (heads, 1)]
 
     def of_groups(self, rows: dict[str, Any], device: torch.device) -> dict[str, Any]:
         """The keywords that choose rows, for groups as part of B or S."""
@@ -195,51 +199,52 @@ class _Packing:
             return rows | {"offset": rows["offset"].repeat_interleave(G)}
         return rows
 
-    def _of_groups(self, x: Tensor) -> Tensor:
-        """q or k as the operator sees it: a view of a slice of contiguous memory."""
-        first, second, G, _ = self.shape
-        return x.reshape(first, second * G, -1, self.widths[1])
-
     def split(
         self, qkv: Tensor, options: dict[str, Any], tables: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = qkv.split(self.widths, -1)
-        q, k = _rotate(self._of_groups(q), self._of_groups(k), tables, **options)
-        heads = (*self.shape[:2], -1, self.widths[1])
-        return q.reshape(heads), k.reshape(heads), v.clone(memory_format=torch.contiguous_format)
+        """q, k and v, by differentiable operators."""
+        *qk, v = qkv.split(self.widths, -1)
+        q, k = _rotate(self._views(qk), tables, **options)
+        contiguous = v.clone(memory_format=torch.contiguous_format)
+        return q.reshape(self.shapes[0]), k.reshape(self.shapes[1]), contiguous
+
+    def split_into_new(
+        self, qkv: Tensor, options: dict[str, Any], tables: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`split` whose results are no views: those of an autograd.Function must not be."""
+        *qk, v = qkv.split(self.widths, -1)
+        q, k = (qkv.new_empty(shape) for shape in self.shapes)
+        _rotate(self._views(qk), tables, self._views((q, k)), **options)
+        return q, k, v.clone(memory_format=torch.contiguous_format)
 
     def pack(
         self, grads: Sequence[Tensor], options: dict[str, Any], tables: Sequence[Tensor]
     ) -> Tensor:
         """The gradient of qkv, from those of q, k and v."""
         packed = grads[0].new_empty(self.shape)
-        q, k, v = packed.split(self.widths, -1)
-        q_grad, k_grad, v_grad = grads
-        _rotate(
-            self._of_groups(q_grad),
-            self._of_groups(k_grad),
-            tables,
-            out=(self._of_groups(q), self._of_groups(k)),
-            inverse=True,
-            **options,
-        )
-        v.copy_(v_grad)
+        *qk, v = packed.split(self.widths, -1)
+        _rotate(self._views(grads[:2]), tables, self._views(qk), inverse=True, **options)
+        v.copy_(grads[2])
         return packed
+
+    def _views(self, qk: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """q and k as the operator sees them: views if they are in contiguous memory."""
+        q, k = (x.reshape(shape) for x, shape in zip(qk, self.grouped, strict=True))
+        return q, k
 
 
 def _rotate(
-    q: Tensor,
-    k: Tensor,
+    qk: tuple[Tensor, Tensor],
     tables: Sequence[Tensor],
     out: tuple[Tensor, Tensor] | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     if len(tables) == 2:
-        return functional.rotate_qk(q, k, *tables, out=out, **options)
+        return functional.rotate_qk(*qk, *tables, out=out, **options)
     q_out, k_out = (None, None) if out is None else out
     return (
-        functional.rotate(q, *tables[:2], out=q_out, **options),
-        functional.rotate(k, *tables[2:], out=k_out, **options),
+        functional.rotate(qk[0], *tables[:2], out=q_out, **options),
+        functional.rotate(qk[1], *tables[2:], out=k_out, **options),
     )
 
 
@@ -259,7 +264,7 @@ def _records_backward(qkv: Tensor) -> bool:
 
 
 class _Split(torch.autograd.Function):
-    """`_Packing.split`."""
+    """`_Packing.split_into_new`."""
 
     @staticmethod
     def forward(
@@ -267,7 +272,7 @@ class _Split(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.packing, ctx.options = packing, options
         ctx.save_for_backward(*tables)
-        return packing.split(qkv, options, tables)
+        return packing.split_into_new(qkv, options, tables)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
