@@ -43,5 +43,8 @@ cuda-build:  # build with a CUDA torch and nvcc; needs no GPU
 .PHONY: wheels
 wheels:  # build the wheels of scripts/wheels.txt into dist/ and test each in a fresh environment
 	scripts/wheels.sh
+.PHONY: hub
+hub:  # write the sources in the layout of the Kernels Hub's builder into build/hub
+	$(PYTHON) scripts/hub.py
 clean:  # remove build output; keep the virtual environments
 	rm -rf build build-* dist .venv-wheels python/fused_rope/_C*.so python/fused_rope/_build.py python/fused_rope/include python/fused_rope/lib*

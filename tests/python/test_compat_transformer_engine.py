@@ -1,9 +1,12 @@
-"""TransformerEngine's function: its unfused bits, its layouts, and each of its kernel's traps."""
+"""TransformerEngine's functions: unfused bits, layouts, each of its kernels' traps, packed qkv."""
 
 import pytest
 import torch
 from formula import close, compiles, gradients, rotate_reference, series
-from fused_rope.compat.transformer_engine import apply_rotary_pos_emb
+from fused_rope.compat.transformer_engine import (
+    apply_fused_qkv_rotary_pos_emb,
+    apply_rotary_pos_emb,
+)
 from oracle import DTYPES, bits, identical, same
 
 B, S, H, D, R, M = 2, 8, 4, 48, 32, 40
@@ -237,3 +240,155 @@ def test_original(fused, device):
                 options["cu_seqlens"] = packed(1, torch.int32, device)
             got = apply_rotary_pos_emb(t, freqs, **options)
             close(got, original.apply_rotary_pos_emb(t, freqs, **options).double(), ulps=1)
+
+
+# --- packed qkv -----------------------------------------------------------------------------------
+
+G, D_V = 3, 16  # groups of heads, and elements of a value
+
+
+def packed_qkv(layout, device, dtype=torch.float32, heads=2):
+    """A packed tensor and how it is split."""
+    split = [heads * D, D, D_V]
+    first = (S, B) if layout == "sbhd" else (B, S)
+    return torch.randn(*first, G, sum(split), device=device).to(dtype), split
+
+
+def by_slices(qkv, q_freqs, k_freqs, split, *arguments, **options):
+    """What the original computes, by one call for each slice."""
+    q, k, v = qkv.split(split, -1)
+    q = q.reshape(*q.shape[:2], -1, split[1])
+    q, k = (
+        apply_rotary_pos_emb(x, freqs, *arguments, fused=True, **options)
+        for x, freqs in ((q, q_freqs), (k, k_freqs))
+    )
+    return q, k, v
+
+
+@pytest.mark.parametrize("layout", ["sbhd", "bshd"])
+@pytest.mark.parametrize("case", ["shared", "two", "start", "interleaved", "cp"])
+@pytest.mark.parametrize("heads,dtype", [(1, torch.float32), (2, torch.bfloat16), (5, torch.half)])
+def test_packed_qkv(heads, dtype, case, layout, device):
+    """Bitwise those of the slices; one call when q and k share their angles, else two."""
+    freqs, _ = angles(case == "interleaved", device=device)
+    k_freqs = freqs.flip(0) if case == "two" else freqs
+    qkv, split = packed_qkv(layout, device, dtype, heads)
+    start = torch.tensor([3, 30], device=device) if case == "start" else None
+    options = dict(interleaved=case == "interleaved")
+    options |= dict(cp_size=2, cp_rank=1) if case == "cp" else {}
+    arguments = freqs, k_freqs, split, layout, start
+
+    def fused(x):
+        return apply_fused_qkv_rotary_pos_emb(x, *arguments, **options)
+
+    got, want = fused(qkv), by_slices(qkv, *arguments, **options)
+    for x, y in zip(got, want, strict=True):
+        assert x.is_contiguous() and x.data_ptr() != qkv.data_ptr()
+        same(x, y)
+    given, (gradient,) = gradients(fused, qkv)
+    leaf = qkv.clone().requires_grad_()
+    (want,) = torch.autograd.grad(by_slices(leaf, *arguments, **options), leaf, given)
+    same(gradient, want)
+    assert gradient.is_contiguous()
+
+
+@pytest.mark.parametrize("layout", ["sbhd", "bshd"])
+def test_packed_qkv_of_any_strides(layout, device):
+    """Gradients too may have any strides, or be missing."""
+    freqs, _ = angles(device=device)
+    qkv, split = packed_qkv(layout, device)
+    strided = qkv.transpose(0, 2).contiguous().transpose(0, 2).requires_grad_()
+    qkv.requires_grad_()
+    q, k, v = apply_fused_qkv_rotary_pos_emb(strided, freqs, freqs, split, layout)
+    q2, k2, v2 = by_slices(qkv, freqs, freqs, split, layout)
+    same(q, q2)
+    given = torch.randn(q.shape[::-1], device=device).permute(3, 2, 1, 0)
+    for results, grads in ([(q, q2), given], [(k, k2), None], [(v, v2), None]):
+        grads = torch.ones((), device=device).expand_as(results[0]) if grads is None else grads
+        (got,) = torch.autograd.grad(results[0], strided, grads, retain_graph=True)
+        (want,) = torch.autograd.grad(results[1], qkv, grads, retain_graph=True)
+        same(got, want)
+
+
+@pytest.mark.parametrize("layout", ["sbhd", "bshd"])
+@pytest.mark.parametrize("empty", [0, 1, 2])
+def test_empty_packed_qkv(empty, layout, device):
+    freqs, _ = angles(device=device)
+    qkv, split = packed_qkv(layout, device)
+    qkv = qkv.narrow(empty, 0, 0).requires_grad_()
+    results = apply_fused_qkv_rotary_pos_emb(qkv, freqs, freqs, split, layout)
+    assert [x.shape[-1] for x in results] == split[1:2] * 2 + split[2:]
+    (gradient,) = torch.autograd.grad(sum(x.sum() for x in results), qkv)
+    assert gradient.shape == qkv.shape
+
+
+@pytest.mark.parametrize("layout", ["sbhd", "bshd"])
+def test_results_of_packed_qkv_may_be_modified(layout, device):
+    freqs, _ = angles(device=device)
+    qkv, split = packed_qkv(layout, device)
+    leaf = qkv.clone().requires_grad_()
+    results = apply_fused_qkv_rotary_pos_emb(leaf, freqs, freqs, split, layout)
+    got = torch.autograd.grad(sum(x.mul_(2).sum() for x in results), leaf)
+    want = torch.autograd.grad(
+        sum((2 * x).sum() for x in by_slices(leaf, freqs, freqs, split, layout)), leaf
+    )
+    same(got[0], want[0])
+
+
+@pytest.mark.parametrize("layout", ["sbhd", "bshd"])
+def test_gradient_of_packed_qkv_is_written_once(layout, device):
+    """Backward allocates the packed gradient and nothing of the size of q or k."""
+    freqs, _ = angles(device=device)
+    qkv, split = packed_qkv(layout, device)
+    results = apply_fused_qkv_rotary_pos_emb(qkv.requires_grad_(), freqs, freqs, split, layout)
+    grads = [torch.randn_like(x) for x in results]
+    with torch.profiler.profile() as profile:
+        torch.autograd.grad(results, qkv, grads)
+    names = {event.key for event in profile.key_averages()}
+    assert any("rotate_qk_out" in name for name in names)
+    assert not names & {"aten::cat", "aten::zeros", "aten::add", "aten::add_", "aten::clone"}
+
+
+def test_packed_qkv_transforms(fresh_dynamo):
+    freqs, _ = angles()
+    qkv, split = packed_qkv("sbhd", "cpu", torch.float64)
+    qkv = qkv[:3, :1].clone().requires_grad_()
+
+    def fused(x):
+        return apply_fused_qkv_rotary_pos_emb(x, freqs, freqs, split)
+
+    def loss(x, function=fused):
+        return sum(y.square().sum() for y in function(x))
+
+    assert torch.autograd.gradcheck(fused, qkv, fast_mode=True)
+    assert torch.autograd.gradgradcheck(fused, qkv, fast_mode=True)
+    x = qkv.detach()
+    same(torch.func.grad(loss)(x), torch.autograd.grad(loss(qkv), qkv)[0])
+    for got, want in zip(torch.func.vmap(fused)(torch.stack([x, -x])), fused(x), strict=True):
+        same(got, torch.stack([want, -want]))
+    with torch.autograd.forward_ad.dual_level():
+        dual = fused(torch.autograd.forward_ad.make_dual(x, x))
+        for y in dual:
+            same(*reversed(torch.autograd.forward_ad.unpack_dual(y)))
+    compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
+    same(compiled(qkv)[0], fused(qkv)[0])
+    same(*(torch.autograd.grad(loss(qkv, f), qkv)[0] for f in (compiled, fused)))
+
+
+def test_packed_qkv_errors():
+    freqs, _ = angles()
+    qkv, split = packed_qkv("sbhd", "cpu")
+    with pytest.raises(ValueError, match="tensor_format"):
+        apply_fused_qkv_rotary_pos_emb(qkv, freqs, freqs, split, "thd")
+    with pytest.raises(ValueError, match="cp_size"):
+        start = torch.zeros(B).int()
+        apply_fused_qkv_rotary_pos_emb(qkv, freqs, freqs, split, "sbhd", start, cp_size=2)
+    with pytest.raises(ValueError, match="gradients"):
+        apply_fused_qkv_rotary_pos_emb(qkv, freqs, freqs.clone().requires_grad_(), split)
+    for bad in ([2 * D, D], [2 * D, D, D], [D + 16, D, D], [D + D + D_V, 0, D]):
+        with pytest.raises(ValueError, match="split"):
+            apply_fused_qkv_rotary_pos_emb(qkv, freqs, freqs, bad)
+    with pytest.raises(ValueError, match="freqs"):
+        apply_fused_qkv_rotary_pos_emb(qkv, freqs.expand(-1, B, -1, -1), freqs, split)
+    with pytest.raises(ValueError, match="rows"):
+        apply_fused_qkv_rotary_pos_emb(qkv, freqs[: S - 1], freqs[: S - 1], split)

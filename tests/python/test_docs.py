@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import importlib.util
 import pkgutil
 import re
 import shutil
@@ -25,6 +26,13 @@ PAGES += sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/**/*.md"
 PAGES = [page for page in PAGES if page not in GENERATED]
 SLOW = ("docs/guides/compilers.md",)  # compiles C++
 RUN = ("python", "pycon")
+# Packages that may be missing, and what shows that a block needs one.
+OPTIONAL = {
+    "accelerate": r"\bTrainer\(",
+    "megatron": r"megatron\.patch\(\)",
+    "peft": r"^from peft\b",
+    "torchtitan": r"torchtitan\.patch\(\)",
+}
 
 
 class Block(NamedTuple):
@@ -32,6 +40,13 @@ class Block(NamedTuple):
     line: int
     language: str
     text: str
+
+    def missing(self) -> str | None:
+        """A package that the block needs and that is not installed."""
+        for package, sign in OPTIONAL.items():
+            if re.search(sign, self.text, re.MULTILINE) and not importlib.util.find_spec(package):
+                return package
+        return None
 
     def run(self, names: dict[str, Any]) -> None:
         """Runs the block in the namespace of its page; tracebacks name the page's lines."""
@@ -82,7 +97,8 @@ class Pages:
         names = self.names.setdefault(block.page, {"__name__": "page"})
         for other in blocks_of(block.page):
             if self.done.get(block.page, 0) < other.line <= block.line and other.language in RUN:
-                other.run(names)
+                if not other.missing():
+                    other.run(names)
                 self.done[block.page] = other.line
 
 
@@ -97,6 +113,8 @@ def test_python_block_runs(
 ) -> None:
     if "transformers" in "".join(b.text for b in blocks_of(block.page)):
         pytest.importorskip("transformers")
+    if package := block.missing():
+        pytest.skip(f"{package} is not installed")
     if "aoti_load_package" in block.text:
         skip_where_no_package_loads(tmp_path)
     monkeypatch.chdir(tmp_path)

@@ -27,6 +27,8 @@ def test_every_drop_in_is_there():
 QK = "q, k, cos, sin"
 FLASH = "interleaved=False, inplace=False, seqlen_offsets=0, cu_seqlens=None, max_seqlen=None"
 FLASH_QKV = "cos_k=None, sin_k=None, interleaved=False, seqlen_offsets=0, num_heads_q=None"
+MEGATRON = "rotary_interleaved=False, mla_rotary_interleaved=False, mscale=1.0, inverse=False, "
+MEGATRON += "mla_output_remove_interleaving=False"
 TUNE = "dim, max_seq_len=4096, base=10000"
 SIGNATURES = {
     "diffusers.apply_rotary_emb": "x, freqs_cis, use_real=True, use_real_unbind_dim=-1, "
@@ -59,6 +61,16 @@ SIGNATURES = {
     "liger.liger_llama4_text_rotary_pos_emb": "xq, xk, freqs_cis",
     "liger.liger_llama4_vision_rotary_pos_emb": "query, key, freqs_ci",
     "liger.LigerLlama4RopeFunction.apply": "q, k, freqs_cis, BLOCK_SIZE=None",
+    "llama.apply_rotary_emb": "xq, xk, freqs_cis",
+    "megatron.fused_apply_rotary_pos_emb": "t, freqs, transpose_output_memory=False, "
+    "interleaved=False",
+    "megatron.fused_apply_rotary_pos_emb_thd": "t, cu_seqlens, freqs, cp_size=1, cp_rank=0, "
+    "interleaved=False",
+    "megatron.apply_rotary_pos_emb_bshd": f"t, freqs, {MEGATRON}, multi_latent_attention=None",
+    "megatron.apply_rotary_pos_emb_thd": f"t, cu_seqlens, freqs, {MEGATRON}, cp_group=None, "
+    "multi_latent_attention=None, max_seqlen=None",
+    "megatron.patch": "",
+    "megatron.unpatch": "",
     "rotalabs.apply_rope": f"{QK}, use_triton=None",
     "rotalabs.rope_torch": QK,
     "rotalabs.build_rope_cache": "seq_len, head_dim, base=10000.0, device=None, "
@@ -85,6 +97,9 @@ SIGNATURES = {
     "rotary_embedding_torch.RotaryEmbedding.rotate_queries_and_keys": "self, q, k, seq_dim=None",
     "rotary_embedding_torch.RotaryEmbedding.rotate_queries_with_cached_keys": "self, q, k, "
     "seq_dim=None, offset=0",
+    "torchtitan.apply_rotary_emb": "query, key, rope_cache, positions=None",
+    "torchtitan.patch": "",
+    "torchtitan.unpatch": "",
     "torchtune.RotaryPositionalEmbeddings": TUNE,
     "torchtune.RotaryPositionalEmbeddings.forward": "self, x, *, input_pos=None",
     "torchtune.Llama3ScaledRoPE": f"{TUNE}, scale_factor=8, low_freq_factor=1, high_freq_factor=4, "
@@ -99,6 +114,9 @@ SIGNATURES = {
     "torchtune.VisionRotaryPositionalEmbeddings.forward": "self, x, **kwargs",
     "transformer_engine.apply_rotary_pos_emb": "t, freqs, tensor_format='sbhd', "
     "start_positions=None, interleaved=False, fused=False, cu_seqlens=None, cp_size=1, cp_rank=0",
+    "transformer_engine.apply_fused_qkv_rotary_pos_emb": "qkv, q_freqs, k_freqs, "
+    "qkv_split_arg_list, tensor_format='sbhd', start_positions=None, interleaved=False, "
+    "cu_seqlens=None, cp_size=1, cp_rank=0",
     "triton_rotary.TritonRotary": "dim, max_seq_len",
     "triton_rotary.TritonRotary.forward": "self, q, k",
     "unsloth.fast_qk_norm_rope": "q_norm, k_norm, Q, K, cos, sin, position_ids=None",

@@ -32,10 +32,13 @@ __all__ = [
     "lacks_kernels",
     "lock",
     "replacement_of",
+    "replacer",
     "retired",
     "undo",
 ]
 
+# Packages that replace rotary functions too, and what to do where the operator shall run.
+_REPLACERS = {"liger_kernel": "apply Liger with rope=False to use the operator"}
 MARK = "_fused_rope_replacement"  # the attribute of our functions that holds their Replacement
 
 
@@ -117,6 +120,13 @@ def replacement_of(value: Any) -> Replacement | None:
 def _function_of(value: Any) -> Any:
     """The function of a value, which may be a staticmethod."""
     return value.__func__ if isinstance(value, staticmethod) else value
+
+
+def replacer(value: Any) -> tuple[str, str]:
+    """Who replaced a rotary function by this value, and the advice to append."""
+    package = str(getattr(_function_of(value), "__module__", "")).partition(".")[0]
+    advice = _REPLACERS.get(package)
+    return (package, f": {advice}") if advice else ("somebody else", "")
 
 
 class _Models:
@@ -258,7 +268,7 @@ class Replacement:
             report.left_alone[self.site.key] = (
                 f"{len(self.models)} more models are patched"
                 if self.installed
-                else "it was replaced by somebody else since"
+                else "it was replaced by {} since{}".format(*replacer(self.site.value))
             )
 
 
@@ -298,7 +308,8 @@ def find_replacement(
     if entry is not None:
         if entry.installed or site.original is entry.original:
             return entry
-        return "it was replaced by somebody else since another model was patched"
+        who, advice = replacer(site.value)
+        return f"it was replaced by {who} since another model was patched{advice}"
     for entry in retired.get(site.key, []):  # makes code that was compiled with it valid again
         if entry.fits(site, options):
             entry.options = options

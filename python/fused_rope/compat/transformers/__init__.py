@@ -20,6 +20,7 @@ that normalize q and k next to the rotation, so that both run in one pass.
     tables.py            cosines and sines of rotary modules in fewer kernels
     rewriting.py         forwards of attention classes whose norms wait
     patching.py          patch, unpatch, patched and is_patched
+    layers.py            layers of the `kernels` package
     kernel_layers.py     the same for transformers' `use_kernels=True`
     coverage.py          which model classes are covered: python -m fused_rope.compat.transformers
     configs.py           which configs `RotaryEmbedding.from_config` reads

@@ -17,10 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from .._patching.style import Pair, Style
-from . import adapters
 from .forms import find_form
 from .patching import check_model, modules_of, rotary_functions
 
@@ -30,30 +27,6 @@ REPOSITORY = Path(__file__).parent / "kernel_repository"
 _MARK = "rotary_pos_emb"
 _DEVICES = ("cpu", "cuda", "rocm", "xpu")
 
-
-def _layer(style: Style) -> type[torch.nn.Module]:
-    adapter = adapters.pair(style)
-
-    class Layer(torch.nn.Module):
-        """A layer without state, as the `kernels` package requires."""
-
-        has_backward = True
-        can_torch_compile = True
-
-        def forward(
-            self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
-        ) -> Pair:
-            q, k = adapter(q, k, cos, sin, unsqueeze_dim)
-            return q, k
-
-    return Layer
-
-
-Half = _layer(Style())
-HalfInFloat32 = _layer(Style(float32=True))
-HalfInverse = _layer(Style(inverse=True))
-HalfWidthTables = _layer(Style("half"))
-InterleavedHalfWidthTables = _layer(Style("half", interleaved=True))
 
 _LAYERS = {
     "half": "Half",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from .._patching import functions, replacements
 from .._patching import norms as rms_norms
 from .._patching.forms import Form, split
 from .._patching.functions import Function, rotation_of, verified
-from .._patching.replacements import MARK, Replacement, Report, Site
+from .._patching.replacements import MARK, Replacement, Report, Site, replacer
 from .forms import find_form
 from .rewriting import Calls, Rewritten, norm_classes, rewrite
 from .tables import Tables, rotary_modules
@@ -59,6 +60,8 @@ class _Forward(Replacement):
         super().__init__(site, options)
         original = self.original
         self.tables: Tables | None = None
+        self.functions: list[Function] = []  # those of the family
+        self._warned = False
 
         @functools.wraps(original)
         def forward(
@@ -68,6 +71,8 @@ class _Forward(Replacement):
             tables = self.tables
             if torch.compiler.is_compiling() or tables is None or not self.active:
                 return original(self_, x, position_ids, *arguments)
+            if not self._warned:
+                self._warn_if_replaced()
             made = tables(self_, x, position_ids, layer_type)
             if made is not None:
                 self._mark_verified(made, layer_type)
@@ -93,7 +98,19 @@ class _Forward(Replacement):
             self._widths[layer_type] = width
             verified[width].add(pair, fresh=True)
 
+    def _warn_if_replaced(self) -> None:
+        """Warns if other code replaced a rotary function of the family after it was patched."""
+        for function in self.functions:
+            if function.active and not function.installed:
+                self._warned = True
+                who, advice = replacer(function.site.value)
+                warnings.warn(
+                    f"fused_rope: {who} replaced {function.site.key} after it was patched{advice}",
+                    stacklevel=3,
+                )
+
     def install(self) -> None:
+        self._warned = False
         self.tables = Tables(self.original, self.options.rows, self.options.table == "float64")
         super().install()
 
@@ -255,8 +272,9 @@ def patch(
     Returns:
         A Report of the functions that are replaced now, and of those that were left alone and why.
         Functions are left alone that cannot be read (scripted, builtin, compiled), whose form is
-        unknown, or that other code replaced since another model was patched; all functions, if the
-        model's device has no kernel.
+        unknown, that Liger replaced first, or that other code replaced since another model was
+        patched; all functions, if the model's device has no kernel. The first forward after other
+        code replaced ours warns.
 
     Raises:
         TypeError: the model is a name, a config or a class.
@@ -297,6 +315,7 @@ def patch(
             if entry is not None:
                 found[site] = entry
         replacements.install(found, model)
+        _link(found)
         return _report(found, modules)
 
 
@@ -429,7 +448,18 @@ def _report(found: dict[Site, Replacement | str], modules: list[ModuleType]) -> 
     return report
 
 
+def _link(found: Mapping[Site, Replacement | str]) -> None:
+    """Tells the forwards of rotary modules which functions read their tables."""
+    functions = [entry for entry in found.values() if isinstance(entry, Function)]
+    for entry in found.values():
+        if isinstance(entry, _Forward):
+            entry.functions = [f for f in functions if f.site.module == entry.site.module]
+
+
 def _function(site: Site, options: Options) -> Function | str:
+    who, advice = replacer(site.original)
+    if advice:
+        return f"it was replaced by {who} first{advice}"
     found = find_form(site.name, site.function)
     return found if isinstance(found, str) else Function(site, *found, options)
 

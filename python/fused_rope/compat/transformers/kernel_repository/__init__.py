@@ -1,5 +1,5 @@
 """The local kernel repository that the `kernels` package loads."""
 
-from fused_rope.compat.transformers import kernel_layers as layers
+from fused_rope.compat.transformers import layers
 
 __all__ = ["layers"]
