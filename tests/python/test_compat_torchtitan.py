@@ -128,3 +128,23 @@ def test_original(dtype):
             torchtitan.unpatch()
         for x, y in zip(got, want, strict=True):
             same(x, y)
+
+
+def test_original_override():
+    """Its override mechanism finds ours by name, and the built module uses the operator."""
+    original = pytest.importorskip("torchtitan.models.common.rope", exc_type=ImportError)
+    config = pytest.importorskip("torchtitan.config", exc_type=ImportError)
+
+    @dataclasses.dataclass(kw_only=True)
+    class Config(config.Configurable.Config):
+        rope: original.RoPE.Config
+
+    fields = {field.name for field in dataclasses.fields(original.RoPE.Config)}
+    rows = {"max_context_length" if "max_context_length" in fields else "max_seq_len": M}
+    root = Config(rope=original.CosSinRoPE.Config(dim=D, **rows))
+    imports = ["fused_rope.compat.torchtitan.override"]
+    try:
+        lines = config.apply_overrides(config.OverrideConfig(imports=imports), root)
+        assert len(lines) == 1 and root.rope.build().apply_rotary_emb is apply_rotary_emb
+    finally:
+        torchtitan.unpatch()

@@ -98,6 +98,7 @@ SIGNATURES = {
     "rotary_embedding_torch.RotaryEmbedding.rotate_queries_with_cached_keys": "self, q, k, "
     "seq_dim=None, offset=0",
     "torchtitan.apply_rotary_emb": "query, key, rope_cache, positions=None",
+    "torchtitan.override": "config",
     "torchtitan.patch": "",
     "torchtitan.unpatch": "",
     "torchtune.RotaryPositionalEmbeddings": TUNE,

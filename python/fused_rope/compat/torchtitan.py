@@ -4,6 +4,8 @@
 
     fused_rope.compat.torchtitan.patch()  # before the model is built
 
+or, on torchtitan's command line: --override.imports fused_rope.compat.torchtitan.override
+
 `patch` binds `apply_rotary_emb` in ComplexRoPE and CosSinRoPE, and so in their subclasses and in
 vision encoders; caches, positions and their checks remain torchtitan's. Results are those of the
 originals: float32, each step rounded, then one rounding to the dtype of q and k. Differences:
@@ -13,6 +15,7 @@ read.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
@@ -22,7 +25,7 @@ from .. import functional
 from ..types import Precision
 from ._tables import real_and_imaginary
 
-__all__ = ["apply_rotary_emb", "patch", "unpatch"]
+__all__ = ["apply_rotary_emb", "override", "patch", "unpatch"]
 
 
 def apply_rotary_emb(
@@ -128,3 +131,22 @@ def unpatch() -> None:
     while _originals:
         module, original = _originals.pop()
         module.apply_rotary_emb = original
+
+
+def override(config: Any) -> Any:
+    """Calls `patch`: an override, which torchtitan calls between the config and the model.
+
+    Args:
+        config: that of a rotary module, which is returned unchanged.
+
+    Raises:
+        ImportError: torchtitan 0.3 or later is not installed.
+    """
+    patch()
+    return config
+
+
+with suppress(ImportError, AttributeError):  # no torchtitan, or one without overrides
+    _rope = import_module("torchtitan.models.common.rope")
+    _register = import_module("torchtitan.config").override
+    _register(target=_rope.RoPE.Config, description="fused-rope's operator")(override)
