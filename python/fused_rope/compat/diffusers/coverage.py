@@ -38,9 +38,9 @@ attention processors rotate. A pipeline is covered if its models are.
   them, so those differ by such roundings.
 * The operator reads one half of a full-width table, and two of the four numbers of a rotation
   matrix. `patch` compares the halves of each new table, once for all layers; if they differ, it
-  restores the original function and warns. On CUDA this synchronizes once per forward. Complex
-  tables, and those of which the model reads every second number, are read whole: nothing is
-  compared.
+  restores the original function and warns. On CUDA this synchronizes once per forward, and under
+  inference mode once per call. Complex tables, and those of which the model reads every second
+  number, are read whole: nothing is compared.
 * Calls that the operator does not cover (unusual shapes or arguments, float64) run the model's own
   function.
 * By default torch.compile gets the model's own function, which Inductor fuses with the surrounding

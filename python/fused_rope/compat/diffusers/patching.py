@@ -59,7 +59,8 @@ def patch(
 
     The operator reads one half of a full-width table. The halves of each new table are compared,
     once for all layers; if they differ, the original is restored, with a warning. On CUDA that
-    synchronizes once per forward; tables of every second number and complex ones are not compared.
+    synchronizes once per forward, and under inference mode, where writes to a table leave no trace,
+    once per call. Tables of every second number and complex ones are not compared.
 
     Args:
         model: a model of diffusers, or a pipeline, whose models are patched; text encoders of
