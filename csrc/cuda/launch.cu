@@ -10,23 +10,17 @@
 namespace fused_rope::kernels {
 
 // Instantiated in one file per element type, so that they compile in parallel.
-extern template cudaError_t launch_elements<Float16>(const RotateParams&, const Plan&,
-                                                     cudaStream_t);
-extern template cudaError_t launch_elements<BFloat16>(const RotateParams&, const Plan&,
-                                                      cudaStream_t);
-extern template cudaError_t launch_elements<float>(const RotateParams&, const Plan&, cudaStream_t);
-extern template cudaError_t launch_elements<double>(const RotateParams&, const Plan&, cudaStream_t);
-
-#define FUSED_ROPE_EXTERN_NORM(T)                                                             \
-  extern template cudaError_t launch_norm<T>(const RotateParams&, const std::optional<Plan>&, \
-                                             cudaStream_t);                                   \
-  extern template cudaError_t launch_backward<T>(const NormBackwardParams&,                   \
+#define FUSED_ROPE_EXTERN(T)                                                                      \
+  extern template cudaError_t launch_elements<T>(const RotateParams&, const Plan&, cudaStream_t); \
+  extern template cudaError_t launch_norm<T>(const RotateParams&, const std::optional<Plan>&,     \
+                                             cudaStream_t);                                       \
+  extern template cudaError_t launch_backward<T>(const NormBackwardParams&,                       \
                                                  const std::optional<Plan>&, cudaStream_t)
-FUSED_ROPE_EXTERN_NORM(Float16);
-FUSED_ROPE_EXTERN_NORM(BFloat16);
-FUSED_ROPE_EXTERN_NORM(float);
-FUSED_ROPE_EXTERN_NORM(double);
-#undef FUSED_ROPE_EXTERN_NORM
+FUSED_ROPE_EXTERN(Float16);
+FUSED_ROPE_EXTERN(BFloat16);
+FUSED_ROPE_EXTERN(float);
+FUSED_ROPE_EXTERN(double);
+#undef FUSED_ROPE_EXTERN
 
 static cudaError_t read_facts(int device, DeviceFacts* facts) {
   int l2_bytes = 0;

@@ -9,20 +9,13 @@ namespace fused_rope {
 namespace {
 
 using testing::expect_identical;
+using testing::leaf;
 using testing::OnDevice;
+using testing::rotation_formula;
 using torch::autograd::grad;
 using torch::autograd::variable_list;
 
 const RotateOptions kInverse = RotateOptions().inverse(true);
-
-at::Tensor leaf(const at::Tensor& x) { return x.detach().clone().requires_grad_(); }
-
-// rotate for tables [S, P] and R = D in ATen operations, which PyTorch differentiates.
-at::Tensor formula(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin) {
-  const std::vector<at::Tensor> halves = x.chunk(2, -1);
-  const at::Tensor c = cos.unsqueeze(1), s = sin.unsqueeze(1);
-  return at::cat({halves[0] * c - halves[1] * s, halves[1] * c + halves[0] * s}, -1);
-}
 
 class Autograd : public OnDevice {
  protected:
@@ -76,7 +69,7 @@ TEST_P(Autograd, FirstAndSecondDerivativesAreThoseOfTheFormula) {
     for (const at::Tensor& second : grad(first, in, v)) all.push_back(second);
     return all;
   };
-  const variable_list expected = derivatives(formula);
+  const variable_list expected = derivatives(rotation_formula);
   const variable_list got = derivatives([](const auto&... in) { return rotate(in...); });
   const variable_list in_place =
       derivatives([](const auto& x, const auto&... in) { return rotate_(x * 1, in...); });
@@ -93,7 +86,7 @@ TEST_P(Autograd, InPlaceOnViewsOfOnePackedTensorReachesItsGradient) {
   const at::Tensor own = packed * 2, whole = packed * 2;
   rotate_qk_(own.slice(2, 0, 3), own.slice(2, 3, 5), cos, sin);
   const at::Tensor expected =
-      at::cat({formula(whole.slice(2, 0, 5), cos, sin), whole.slice(2, 5)}, 2);
+      at::cat({rotation_formula(whole.slice(2, 0, 5), cos, sin), whole.slice(2, 5)}, 2);
   expect_close(own, expected);
   const variable_list got = grad({own}, {packed, cos, sin}, {g});
   const variable_list wanted = grad({expected}, {packed, cos, sin}, {g});
@@ -151,14 +144,14 @@ TEST_P(ForwardMode, TangentsOfInputAndTablesAddUp) {
   const auto [cos, sin] = tables({5, 8}, at::kDouble);
   const at::Tensor x = randn({2, 5, 3, 16}, at::kDouble), tx = randn(x.sizes(), at::kDouble);
   const at::Tensor tc = randn(cos.sizes(), at::kDouble), ts = randn(sin.sizes(), at::kDouble);
-  const at::Tensor expected = formula(tx, cos, sin) + formula(x, tc, ts);
+  const at::Tensor expected = rotation_formula(tx, cos, sin) + rotation_formula(x, tc, ts);
   expect_close(tangent(rotate(dual(x, tx), dual(cos, tc), dual(sin, ts))), expected);
   const at::Tensor own = dual(x.clone(), tx.clone());
   rotate_(own, dual(cos, tc), dual(sin, ts));
   expect_close(tangent(own), expected);
   const at::Tensor primal = x.clone();
   rotate_(primal, cos, dual(sin, ts));
-  expect_close(tangent(primal), formula(x, at::zeros_like(cos), ts));
+  expect_close(tangent(primal), rotation_formula(x, at::zeros_like(cos), ts));
 }
 
 TEST_P(ForwardMode, OutputsRejectTangents) {

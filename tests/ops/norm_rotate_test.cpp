@@ -10,13 +10,13 @@ namespace fused_rope {
 namespace {
 
 using testing::expect_identical;
+using testing::leaf;
 using testing::OnDevice;
+using testing::rotation_formula;
 using torch::autograd::grad;
 using torch::autograd::variable_list;
 
 const NormOptions kNorm(1e-6);
-
-at::Tensor leaf(const at::Tensor& x) { return x.detach().clone().requires_grad_(); }
 
 // norm_rotate in ATen operations, which PyTorch differentiates, for rotate's default options.
 at::Tensor formula(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin,
@@ -25,11 +25,7 @@ at::Tensor formula(const at::Tensor& x, const at::Tensor& cos, const at::Tensor&
     const at::Tensor factor = norm.zero_centered() ? weight + 1 : weight;
     return y * (y.square().mean(-1, /*keepdim=*/true) + norm.eps()).rsqrt() * factor;
   };
-  const auto rotated = [&](const at::Tensor& y) {
-    const std::vector<at::Tensor> halves = y.chunk(2, -1);
-    const at::Tensor c = cos.unsqueeze(1), s = sin.unsqueeze(1);
-    return at::cat({halves[0] * c - halves[1] * s, halves[1] * c + halves[0] * s}, -1);
-  };
+  const auto rotated = [&](const at::Tensor& y) { return rotation_formula(y, cos, sin); };
   return norm.after() ? normalized(rotated(x)) : rotated(normalized(x));
 }
 

@@ -56,6 +56,16 @@ class Tensors {
   at::Device device_;
 };
 
+inline at::Tensor leaf(const at::Tensor& x) { return x.detach().clone().requires_grad_(); }
+
+// rotate for tables [S, P] and R = D in ATen operations, which PyTorch differentiates.
+inline at::Tensor rotation_formula(const at::Tensor& x, const at::Tensor& cos,
+                                   const at::Tensor& sin) {
+  const std::vector<at::Tensor> halves = x.chunk(2, -1);
+  const at::Tensor c = cos.unsqueeze(1), s = sin.unsqueeze(1);
+  return at::cat({halves[0] * c - halves[1] * s, halves[1] * c + halves[0] * s}, -1);
+}
+
 // A test that runs on every device.
 class OnDevice : public ::testing::TestWithParam<at::Device>, protected Tensors {
  protected:

@@ -2,6 +2,7 @@
 // in elements.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <utility>
 
@@ -102,6 +103,13 @@ inline int64_t total_heads(const RotateParams& p) {
 inline bool has_lookups(const RowParams& rows) {
   return rows.positions.data != nullptr || rows.offsets.data != nullptr ||
          rows.cu_seqlens.data != nullptr || rows.out_rows.data != nullptr;
+}
+
+// Axes of positions: 1 without M-RoPE.
+inline uint32_t count_axes(const RotateParams& p) {
+  int64_t last = 0;
+  for (int64_t j = 0; p.axes != nullptr && j < p.pairing.P; ++j) last = std::max(last, p.axes[j]);
+  return static_cast<uint32_t>(last) + 1;
 }
 
 // The dimensions that number the heads of a tensor.

@@ -80,16 +80,16 @@ struct PlanOverrides {
 struct Plan {
   Arrangement arrangement;
   RowLookup lookup;
-  bool staged;           // blocks stage x in shared memory
+  bool staged = false;   // blocks stage x in shared memory
   bool keeps_tables;     // table vectors get the L2 policy evict_last
   bool streams;          // vectors of x get the L2 policy evict_first
   int vector;            // elements that a rotating thread moves at once
   int rotating_threads;  // threads of one head that rotate; staged: threads of one chunk
   int head_threads;      // threads of one head: those that rotate, then those that copy; staged: 1
-  int chunk_heads;       // staged: heads of a chunk, otherwise 1
-  bool single_elements;  // staged: vectors in shared memory are not aligned
-  int block_vectors;     // staged: vectors of 16 bytes that a block touches, at most
-  bool full_head;        // every thread rotates, one head, and pairs form a single block
+  int chunk_heads = 1;   // staged: heads of a chunk
+  bool single_elements = false;  // staged: vectors in shared memory are not aligned
+  int block_vectors = 0;         // staged: vectors of 16 bytes that a block touches, at most
+  bool full_head = false;        // every thread rotates, one head, and pairs form a single block
   int block_threads;
   int block_units;     // what a block processes: as many threads' vectors, staged: as many chunks
   int launch_threads;  // at most
@@ -251,7 +251,7 @@ inline bool are_resident(const RotateParams& p, const DeviceFacts& device) {
 }
 
 inline bool has_linear_rows(const RotateParams& p) {
-  return !has_lookups(p.rows) && have_same_strides(p.cos, p.sin);
+  return !has_lookups(p.rows) && p.axes == nullptr && have_same_strides(p.cos, p.sin);
 }
 
 // Whether positions alone select rows, and rows and their stride fit 32 bits.
@@ -334,15 +334,14 @@ inline bool should_stream(const RotateParams& p, const DeviceFacts& device) {
   return table_bytes(p) * kHeavyShare > x_bytes && x_bytes > static_cast<double>(device.l2_bytes);
 }
 
-// Whether a call moves short contiguous chunks whose stride is at least twice their size, more of
-// them than are resident at once. They are faster with fewer bytes in flight: 13 to 16 % in place
+// Whether a call in place moves short contiguous chunks whose stride is at least twice their size,
+// more of them than are resident at once. They are faster with fewer bytes in flight: 13 to 16 %
 // with R = D/4. Only looks at the first tensor that has heads.
 inline bool moves_short_chunks(const RotateParams& p, const DeviceFacts& device) {
   const TensorParams& t = p.tensors[0].H > 0 ? p.tensors[0] : p.tensors[1];
   const int64_t chunk = 2 * p.pairing.P;
-  return p.in_place && size_of(p.dtype) == 2 && chunk * size_of(p.dtype) <= kShortChunk &&
-         in_strides_of(t)[memory_order(p, t)[0]] >= 2 * chunk && has_linear_rows(p) &&
-         !p.per_head && !are_resident(p, device);
+  return p.in_place && chunk * size_of(p.dtype) <= kShortChunk &&
+         in_strides_of(t)[memory_order(p, t)[0]] >= 2 * chunk && !are_resident(p, device);
 }
 
 // Small blocks keep a multiprocessor busy when one ends and the next begins. Where all blocks are
@@ -381,15 +380,11 @@ inline Plan plan_direct(const RotateParams& p, const DeviceFacts& device,
   const int block_threads = std::clamp(wanted / kWarp * kWarp, kWarp, kMaxBlockThreads);
   return {.arrangement = arrangement,
           .lookup = lookup,
-          .staged = false,
           .keeps_tables = choose(overrides.keep, should_keep_tables(p, device)),
           .streams = choose(overrides.stream, should_stream(p, device)),
           .vector = vector,
           .rotating_threads = rotating_threads,
           .head_threads = head_threads,
-          .chunk_heads = 1,
-          .single_elements = false,
-          .block_vectors = 0,
           .full_head =
               rotates_full_heads(p) && has_full_heads(lookup) && !single && overrides.full != 0,
           .block_threads = block_threads,
@@ -408,7 +403,7 @@ inline Plan plan_staged(const RotateParams& p, const DeviceFacts& device,
   const int vector = adjacent ? 2 * pairs : pairs;
   const int64_t heads = chunk_heads(p);
   const bool whole = common_vector(p, {heads * p.D}, heads) * size_of(p.dtype) == kVectorBytes;
-  const bool linear = whole && has_linear_rows(p) && p.axes == nullptr;
+  const bool linear = whole && has_linear_rows(p);
   const int64_t bytes = chunk_bytes(p, heads);
   const int64_t rotating_threads = p.pairing.P / pairs;
   const int wanted = choose(overrides.threads, kStagedThreads);
@@ -429,7 +424,6 @@ inline Plan plan_staged(const RotateParams& p, const DeviceFacts& device,
           .chunk_heads = static_cast<int>(heads),
           .single_elements = moved < vector,
           .block_vectors = static_cast<int>(ceil_divide(block_units * bytes, kVectorBytes) + 2),
-          .full_head = false,
           .block_threads = threads,
           .block_units = static_cast<int>(block_units),
           .launch_threads = choose(overrides.work, kMaxLaunchThreads)};
@@ -454,16 +448,17 @@ inline Plan make_plan(const RotateParams& p, const DeviceFacts& device,
   const int limit = choose(overrides.vector, kVectorBytes) / size;
   const int widest = kVectorBytes / size;
   const int shortest = kShortChunkBytes / size / (p.pairing.distance == 1 ? 1 : 2);
-  const bool full = rotates_full_heads(p) && overrides.full != 0;
-  if (full && moves_short_chunks(p, device) && fits_vectors(p, shortest))
+  const auto fits_shortest = [&] {
+    return size == 2 && overrides.full != 0 && rotates_full_heads(p) && has_linear_rows(p) &&
+           !p.per_head && fits_vectors(p, shortest);
+  };
+  if (moves_short_chunks(p, device) && fits_shortest())
     return plan_direct(p, device, overrides, shortest);
   if (widest <= limit && fits_vectors(p, widest)) return plan_direct(p, device, overrides, widest);
   if (can_stage(p)) {
     return plan_staged(p, device, overrides, std::min(rotated_vector(p), limit));
   }
-  const bool linear = has_linear_rows(p) && p.axes == nullptr && !p.per_head;
-  if (full && linear && size == 2 && fits_vectors(p, shortest))
-    return plan_direct(p, device, overrides, shortest);
+  if (fits_shortest()) return plan_direct(p, device, overrides, shortest);
   return plan_direct(p, device, overrides, 1);
 }
 
@@ -491,15 +486,11 @@ inline std::optional<Plan> make_norm_plan(const RotateParams& p, const DeviceFac
   const int block_threads = std::clamp(wanted / kWarp * kWarp, kWarp, kSmallBlockThreads);
   return Plan{.arrangement = p.pairing.distance == 1 ? Arrangement::kAdjacent : Arrangement::kPair,
               .lookup = has_linear_rows(p) ? RowLookup::kLinear : RowLookup::kIndexed,
-              .staged = false,
               .keeps_tables = choose(overrides.keep, should_keep_tables(p, device)),
               .streams = choose(overrides.stream, should_stream(p, device)),
               .vector = vector,
               .rotating_threads = threads,
               .head_threads = static_cast<int>(std::bit_ceil(static_cast<unsigned>(threads))),
-              .chunk_heads = 1,
-              .single_elements = false,
-              .block_vectors = 0,
               .full_head = true,
               .block_threads = block_threads,
               .block_units = block_threads,

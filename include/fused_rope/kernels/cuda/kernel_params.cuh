@@ -16,8 +16,15 @@ namespace fused_rope::kernels {
 // The axis of each pair's position, passed by value so that a captured launch owns it.
 struct PairAxes {
   uint8_t axis[kMaxAxisPairs];
+
+  explicit PairAxes(const RotateParams& p) : axis() {
+    for (int64_t j = 0; p.axes != nullptr && j < p.pairing.P; ++j)
+      axis[j] = static_cast<uint8_t>(p.axes[j]);
+  }
 };
-struct NoAxes {};
+struct NoAxes {
+  explicit NoAxes(const RotateParams&) {}
+};
 
 template <RowLookup kLookup>
 using AxesOf = std::conditional_t<has_axes(kLookup), PairAxes, NoAxes>;
@@ -67,7 +74,7 @@ struct TensorArgs {
     return at;
   }
 
-  __device__ __forceinline__ LinearCoordinates locate_chunk(uint32_t index) const {
+  __device__ __forceinline__ LinearCoordinates locate(uint32_t index) const {
     return {{index, per_row.div(index), per_plane.div(index)}};
   }
 
@@ -136,19 +143,18 @@ struct ChunkArgs {
   bool single_elements;     // vectors are not aligned
   FastDivmod per_rotation;  // threads that rotate a chunk
 
+  ChunkArgs() = default;
+
   ChunkArgs(const RotateParams& p, const Plan& plan)
       : count(static_cast<uint32_t>(plan.block_units)),
         vectors(static_cast<uint32_t>(plan.block_vectors)),
         bytes(static_cast<uint32_t>(chunk_bytes(p, plan.chunk_heads))),
         heads(static_cast<uint32_t>(plan.chunk_heads)),
         D(static_cast<uint32_t>(p.D)),
-        axes(1),
+        axes(count_axes(p)),
         pairs(static_cast<uint32_t>(p.pairing.P)),
         single_elements(plan.single_elements),
-        per_rotation(std::max(plan.rotating_threads, 1)) {
-    for (int64_t j = 0; p.axes != nullptr && j < p.pairing.P; ++j)
-      axes = std::max(axes, static_cast<uint32_t>(p.axes[j]) + 1);
-  }
+        per_rotation(std::max(plan.rotating_threads, 1)) {}
 
   size_t shared_bytes() const {
     return vectors * kVectorBytes + count * axes * kRowBytes + (axes > 1 ? pairs : 0);
@@ -203,7 +209,7 @@ struct KernelParams {
         cos_j(p.cos.j),
         sin_j(p.sin.j),
         rows(p.rows),
-        chunks(p, plan) {
+        chunks(plan.staged ? ChunkArgs(p, plan) : ChunkArgs()) {
     // The inverse rotation of (a, b) is the rotation of (b, a): in kPair a thread takes the second
     // elements as the first ones.
     if (p.inverse && plan.arrangement == Arrangement::kPair) {

@@ -119,13 +119,8 @@ cudaError_t launch_tiles(const RotateParams& p, const Plan& plan,
 
 template <typename T, typename Table, Precision kPrecision, RowLookup kLookup>
 cudaError_t launch_tiles(const RotateParams& p, const Plan& plan, cudaStream_t stream) {
-  AxesOf<kLookup> axes;
-  if constexpr (has_axes(kLookup)) {
-    for (int64_t j = 0; j < p.pairing.P; ++j)
-      axes.axis[j] = static_cast<uint8_t>(p.axes == nullptr ? 0 : p.axes[j]);
-  }
   const auto kernel = choose_kernel<T, Table, kPrecision, kLookup>(plan);
-  return launch_tiles(p, plan, kernel, axes, stream);
+  return launch_tiles(p, plan, kernel, AxesOf<kLookup>(p), stream);
 }
 
 template <typename T, typename Table, Precision kPrecision>

@@ -20,10 +20,10 @@ struct WarpHeadParams {
   int64_t leaf_heads[kMaxTensors] = {};
   FastDivmod per_distance;
   uint32_t tree_leaves;
-  uint32_t axes = 1;  // of positions
+  uint32_t axes;  // of positions
   uint8_t row_flags;
   bool moves_vectors;  // of 16 bytes
-  uint8_t axis[kMaxAxisPairs] = {};
+  PairAxes pairs;
 
   explicit WarpHeadParams(const RotateParams& p)
       : call(p),
@@ -31,13 +31,11 @@ struct WarpHeadParams {
         scalars(p.D, p.norm->eps),
         per_distance(std::max<int64_t>(p.pairing.distance, 1)),
         tree_leaves(static_cast<uint32_t>(kernels::tree_leaves(p.D))),
+        axes(count_axes(p)),
         row_flags(kernels::row_flags(p.rows)),
-        moves_vectors(common_vector(p, {p.D}) * size_of(p.dtype) == kVectorBytes) {
+        moves_vectors(common_vector(p, {p.D}) * size_of(p.dtype) == kVectorBytes),
+        pairs(p) {
     for (int i = 0; i < p.count; ++i) heads[i] = p.B * p.S * p.tensors[i].H;
-    for (int64_t j = 0; p.axes != nullptr && j < p.pairing.P; ++j) {
-      axis[j] = static_cast<uint8_t>(p.axes[j]);
-      axes = std::max(axes, axis[j] + 1u);
-    }
   }
 
   explicit WarpHeadParams(const NormBackwardParams& p) : WarpHeadParams(p.call) {
@@ -138,7 +136,7 @@ class WarpHead {
       const bool exists = j < P;
       Row row = row_;
       if (params_.axes > 1) {
-        const uint32_t axis = exists ? params_.axis[j] : 0;
+        const uint32_t axis = exists ? params_.pairs.axis[j] : 0;
         row.index = from_lane(row_.index, axis);
         row.copied = from_lane(static_cast<int>(row_.copied), axis) != 0;
       }

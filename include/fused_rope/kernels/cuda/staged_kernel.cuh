@@ -62,7 +62,7 @@ struct BlockSpan {
     const uint32_t chunk = (block - run * lookups.run_blocks) * params.chunks.count;
     first = run * lookups.run_chunks + chunk;
     count = min(params.chunks.count, lookups.run_chunks - chunk);
-    at = tensor.locate_chunk(first);
+    at = tensor.locate(first);
     bytes = count * params.chunks.bytes;
     in = tensor.in + tensor.in_offset.at(at);
   }
@@ -127,7 +127,7 @@ struct SharedRows {
     };
     if (flags & kHasSequences) {
       share_in_warps(span.count, count, [&](uint32_t i, uint32_t lane) {
-        const LinearCoordinates at = tensor.locate_chunk(span.first + i);
+        const LinearCoordinates at = tensor.locate(span.first + i);
         const TileToken token = {params, tensor, lookups, at, lane};
         const SequencePosition place = find_sequence_in_warp(params.rows, token.s());
         if (lane < count) find(token, i, place);
@@ -135,7 +135,7 @@ struct SharedRows {
       return;
     }
     for (uint32_t i = threadIdx.x; i < span.count * kMaxAxes; i += blockDim.x) {
-      const LinearCoordinates at = tensor.locate_chunk(span.first + i / kMaxAxes);
+      const LinearCoordinates at = tensor.locate(span.first + i / kMaxAxes);
       const uint32_t axis = i % kMaxAxes;
       if (axis < count)
         find(TileToken{params, tensor, lookups, at, axis}, i / kMaxAxes, SequencePosition{0, 0});
@@ -159,7 +159,7 @@ struct Rotation {
         tile(params, i - chunk * params.rotating_threads) {
     const bool exists = i < span.count * params.rotating_threads;
     if constexpr (is_linear(Traits::kLookup)) {
-      const char* cos = tensor.cos + tensor.row_offset.at(tensor.locate_chunk(span.first + chunk));
+      const char* cos = tensor.cos + tensor.row_offset.at(tensor.locate(span.first + chunk));
       const RowPointers row = {cos, cos + tensor.sin_after_cos};
       pairs = tile.load_entries(params, exists, [&](uint32_t) { return row; });
     } else {
