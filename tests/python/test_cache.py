@@ -436,18 +436,17 @@ ALL_MISTAKES |= {n: (E4M3, *m) for n, m in EIGHT_BIT_MISTAKES.items()}
 
 @pytest.mark.parametrize("storage,kind,word,changes", ALL_MISTAKES.values(), ids=ALL_MISTAKES)
 def test_errors(storage, kind, word, changes, device):
-    valid = arguments(device, storage)
-    moved = {n: x.to(device) if isinstance(x, torch.Tensor) else x for n, x in valid.items()}
-    fused_rope.rotate_and_cache(**moved)
+    fused_rope.rotate_and_cache(**arguments(device, storage))
     kw = arguments(device, storage, **changes)
-    if "out" not in word:
-        kw |= {n: x.to(device) for n, x in kw.items() if n.endswith("weight") and x is not None}
-    written = [kw[n] for n in ("k_cache", "v_cache") if kw[n] is not None and not kw[n].is_meta]
-    before = [c.clone() for c in written]
+    written = {n: kw[n] for n in ("k_cache", "v_cache") if kw[n] is not None and not kw[n].is_meta}
+    before = {n: cache.clone() for n, cache in written.items()}
+    for name, x in kw.items():
+        if isinstance(x, torch.Tensor) and not x.is_meta:
+            kw[name] = x.to(device)
     with pytest.raises(kind, match=f"rotate_and_cache: expected {word}"):
         fused_rope.rotate_and_cache(**kw)
-    for cache, copy in zip(written, before, strict=True):
-        identical(cache, copy)
+    for name, copy in before.items():
+        identical(written[name], copy)
 
 
 @pytest.mark.parametrize("bad", [40, -2, 2**40, -(2**62)])
@@ -540,6 +539,20 @@ def test_caches_that_cannot_be_written(device):
         fused_rope.rotate_and_cache(**inference)
     with torch.inference_mode():
         fused_rope.rotate_and_cache(**inference)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["nested", "jagged", "sparse", "quantized"])
+@pytest.mark.parametrize("name", ["q", "k"])
+def test_tensors_without_strides_are_refused(name, kind):
+    make = {
+        "nested": lambda x: torch.nested.nested_tensor(list(x)),
+        "jagged": lambda x: torch.nested.nested_tensor(list(x), layout=torch.jagged),
+        "sparse": lambda x: x.to_sparse(),
+        "quantized": lambda x: torch.quantize_per_tensor(x.float(), 0.1, 0, torch.quint8),
+    }[kind]
+    with pytest.raises(TypeError, match="rotate_and_cache: expected"):
+        fused_rope.rotate_and_cache(**arguments(**{name: make}))
 
 
 @pytest.mark.parametrize("keyword", ["out", "out_rows"])
