@@ -5,6 +5,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 say() { printf '\n== %s\n' "$*"; }
 die() { printf '%s\n' "$*" >&2; exit 1; }
 
+# A few processes share the Python tests: each takes up to 2 GB.
+PYTEST_WORKERS=(-n auto --maxprocesses=4 --dist=worksteal)
+
 # make_venv FOLDER PYTHON: creates a virtual environment whose pip supports dependency groups.
 make_venv() {
   "$2" -m venv --clear "$1"

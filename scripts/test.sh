@@ -6,7 +6,7 @@ source "$(dirname "$0")/common.sh"
 scripts/build.sh
 export PATH=$PWD/.venv/bin:$PATH
 
-python_tests() { python -m pytest -q --durations=10 "$@"; }
+python_tests() { python -m pytest -q --durations=10 "${PYTEST_WORKERS[@]}" "$@"; }
 
 if [ "${1:-}" != --slow ]; then
   say "C++ tests"
