@@ -442,11 +442,20 @@ def test_tables_whose_halves_differ(monkeypatch):
 
     x, tables = torch.randn(B, H, 5, D), torch.randn(2, 5, D).unbind()
     expected = embeddings.apply_rotary_emb(x, tables)
-    patch(CASES["cosmos"].build())
     model = CASES["cosmos"].build()
     patch(model)
     with pytest.warns(UserWarning, match="tables differ"):
         same(embeddings.apply_rotary_emb(x, tables), expected)
+
+
+def test_real_tables_in_place_of_complex_ones_run_the_original(calls):
+    """PyTorch multiplies complex numbers by real ones, too."""
+    x, table = torch.randn(B, 5, H, D), torch.randn(B, 5, D // 2)
+    expected = flux.apply_rotary_emb(x, table, use_real=False)
+    model = CASES["flux"].build()
+    patch(model)
+    same(flux.apply_rotary_emb(x, table, use_real=False), expected)
+    assert is_patched(model) and not calls
 
 
 def test_float64_runs_the_original(calls):
