@@ -3,6 +3,7 @@
 import functools
 import gc
 import importlib
+import inspect
 import re
 import sys
 from pathlib import Path
@@ -442,11 +443,54 @@ def test_tables_whose_halves_differ(monkeypatch):
 
     x, tables = torch.randn(B, H, 5, D), torch.randn(2, 5, D).unbind()
     expected = embeddings.apply_rotary_emb(x, tables)
-    patch(CASES["cosmos"].build())
     model = CASES["cosmos"].build()
     patch(model)
     with pytest.warns(UserWarning, match="tables differ"):
         same(embeddings.apply_rotary_emb(x, tables), expected)
+
+
+def test_real_tables_in_place_of_complex_ones_run_the_original(calls):
+    """PyTorch multiplies complex numbers by real ones, too."""
+    x, table = torch.randn(B, 5, H, D), torch.randn(B, 5, D // 2)
+    expected = flux.apply_rotary_emb(x, table, use_real=False)
+    model = CASES["flux"].build()
+    patch(model)
+    same(flux.apply_rotary_emb(x, table, use_real=False), expected)
+    assert is_patched(model) and not calls
+
+
+@pytest.mark.parametrize("name", ["cosmos", "joyimage", "longcat-audio"])
+def test_keywords_in_any_order(name, calls):
+    """The tables that are compared are found by their name."""
+    case = CASES[name]
+    module = (
+        embeddings
+        if name == "cosmos"
+        else importlib.import_module(f"diffusers.models.{case.module}")
+    )
+    function = "apply_rotary_emb" if name == "cosmos" else "_apply_rotary_emb"
+    x, tables = torch.randn(B, 5, 5, D), pair("tiled" if name[0] == "l" else "repeated", 5, D)
+    names = list(inspect.signature(getattr(module, function)).parameters)
+    given = {n: x for n in names if n in ("x", "xq", "xk", "hidden_states")}
+    given = {next(n for n in names if n not in given): tables, **given}
+    expected = getattr(module, function)(**given)
+    with patched(case.build()):
+        ours = getattr(module, function)(**given)
+        for a, b in zip(tensors(ours), tensors(expected), strict=True):
+            same(a, b)
+        assert calls
+
+
+def test_forward_mode_gradients_of_a_joint_sequence(monkeypatch):
+    """`out=` would drop the tangent."""
+    layer = attention().requires_grad_(False)
+    x, text = torch.randn(B, 9, H * D), torch.randn(B, 5, H * D)
+    patch(layer, norms="fused")
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        q, _ = rotated(layer, dual, text, pair("repeated", 14, D), monkeypatch)
+        tangent = torch.autograd.forward_ad.unpack_dual(q).tangent
+    assert tangent[:, 5:].abs().max() > 0 and tangent[:, :5].abs().max() == 0
 
 
 def test_float64_runs_the_original(calls):

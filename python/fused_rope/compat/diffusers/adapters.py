@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from .._patching.norms import Norm
-from .._patching.style import Adapter, Pair, RealTableError, Style, parts
-from .._tables import for_all_tokens
+from .._patching.style import Adapter, Pair, Style
+from .._tables import for_all_tokens, real_and_imaginary
 
 _LAYOUTS = {1: "bshd", 2: "bhsd"}
 _REPEATED_FLOAT32 = Style("repeated", interleaved=True, float32=True)
@@ -52,6 +52,10 @@ def _expect(condition: bool, x: Tensor, table: Tensor) -> None:
             "apply_rotary_emb: expected a table with as many rows as x has tokens, got x "
             f"{list(x.shape)} and a table {list(table.shape)}"
         )
+
+
+def _parts(freqs: Tensor, x: Tensor) -> Pair:
+    return real_and_imaginary("apply_rotary_emb", "freqs_cis", freqs.to(x.device))
 
 
 def _first(x: Any) -> Tensor:
@@ -113,10 +117,10 @@ def complex_rows(
 ) -> Any:
     """x or (q, k) [B, S, H, D]; a complex table [B or 1, S, P], or [S, P]."""
     if not isinstance(freqs_cis, Tensor):
-        raise RealTableError("apply_rotary_emb: expected a complex tensor freqs_cis, got a tuple")
+        raise TypeError("apply_rotary_emb: expected a complex tensor freqs_cis, got a tuple")
     first = _first(x)
     _expect(first.dim() == 4, first, freqs_cis)
-    cos, sin = parts(freqs_cis, first.device)
+    cos, sin = _parts(freqs_cis, first)
     cos, sin = (for_all_tokens(table, first.shape[1]) for table in (cos, sin))
     _expect(cos.shape[-2] == first.shape[1], first, freqs_cis)
     return _rotate(_INTERLEAVED_FLOAT32, x, cos, sin, precision, "bshd", norm=norm, out=out)
@@ -169,7 +173,7 @@ def _rows_of_complex(x: Tensor, freqs: Tensor) -> Pair:
     _expect(
         x.dim() == 4 and freqs.numel() == S * freqs.shape[-1] == freqs.shape[-2:].numel(), x, freqs
     )
-    cos, sin = parts(freqs, x.device)
+    cos, sin = _parts(freqs, x)
     return cos.view(S, -1), sin.view(S, -1)
 
 

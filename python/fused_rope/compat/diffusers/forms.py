@@ -22,11 +22,8 @@ class TupleForm(Form):
     """A form whose cosines and sines are one argument: a tuple, or for each axis a tuple."""
 
     def tables(self, arguments: Mapping[str, Any]) -> list[Tensor]:
-        return list(_flat(list(arguments.values())[self._index(arguments)]))
-
-    def _index(self, arguments: Mapping[str, Any]) -> int:
-        """The index of the argument."""
-        return 2 if "xk" in arguments else 1
+        name = next(p.name for p in self.parameters[1:] if p.name != "xk")
+        return _flat(arguments[name])
 
 
 class SharedForm(TupleForm):

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .._patching import norms as rms_norms
 from .._patching.forms import Form
@@ -127,8 +128,10 @@ class Processor(Replacement):
             if rotated is None:
                 return None
             done.append(rotated if isinstance(rotated, tuple) else (rotated,))
-        if joint is not None or len(done) < 2:
-            return joint if joint is not None else done[0] if done else None
+        if joint is not None or not done:
+            return joint
+        if len(done) == 1:
+            return done[0]
         return tuple(torch.cat(parts, dim=xs[0].dim) for parts in zip(*done, strict=True))
 
 
@@ -160,7 +163,11 @@ def _spans(
 
 def _joint_memory(xs: tuple[Waiting, ...]) -> tuple[Tensor, ...] | None:
     """Memory for all parts of each x; None where autograd or a tracer follows the tensors."""
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+    ):
         return None
     weights = (deferred.norm._parameters.get("weight") for x in xs for _, deferred in x.parts)
     tensors = [t for t in (*weights, *(t for x in xs for t, _ in x.parts)) if t is not None]
