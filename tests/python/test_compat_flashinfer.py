@@ -154,6 +154,138 @@ def test_cos_sin_cache(dtype, is_neox, device):
             same(y, out)
 
 
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+
+
+def in_8_bits(x, factor, dtype):
+    """What a cache in 8 bits stores: divided by a float32 scale, saturated, rounded to even."""
+    scale = torch.tensor(1 / factor, device=x.device)
+    largest = torch.finfo(dtype).max
+    return (x.float() / scale).clamp(-largest, largest).to(dtype)
+
+
+class Quantized:
+    """Random parts of queries and keys, of rotary width 16, and what each must become."""
+
+    R = 16
+
+    def __init__(self, mla, nope, dtype, device):
+        T, self.factors = len(POSITIONS), (0.5, 3.0)
+        self.table = torch.randn(ROWS, self.R, device=device)
+        self.positions = torch.tensor(POSITIONS, device=device)
+        heads = {"q": (HQ,), "k": () if mla else (HK,)}
+        self.parts, self.want = [], []
+        for width in (self.R, nope):
+            for name, factor in zip("qk", self.factors, strict=True):
+                x = torch.randn(T, *heads[name], width, device=device).bfloat16() if width else None
+                self.parts.append(x)
+                if x is not None and width == self.R:
+                    x = x[:, None] if x.dim() == 2 else x
+                    _, x = flashinfer.apply_rope_with_cos_sin_cache(
+                        self.positions, x, x.clone(), self.R, self.table, is_neox=False
+                    )
+                    x = x.view(self.parts[-1].shape)
+                self.want.append(None if x is None else in_8_bits(x, factor, dtype))
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["new", "given"])
+@pytest.mark.parametrize("dtype", [E4M3, E5M2], ids=str)
+@pytest.mark.parametrize("nope", [0, 24])
+@pytest.mark.parametrize("mla", [False, True], ids=["heads", "mla"])
+def test_quantize(mla, nope, dtype, given, device):
+    """All four parts, into memory of the caller or of its own."""
+    case = Quantized(mla, nope, dtype, device)
+    before = [x if x is None else x.clone() for x in case.parts]
+    outputs = [None if x is None else torch.empty_like(x, dtype=dtype) for x in case.want]
+    memory = outputs if given else [None] * 4
+    arguments = *case.parts, case.table, case.positions, False, None if given else dtype
+    got = flashinfer.rope_quantize_fp8(*arguments, *case.factors, *memory)
+    for x, want, out, part, copy in zip(got, case.want, outputs, case.parts, before, strict=True):
+        if want is None:
+            assert x.numel() == 0 and x.dtype == dtype
+            continue
+        same(x.float(), want.float())
+        same(part, copy)
+        assert not given or x is out
+
+
+def test_quantize_defaults(device):
+    case = Quantized(True, 24, E4M3, device)
+    got = flashinfer.mla_rope_quantize_fp8(*case.parts, case.table, case.positions, False)
+    assert [x.dtype for x in got] == [E4M3] * 4
+    same(got[2].float(), in_8_bits(case.parts[2], 1.0, E4M3).float())
+
+
+@pytest.mark.parametrize("kv_layout", ["NHD", "HND"])
+@pytest.mark.parametrize("page_size", [4, 5])
+@pytest.mark.parametrize("nope", [0, 24])
+@pytest.mark.parametrize("mla", [False, True], ids=["heads", "mla"])
+def test_append_to_pages(mla, nope, page_size, kv_layout, device):
+    """Each token in its place of its sequence's pages; padding and other places are left alone."""
+    case = Quantized(mla, nope, E4M3, device)
+    T, D = len(POSITIONS), case.R + nope
+    v = None if mla else torch.randn(T, HK, D, device=device).bfloat16()
+    sequences = torch.tensor([0] * 4 + [1] * 6 + [-1], device=device)
+    places = torch.tensor([*range(4), *range(3, 9), 0], device=device)
+    indptr = torch.tensor([0, 1, 4], device=device, dtype=torch.int32)
+    indices = torch.tensor([6, 2, 7, 3], device=device, dtype=torch.int32)
+    if mla:
+        caches = [torch.randn(8, page_size, width, device=device) for width in (nope, case.R)]
+    else:
+        sizes = (8, page_size, HK, D) if kv_layout == "NHD" else (8, HK, page_size, D)
+        caches = [torch.randn(sizes, device=device) for _ in "kv"]
+    caches = [cache.to(E4M3) for cache in caches]
+    want = [cache.float() for cache in caches]
+    key = [case.want[3], case.want[1]] if mla else [case.want[1], case.want[3]]
+    for token in range(T - 1):
+        page = indices[indptr[sequences[token]] + places[token] // page_size]
+        place = places[token] % page_size
+        for cache, part in zip(want, key, strict=True) if mla else ():
+            if part is not None:
+                cache[page, place] = part[token].float()
+        if not mla:
+            index = (page, place) if kv_layout == "NHD" else (page, slice(None), place)
+            parts = [part[token].float() for part in key if part is not None]
+            want[0][index] = torch.cat(parts, -1)
+            want[1][index] = in_8_bits(v[token], case.factors[1], E4M3).float()
+    got = flashinfer.rope_quantize_fp8_append_paged_kv_cache(
+        *case.parts,
+        v,
+        case.table,
+        case.positions,
+        tuple(caches),
+        indices,
+        indptr,
+        sequences,
+        places,
+        False,
+        None,
+        *case.factors,
+        page_size,
+        kv_layout,
+    )
+    same(got[0].float(), case.want[0].float())
+    assert got[1].numel() == 0 if nope == 0 else got[1].float().equal(case.want[2].float())
+    for cache, values in zip(caches, want, strict=True):
+        same(cache.float(), values)
+
+
+def test_append_errors():
+    case = Quantized(False, 0, E4M3, "cpu")
+    caches = tuple(torch.zeros(2, 8, 4, HK, case.R).to(E4M3))
+    numbers = torch.arange(len(POSITIONS))
+    pages = torch.arange(8), torch.tensor([0, 8]), numbers * 0, numbers
+    append = flashinfer.rope_quantize_fp8_append_paged_kv_cache
+    head = *case.parts, None, case.table, case.positions, caches, *pages
+    with pytest.raises(ValueError, match="expected v to be a tensor"):
+        append(*head, page_size=4)
+    mla = Quantized(True, 0, E4M3, "cpu")
+    with pytest.raises(ValueError, match="expected v to be None"):
+        append(*mla.parts, case.parts[1], *head[5:], page_size=4)
+    with pytest.raises(ValueError, match="kv_layout"):
+        append(*case.parts, case.parts[1], *head[5:], page_size=4, kv_layout="DHN")
+
+
 def test_gradients(device):
     q, k = (x.requires_grad_() for x in inputs(torch.float32, device))
     pos_ids = positions_of("_pos_ids", torch.int32, device)

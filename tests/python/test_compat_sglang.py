@@ -30,6 +30,7 @@ class Inputs:
         self.table = torch.randn(M, R, device=device)
         self.positions = torch.randint(0, M, (T,), device=device)
         self.rows = torch.randperm(ROWS, device=device)[:T]
+        self.rows[2] = -1  # not stored
         self.k_buffer, self.v_buffer = torch.randn(2, ROWS, HK * D, device=device).to(dtype)
         cos, sin = self.table[self.positions][:, None].chunk(2, -1)
         self.want = [
@@ -45,7 +46,8 @@ class Inputs:
         for buffer, before, written in zip(
             (self.k_buffer, self.v_buffer), buffers_before, (k, self.v), strict=True
         ):
-            before[self.rows] = written.reshape(T, -1)
+            stored = self.rows >= 0
+            before[self.rows[stored]] = written.reshape(T, -1)[stored]
             same(buffer, before)
 
 
@@ -106,6 +108,14 @@ def test_rotary_part_of_heads(device):
     sglang.apply_rope_inplace(
         q[..., :R], k[..., :R], given.table, given.positions, is_neox=True, rope_dim=0
     )
+    given.check(q, k, given.v)
+
+
+def test_two_dtypes(device):
+    """SGLang also passes a float16 q with a bfloat16 k."""
+    given = Inputs(torch.bfloat16, device)
+    q, k = given.q.clone().half(), given.k.clone()
+    sglang.apply_rope_inplace(q, k, given.table, given.positions, is_neox=True)
     given.check(q, k, given.v)
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from formula import close, compiles, rotate_reference
-from fused_rope.compat.vllm import rotary_embedding
+from fused_rope.compat.vllm import rotary_embedding, rotary_embedding_and_cache
 from oracle import DTYPES, same
 
 B, S, HQ, HK, D, M = 2, 5, 8, 2, 48, 40
@@ -127,6 +127,65 @@ def test_errors():
     with pytest.raises(TypeError, match="positions"):
         rotary_embedding(positions.float(), q, k, D, cache, True)
     same(q, before)
+
+
+CACHE_DTYPES = {
+    "auto": torch.bfloat16,
+    "fp8": torch.float8_e4m3fn,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "model"])
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+@pytest.mark.parametrize("scale", [(), (1,), (HK,)], ids=str)
+@pytest.mark.parametrize("name", CACHE_DTYPES)
+def test_and_cache(name, scale, layout, precision, device):
+    """The bits of vLLM's two steps; caches that are bytes; fewer slots than tokens."""
+    dtype, pages, page_size = CACHE_DTYPES[name], 5, 3
+    cache = torch.randn(M, 32, device=device)
+    positions = torch.randint(0, M, (B * S,), device=device)
+    q, k, v = (torch.randn(B * S, H * D, device=device).bfloat16() for H in (HQ, HK, HK))
+    before = q.clone(), k.clone(), v.clone()
+    slots = torch.randperm(pages * page_size, device=device)[: B * S - 2]
+    slots[1] = -1
+    scales = [torch.rand(scale, device=device) + 0.5 for _ in "kv"]
+    # [pages, page_size, Hk, D], for HND a view.
+    sizes = (pages, page_size, HK, D) if layout == "NHD" else (pages, HK, page_size, D)
+    pools = [torch.randn(sizes, device=device).to(dtype) for _ in "kv"]
+    pools = [pool if layout == "NHD" else pool.transpose(1, 2) for pool in pools]
+
+    want_q, want_k = q.clone(), k.clone()
+    rotary_embedding(positions, want_q, want_k, D, cache, True, precision=precision)
+    want, largest = [], torch.finfo(dtype).max
+    for x, pool, factor in zip((want_k, v), pools, scales, strict=True):
+        x = x.view(-1, HK, D)[: len(slots)].float()
+        x = x if name == "auto" else x / factor.expand(HK)[:, None]
+        values = pool.float().flatten(0, 1)
+        values[slots[slots >= 0]] = x[slots >= 0].clamp(-largest, largest).to(dtype).float()
+        want.append(values.view(pool.shape))
+    given = [pool if name == "auto" else pool.view(torch.uint8) for pool in pools]
+    arguments = positions, q, k, v, D, cache, True, *given, slots, name, *scales
+    same(rotary_embedding_and_cache(*arguments, precision=precision), want_q)
+    for x, copy in zip((q, k, v), before, strict=True):
+        same(x, copy)
+    for pool, values in zip(pools, want, strict=True):
+        same(pool.float(), values)
+
+
+def test_and_cache_errors():
+    cache, positions = torch.randn(M, D), torch.arange(B * S)
+    q, k, v = (torch.randn(B * S, H * D) for H in (HQ, HK, HK))
+    pools = torch.zeros(2, 5, 3, HK, D)
+    with pytest.raises(ValueError, match="nvfp4"):
+        rotary_embedding_and_cache(
+            positions, q, k, v, D, cache, True, *pools, positions, "nvfp4", None, None
+        )
+    with pytest.raises(IndexError, match="slots"):
+        rotary_embedding_and_cache(positions, q, k, v, D, cache, True, *pools, positions + 6)
+    with pytest.raises(ValueError, match="rotary_embedding_and_cache: expected value"):
+        rotary_embedding_and_cache(positions, q, k, v[:, 1:], D, cache, True, *pools, positions)
 
 
 def test_compiles():

@@ -12,7 +12,7 @@ calls, and a position outside the table is an error.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +34,9 @@ __all__ = [
     "apply_rope_pos_ids_inplace",
     "apply_rope_with_cos_sin_cache",
     "apply_rope_with_cos_sin_cache_inplace",
+    "mla_rope_quantize_fp8",
+    "rope_quantize_fp8",
+    "rope_quantize_fp8_append_paged_kv_cache",
 ]
 
 # Llama 3.1's context. A table for D = 128 has 64 MiB.
@@ -360,6 +363,232 @@ def apply_rope_with_cos_sin_cache_inplace(
     q, k = _heads(operator, positions, query, key, head_size)
     cos, sin = cos_sin_cache.chunk(2, -1)
     functional.rotate_qk_(q, k, cos, sin, **_tokens(positions, not is_neox))
+
+
+def rope_quantize_fp8(
+    q_rope: Tensor,
+    k_rope: Tensor,
+    q_nope: Tensor | None,
+    k_nope: Tensor | None,
+    cos_sin_cache: Tensor,
+    pos_ids: Tensor,
+    is_neox: bool = True,
+    quantize_dtype: torch.dtype | None = None,
+    quant_scale_q: float = 1.0,
+    quant_scale_kv: float = 1.0,
+    q_rope_out: Tensor | None = None,
+    k_rope_out: Tensor | None = None,
+    q_nope_out: Tensor | None = None,
+    k_nope_out: Tensor | None = None,
+    enable_pdl: bool = False,
+    backend: str = "cuda",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rotates parts of queries and keys and rounds all of them to 8 bits; two launches.
+
+    The original multiplies float32 results by the scales. Here a result is rounded to the inputs'
+    dtype and divided by 1/scale, as caches in 8 bits are written: some numbers differ by one step.
+
+    Args:
+        q_rope, k_rope: [T, Hq, R] and [T, Hk, R], or [T, R] for one shared key head (MLA).
+        q_nope, k_nope: the same with other last dimensions, not rotated, or None.
+        cos_sin_cache: [M, R], the cosines of R/2 pairs and then their sines.
+        pos_ids: int32 or int64 [T]; -1 for no rotation.
+        is_neox: pairs are elements j and j + R/2; adjacent elements if False.
+        quantize_dtype: float8_e4m3fn, float8_e5m2 or int8; None for that of the outputs, or
+            float8_e4m3fn without any.
+        quant_scale_q, quant_scale_kv: factors of stored numbers.
+        q_rope_out, k_rope_out, q_nope_out, k_nope_out: memory for the results.
+        enable_pdl, backend: no effect.
+
+    Returns:
+        q_rope, k_rope, q_nope and k_nope in 8 bits; a part that was None has no elements.
+
+    Raises:
+        ValueError: shapes do not match.
+        TypeError: an unsupported dtype.
+        IndexError: the table lacks the row of a position (on CUDA a device-side assertion).
+        RuntimeError: an input requires grad.
+
+    Example:
+        >>> angle = torch.arange(40.0)[:, None] / 10000 ** (torch.arange(0, 64, 2) / 64)
+        >>> table = torch.cat([angle.cos(), angle.sin()], -1)
+        >>> q_rope, q_nope = torch.randn(11, 8, 64), torch.randn(11, 8, 128)
+        >>> k_rope, k_nope = torch.randn(11, 64), torch.randn(11, 128)
+        >>> parts = rope_quantize_fp8(q_rope, k_rope, q_nope, k_nope, table, torch.arange(11))
+        >>> parts[0].dtype
+        torch.float8_e4m3fn
+    """
+    outputs = q_rope_out, k_rope_out, q_nope_out, k_nope_out
+    dtype = _quantized_dtype(quantize_dtype, outputs)
+    q_rope_out, k_rope_out, q_nope_out, k_nope_out = (
+        torch.empty_like(_or_empty(x, rope), dtype=dtype) if out is None else out
+        for x, rope, out in zip(
+            (q_rope, k_rope, q_nope, k_nope), (q_rope, k_rope) * 2, outputs, strict=True
+        )
+    )
+    tokens = torch.arange(q_rope.shape[0], device=q_rope.device)
+    rotation = _Rotation(cos_sin_cache, pos_ids, is_neox)
+    _quantize(q_rope, q_nope, q_rope_out, q_nope_out, tokens, quant_scale_q, rotation)
+    if k_rope.dim() == 2:
+        _quantize(
+            k_rope[:, None],
+            None if k_nope is None else k_nope[:, None],
+            k_rope_out[:, None],
+            k_nope_out[:, None],
+            tokens,
+            quant_scale_kv,
+            rotation,
+        )
+    else:
+        _quantize(k_rope, k_nope, k_rope_out, k_nope_out, tokens, quant_scale_kv, rotation)
+    return q_rope_out, k_rope_out, q_nope_out, k_nope_out
+
+
+mla_rope_quantize_fp8 = rope_quantize_fp8
+
+
+def rope_quantize_fp8_append_paged_kv_cache(
+    q_rope: Tensor,
+    k_rope: Tensor,
+    q_nope: Tensor | None,
+    k_nope: Tensor | None,
+    v: Tensor | None,
+    cos_sin_cache: Tensor,
+    pos_ids: Tensor,
+    paged_kv_cache: tuple[Tensor, Tensor],
+    kv_indices: Tensor,
+    kv_indptr: Tensor,
+    batch_indices: Tensor,
+    positions: Tensor,
+    is_neox: bool = True,
+    quantize_dtype: torch.dtype | None = None,
+    quant_scale_q: float = 1.0,
+    quant_scale_kv: float = 1.0,
+    page_size: int = 16,
+    kv_layout: str = "NHD",
+    q_rope_out: Tensor | None = None,
+    q_nope_out: Tensor | None = None,
+    enable_pdl: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`rope_quantize_fp8` that writes keys and values into a paged cache.
+
+    Slots are computed from the page table first. Then there is one launch for queries, one for keys
+    and one for values, or for keys and values together if no part of a key stays unrotated.
+    `fused_rope.rotate_and_cache` is one launch, for queries that keep their dtype.
+
+    Args:
+        q_rope, k_rope, q_nope, k_nope, cos_sin_cache, pos_ids, is_neox, quantize_dtype,
+            quant_scale_q, quant_scale_kv, q_rope_out, q_nope_out: as in `rope_quantize_fp8`.
+        v: [T, Hk, Dv], or None for MLA.
+        paged_kv_cache: key and value caches [pages, page_size, Hk, D], or for "HND"
+            [pages, Hk, page_size, D], where D is that of both parts of a key; for MLA the caches of
+            k_nope [pages, page_size, Dn] and of k_rope [pages, page_size, R], in this order.
+        kv_indices: the pages of all sequences, one after the other.
+        kv_indptr: [N + 1], where the pages of each sequence begin in kv_indices.
+        batch_indices: [T], the sequence of each token; -1 for padding, which is not stored.
+        positions: [T], the place of each token in its sequence.
+        page_size: tokens on a page.
+        kv_layout: "NHD" or "HND".
+        enable_pdl: no effect.
+
+    Returns:
+        q_rope and q_nope in 8 bits.
+
+    Raises:
+        ValueError: shapes do not match, v with MLA or none without it, another kv_layout.
+        TypeError, RuntimeError: as `rope_quantize_fp8`.
+        IndexError: a position or a page is out of range (on CUDA a device-side assertion).
+
+    Example:
+        >>> angle = torch.arange(40.0)[:, None] / 10000 ** (torch.arange(0, 64, 2) / 64)
+        >>> table = torch.cat([angle.cos(), angle.sin()], -1)
+        >>> q, k, v = (torch.randn(3, heads, 64) for heads in (8, 2, 2))
+        >>> caches = torch.zeros(2, 10, 16, 2, 64).to(torch.float8_e4m3fn).unbind()
+        >>> pages, starts = torch.tensor([7, 3, 4]), torch.tensor([0, 2, 3])
+        >>> tokens, sequences = torch.tensor([15, 16, 5]), torch.tensor([0, 0, 1])
+        >>> q_rotated, _ = rope_quantize_fp8_append_paged_kv_cache(
+        ...     q, k, None, None, v, table, tokens, caches, pages, starts, sequences, tokens
+        ... )
+    """
+    operator = "rope_quantize_fp8_append_paged_kv_cache"
+    mla = k_rope.dim() == 2
+    if mla == (v is not None):
+        expected = "None with k_rope of [T, R]" if mla else "a tensor with k_rope of [T, Hk, R]"
+        raise ValueError(f"{operator}: expected v to be {expected}")
+    if kv_layout not in ("NHD", "HND"):
+        raise ValueError(f"{operator}: expected kv_layout 'NHD' or 'HND', got {kv_layout!r}")
+    dtype = _quantized_dtype(quantize_dtype, (q_rope_out, q_nope_out))
+    if q_rope_out is None:
+        q_rope_out = torch.empty_like(q_rope, dtype=dtype)
+    if q_nope_out is None:
+        q_nope_out = torch.empty_like(_or_empty(q_nope, q_rope), dtype=dtype)
+    page = kv_indptr[batch_indices.clamp(min=0)] + positions // page_size
+    slots = kv_indices[page].long() * page_size + positions % page_size
+    slots = slots.masked_fill(batch_indices < 0, -1)
+    tokens = torch.arange(q_rope.shape[0], device=q_rope.device)
+    rotation = _Rotation(cos_sin_cache, pos_ids, is_neox)
+    _quantize(q_rope, q_nope, q_rope_out, q_nope_out, tokens, quant_scale_q, rotation)
+    first, second = paged_kv_cache
+    if mla:
+        k_nope = None if k_nope is None else k_nope[:, None]
+        parts = second.unsqueeze(2), first.unsqueeze(2)
+        _quantize(k_rope[:, None], k_nope, *parts, slots, quant_scale_kv, rotation)
+        return q_rope_out, q_nope_out
+    assert v is not None
+    if kv_layout == "HND":
+        first, second = first.transpose(1, 2), second.transpose(1, 2)
+    if k_nope is None:
+        _quantize(k_rope, v, first, second, slots, quant_scale_kv, rotation)
+    else:
+        R = k_rope.shape[-1]
+        parts = first[..., :R], first[..., R:]
+        _quantize(k_rope, k_nope, *parts, slots, quant_scale_kv, rotation)
+        nothing = rotation._replace(cos_sin_cache=cos_sin_cache[:, :0])
+        _quantize(v, None, second, second, slots, quant_scale_kv, nothing)
+    return q_rope_out, q_nope_out
+
+
+class _Rotation(NamedTuple):
+    cos_sin_cache: Tensor
+    positions: Tensor
+    is_neox: bool
+
+
+def _quantize(
+    rope: Tensor,
+    nope: Tensor | None,
+    rope_out: Tensor,
+    nope_out: Tensor,
+    slots: Tensor,
+    factor: float,
+    rotation: _Rotation,
+) -> None:
+    """Stores rope [T, H, R], rotated, and nope [T, H, Dn] as keys and values in 8 bits."""
+    scale = torch.full((), 1 / factor, dtype=torch.float32, device=rope.device)
+    cos, sin = rotation.cos_sin_cache.chunk(2, -1)
+    functional.rotate_and_cache(
+        rope[:, :0],  # no queries: they would keep their dtype
+        rope,
+        nope,
+        cos,
+        sin,
+        rope_out,
+        None if nope is None else nope_out,
+        slots,
+        k_scale=scale,
+        v_scale=None if nope is None else scale,
+        **_tokens(rotation.positions, not rotation.is_neox),
+    )
+
+
+def _quantized_dtype(given: torch.dtype | None, outputs: tuple[Tensor | None, ...]) -> torch.dtype:
+    if given is not None:
+        return given
+    return next((out.dtype for out in outputs if out is not None), torch.float8_e4m3fn)
+
+
+def _or_empty(x: Tensor | None, rope: Tensor) -> Tensor:
+    return rope[..., :0] if x is None else x
 
 
 def _sequences(indptr: Tensor, offsets: Tensor, interleave: bool) -> dict[str, Any]:

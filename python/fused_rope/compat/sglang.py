@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from importlib import import_module
+from typing import Any
 
 from torch import Tensor
 
@@ -41,9 +42,9 @@ class FusedSetKVBufferArg:
 
     Args:
         value: [T, Hk*D] or [T, Hk, D].
-        k_buffer, v_buffer: [rows, Hk*D] or [rows, Hk, D], of key's and value's dtype.
+        k_buffer, v_buffer: [rows, Hk*D] or [rows, Hk, D], of key's dtype.
         k_scale, v_scale: None, as in the original.
-        cache_loc: int32 or int64 [T], the row of each token.
+        cache_loc: int32 or int64 [T], the row of each token; -1 for none.
     """
 
     value: Tensor
@@ -127,7 +128,7 @@ def apply_rope_inplace(
     """Rotates q and k in place.
 
     Args:
-        q, k: [T, Hq, D] and [T, Hk, D]; any float dtype.
+        q, k: [T, Hq, D] and [T, Hk, D]; any float dtype. Two dtypes take two launches.
         cos_sin_cache: [M, R], the cosines of R/2 pairs and then their sines.
         positions: int32 or int64 [T]; -1 leaves a token as it is.
         is_neox: pairs are elements j and j + R/2; adjacent elements if False.
@@ -152,9 +153,16 @@ def apply_rope_inplace(
             f"got {rope_dim}"
         )
     cos, sin = cos_sin_cache.chunk(2, -1)
-    functional.rotate_qk_(
-        q, k, cos, sin, layout="thd", positions=positions, interleaved=not is_neox
-    )
+    options: dict[str, Any] = {
+        "layout": "thd",
+        "positions": positions,
+        "interleaved": not is_neox,
+    }
+    if q.dtype == k.dtype:
+        functional.rotate_qk_(q, k, cos, sin, **options)
+    else:
+        functional.rotate_(q, cos, sin, **options)
+        functional.rotate_(k, cos, sin, **options)
 
 
 def apply_rope_inplace_with_kvcache(
@@ -175,8 +183,8 @@ def apply_rope_inplace_with_kvcache(
     Args:
         q, k, cos_sin_cache, positions, is_neox, rope_dim: as in `apply_rope_inplace`.
         v: [T, Hk*D] or [T, Hk, D].
-        k_cache, v_cache: [rows, Hk*D] or [rows, Hk, D], of k's and v's dtype.
-        out_loc: int32 or int64 [T].
+        k_cache, v_cache: [rows, Hk*D] or [rows, Hk, D], of k's dtype.
+        out_loc: int32 or int64 [T]; a token at -1 is not stored.
 
     Raises:
         ValueError, TypeError, RuntimeError: as `apply_rope_inplace`.
@@ -192,10 +200,27 @@ def apply_rope_inplace_with_kvcache(
         ...     q, k, v, k_cache, v_cache, table, tokens, tokens + 20, is_neox=True
         ... )
     """
+    operator = "apply_rope_inplace_with_kvcache"
+    tokens, D = k.shape[:1], k.shape[-1]
+    v = split_heads(operator, "v", v, tokens, D)
+    k_cache = split_heads(operator, "k_cache", k_cache, k_cache.shape[:1], D)
+    v_cache = split_heads(operator, "v_cache", v_cache, v_cache.shape[:1], D)
+    cos, sin = cos_sin_cache.chunk(2, -1)
+    # The operator that stores does not work in place, and callers read k: a launch of its own.
+    functional.rotate_and_cache(
+        k[:, :0],  # no queries: they are rotated in place below
+        k,
+        v,
+        cos,
+        sin,
+        k_cache,
+        v_cache,
+        out_loc,
+        layout="thd",
+        positions=positions,
+        interleaved=not is_neox,
+    )
     apply_rope_inplace(q, k, cos_sin_cache, positions, is_neox=is_neox, rope_dim=rope_dim)
-    rows = out_loc.long()
-    for cache, x in ((k_cache, k), (v_cache, v)):
-        cache.flatten(1).index_copy_(0, rows, x.flatten(1))
 
 
 def rotary_embedding(

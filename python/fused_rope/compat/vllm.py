@@ -19,13 +19,14 @@ import os
 from importlib import import_module
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import functional
 from ..types import Precision
 from ._tables import split_heads
 
-__all__ = ["plugin", "register", "rotary_embedding"]
+__all__ = ["plugin", "register", "rotary_embedding", "rotary_embedding_and_cache"]
 
 
 def rotary_embedding(
@@ -87,6 +88,92 @@ def rotary_embedding(
     else:
         k = split_heads("rotary_embedding", "key", key, positions.shape, head_size)
         functional.rotate_qk_(q, k, cos, sin, **options)
+
+
+def rotary_embedding_and_cache(
+    positions: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    head_size: int,
+    cos_sin_cache: Tensor,
+    is_neox: bool,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
+    kv_cache_dtype: str = "auto",
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    *,
+    precision: Precision = "fp32",
+) -> Tensor:
+    """`rotary_embedding` and then vLLM's `reshape_and_cache_flash`, in one launch.
+
+    Args:
+        positions, head_size, cos_sin_cache, is_neox, precision: as in `rotary_embedding`, with
+            positions [T].
+        query, key, value: [T, H*D] or [T, H, D]; value's heads may have another size. None of them
+            is changed: the rotated key is in the cache only.
+        key_cache, value_cache: [pages, page_size, Hk, D], any strides, so that vLLM's HND layout
+            works, too.
+        slot_mapping: int32 or int64 [T] or shorter: page * page_size + place of each token, or -1.
+            Tokens past its end are rotated and not stored.
+        kv_cache_dtype: "auto", or "fp8", "fp8_e4m3" or "fp8_e5m2" for caches of those or of uint8.
+        k_scale, v_scale: float32 [], [1] or [Hk] for caches of 8 bits; "auto" ignores them.
+
+    Returns:
+        query rotated, of its shape and dtype.
+
+    Raises:
+        ValueError: shapes do not match, or another kv_cache_dtype: 4-bit and block-scaled caches
+            have no rotation that stores them.
+        TypeError: an unsupported dtype.
+        IndexError: a position or a slot is out of range (on CUDA a device-side assertion).
+        RuntimeError: an input requires grad.
+
+    Example:
+        >>> angle = torch.arange(40.0)[:, None] / 10000 ** (torch.arange(0, 64, 2) / 64)
+        >>> table = torch.cat([angle.cos(), angle.sin()], -1)
+        >>> query, key, value = (torch.randn(11, heads * 64) for heads in (8, 2, 2))
+        >>> key_cache, value_cache = torch.zeros(2, 10, 16, 2, 64)
+        >>> tokens = torch.arange(11)
+        >>> query = rotary_embedding_and_cache(
+        ...     tokens, query, key, value, 64, table, True, key_cache, value_cache, tokens + 32
+        ... )
+    """
+    operator = "rotary_embedding_and_cache"
+    if kv_cache_dtype not in _CACHE_DTYPES:
+        known = ", ".join(_CACHE_DTYPES)
+        raise ValueError(
+            f"{operator}: expected kv_cache_dtype to be one of {known}, got {kv_cache_dtype!r}"
+        )
+    dtype = _CACHE_DTYPES[kv_cache_dtype]
+    if dtype is not None:
+        key_cache, value_cache = (
+            cache.view(dtype) if cache.dtype == torch.uint8 else cache
+            for cache in (key_cache, value_cache)
+        )
+    tokens, stored = positions.shape, slot_mapping.shape[0]
+    if stored < tokens[0]:  # the other tokens are padding of a CUDA graph
+        slot_mapping = torch.nn.functional.pad(slot_mapping, (0, tokens[0] - stored), value=-1)
+    cos, sin = cos_sin_cache.chunk(2, -1)
+    rotated = functional.rotate_and_cache(
+        split_heads(operator, "query", query, tokens, head_size),
+        split_heads(operator, "key", key, tokens, head_size),
+        split_heads(operator, "value", value, tokens, value_cache.shape[-1]),
+        cos,
+        sin,
+        key_cache,
+        value_cache,
+        slot_mapping,
+        k_scale=_scale(k_scale) if dtype is not None else None,
+        v_scale=_scale(v_scale) if dtype is not None else None,
+        layout="thd",
+        positions=positions,
+        interleaved=not is_neox,
+        precision=precision,
+    )
+    return rotated.view(query.shape)
 
 
 def register(precision: Precision = "fp32") -> list[str]:
@@ -154,3 +241,14 @@ def plugin() -> None:
 
 _PLUGINS: dict[str, Precision] = {"fused_rope": "fp32", "fused_rope_model": "model"}
 _replaced: dict[type, Any] = {}
+_CACHE_DTYPES = {
+    "auto": None,
+    "fp8": torch.float8_e4m3fn,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
+
+
+def _scale(scale: Tensor | None) -> Tensor | None:
+    """One scale for all heads is [1] in vLLM and [] in the operator."""
+    return scale.view(()) if scale is not None and scale.numel() == 1 else scale
