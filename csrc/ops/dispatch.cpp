@@ -98,7 +98,9 @@ at::Tensor call_rotate_and_cache(const RawCall& c, const Outputs& outputs) {
   const CacheArguments& cache = *c.cache;
   const auto& [q, k] = c.inputs;
   const at::Tensor* const k_out = outputs[1];
-  const at::Tensor q_out = outputs[0] == nullptr ? empty_output(*q) : *outputs[0];
+  // The operator refuses nested and quantized tensors.
+  const bool is_refused = q->is_nested() || q->is_quantized();
+  const at::Tensor q_out = outputs[0] != nullptr ? *outputs[0] : is_refused ? *q : empty_output(*q);
   rotate_and_cache(c.arguments, *q, *k, cache.v, c.cos, c.sin, cache.k_cache, cache.v_cache,
                    cache.slots, q_out, k_out == nullptr ? kNoTensor : OptionalTensor(*k_out),
                    cache.k_scale, cache.v_scale, c.weight(0), c.weight(1));

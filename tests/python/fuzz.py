@@ -452,54 +452,51 @@ class Case:
         return cache, want
 
     def stored(self, want: list[Tensor]) -> dict[str, Tensor]:
-        """What rotate_and_cache takes apart from q, k and the tables; the memory expects the rest.
+        """What rotate_and_cache takes besides q, k and the tables; the memory expects its results.
 
         The entry q' is memory for a result that the call allocates.
         """
-        rng, memory, Hk = self.rng, self.memory, self.H[1]
-        device = want[0].device
-        tokens, page_size = self.B * self.S, rng.randint(1, 5)
+        rng, memory, tokens = self.rng, self.memory, self.B * self.S
+        page_size = rng.randint(1, 5)
         pages = -(-(tokens + rng.randint(0, 5)) // page_size)
         slots = torch.tensor(rng.sample(range(pages * page_size), tokens), dtype=torch.int64)
         slots[[rng.random() < 0.2 for _ in range(tokens)]] = -1
         one = self.layout == "thd" and rng.random() < 0.5
         sizes = (tokens,) if one else (self.B, self.S)
-        slots = slots.to(rng.choice(INTEGERS)).view(sizes)
-        found = {"slots": memory.integers(slots), "q'": memory.floats(want[0].shape, self.dtype)}
+        found = {"slots": memory.integers(slots.to(rng.choice(INTEGERS)).view(sizes))}
         width = rng.choice((self.D, rng.randint(0, 70)))
-        found["v"] = memory.floats(
-            shape(self.layout, self.B, self.S, Hk, width), self.dtype, expand=True
-        )
-        own = rng.random() < 0.4
-        dtype = self.dtype if own else rng.choice(EIGHT_BITS)
-        paged = rng.random() < 0.7
+        v_sizes = shape(self.layout, self.B, self.S, self.H[1], width)
+        found["v"] = memory.floats(v_sizes, self.dtype, expand=True)
+        dtype = self.dtype if rng.random() < 0.4 else rng.choice(EIGHT_BITS)
+        rows = (pages, page_size) if rng.random() < 0.7 else (pages * page_size,)
         for name, x in (("k", want[1]), ("v", found["v"])):
-            rows = (pages, page_size) if paged else (pages * page_size,)
-            cache = memory.floats((*rows, Hk, x.shape[-1]), dtype)
-            scale = None
-            if not own:
-                per_head = rng.random() < 0.5
-                scale = memory.floats((Hk if per_head else 1,), torch.float32, expand=True)
-                found[f"{name}_scale"] = scale = scale if per_head else scale[0]
-            tokens_of_x = as_bshd(x, self.layout).reshape(tokens, Hk, x.shape[-1])
-            if not own:
-                tokens_of_x = quantized(tokens_of_x, scale, dtype)
-            after = cache.clone(memory_format=torch.contiguous_format)
-            flat = after.view(torch.uint8).flatten(0, -3)
-            kept = (slots.flatten() >= 0).to(device)
-            index = slots.flatten().long().to(device)[kept]
-            tokens_of_x = tokens_of_x.clone(memory_format=torch.contiguous_format)
-            flat[index] = tokens_of_x.view(torch.uint8)[kept]
-            memory.expect(cache, after)
-            found[f"{name}_cache"] = cache
-        if rng.random() < 0.5:
-            found["k_out"] = memory.floats(want[1].shape, self.dtype)
-            memory.expect(found["k_out"], want[1])
-        given = "q'"
-        if rng.random() < 0.5:
-            found["q_out"] = memory.floats(want[0].shape, self.dtype)
-            given = "q_out"
-        memory.expect(found[given], want[0])
+            found |= self.cache_of(name, x, slots, rows, dtype)
+        for name, result in (("q_out", want[0]), ("k_out", want[1])):
+            if rng.random() < 0.5:
+                found[name] = memory.floats(result.shape, self.dtype)
+                memory.expect(found[name], result)
+        found["q'"] = memory.floats(want[0].shape, self.dtype)
+        if "q_out" not in found:
+            memory.expect(found["q'"], want[0])
+        return found
+
+    def cache_of(
+        self, name: str, x: Tensor, slots: Tensor, rows: Sequence[int], dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        """The cache of k or v, and its scale if it has 8 bits; the memory expects the tokens."""
+        Hk, D = self.H[1], x.shape[-1]
+        tokens = as_bshd(x, self.layout).reshape(slots.numel(), Hk, D)
+        found = {f"{name}_cache": self.memory.floats((*rows, Hk, D), dtype)}
+        if dtype in EIGHT_BITS:
+            per_head = self.rng.random() < 0.5
+            scale = self.memory.floats((Hk if per_head else 1,), torch.float32, expand=True)
+            found[f"{name}_scale"] = scale = scale if per_head else scale[0]
+            tokens = quantized(tokens, scale, dtype)
+        kept = slots >= 0
+        after = found[f"{name}_cache"].clone(memory_format=torch.contiguous_format)
+        tokens = tokens.clone(memory_format=torch.contiguous_format).view(torch.uint8)
+        after.view(torch.uint8).flatten(0, -3)[slots[kept].to(x.device)] = tokens[kept.to(x.device)]
+        self.memory.expect(found[f"{name}_cache"], after)
         return found
 
 

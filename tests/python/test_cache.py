@@ -541,6 +541,20 @@ def test_caches_that_cannot_be_written(device):
         fused_rope.rotate_and_cache(**inference)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["nested", "jagged", "sparse", "quantized"])
+@pytest.mark.parametrize("name", ["q", "k"])
+def test_tensors_without_strides_are_refused(name, kind):
+    make = {
+        "nested": lambda x: torch.nested.nested_tensor(list(x)),
+        "jagged": lambda x: torch.nested.nested_tensor(list(x), layout=torch.jagged),
+        "sparse": lambda x: x.to_sparse(),
+        "quantized": lambda x: torch.quantize_per_tensor(x.float(), 0.1, 0, torch.quint8),
+    }[kind]
+    with pytest.raises(TypeError, match="rotate_and_cache: expected"):
+        fused_rope.rotate_and_cache(**arguments(**{name: make}))
+
+
 @pytest.mark.parametrize("keyword", ["out", "out_rows"])
 def test_there_is_no_out(keyword, device):
     with pytest.raises(TypeError, match=keyword):

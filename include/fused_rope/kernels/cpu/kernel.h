@@ -291,7 +291,7 @@ inline void rotate_tokens(const RotateParams& p, int64_t begin, int64_t end, Isa
     if (p.cache == nullptr || p.tensors[1].out != nullptr) {
       return TokenRotator<T, kPrecision>(p, isa).rotate(begin, end);
     }
-    // Every token of k passes through the same memory on its way to the cache.
+    // All tokens of k pass through one buffer.
     RotateParams buffered = p;
     TensorParams& k = buffered.tensors[1];
     std::vector<T> token(k.H * p.D);
