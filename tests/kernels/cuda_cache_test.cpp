@@ -63,7 +63,7 @@ void rotate_and_store(const RotateParams& p) {
 }
 
 // x / scale by reciprocals, against a division: all must round to the same 8 bits.
-TEST(Quotient, RoundsToTheSameEightBitsAsADivision) {
+TEST(DivisionByScale, RoundsToTheSameEightBitsAsADivision) {
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
   std::vector<float> scales = {0.0f,     -0.0f,          kInfinity, -kInfinity, 1.0f,
                                -1.0f,    0x1p-149f,      0x1p-126f, 0x1p127f,   0x1p60f,
@@ -74,7 +74,7 @@ TEST(Quotient, RoundsToTheSameEightBitsAsADivision) {
         std::ldexp(1 + random.below(1 << 23) * 0x1p-23f, static_cast<int>(random.below(24)) - 18));
   for (const float scale : scales) {
     SCOPED_TRACE(::testing::Message() << "scale " << scale);
-    const Quotient by_reciprocal(scale);
+    const DivisionByScale by_reciprocal(scale);
     int64_t wrong = 0;
     const auto compare = [&](float x) {
       const float quotient = x / scale, other = by_reciprocal(x);

@@ -106,9 +106,9 @@ __device__ __forceinline__ float approximate_reciprocal(float x) {
 // x / scale, so that it rounds to the same 8 bits as a quotient of IEEE 754: by the reciprocal of
 // the scale, and two corrections of the remainder (Markstein 2000). What the compiler's own
 // division checks of each dividend is checked once here.
-class Quotient {
+class DivisionByScale {
  public:
-  __device__ __forceinline__ explicit Quotient(float scale) {
+  __device__ __forceinline__ explicit DivisionByScale(float scale) {
     // Powers of two keep the scale away from subnormal reciprocals and remainders. Quotients that
     // overflow or underflow by them saturate, or are 0 in 8 bits.
     const float magnitude = scale < 0 ? -scale : scale;
@@ -228,7 +228,7 @@ class Quantizer {
  private:
   static constexpr bool kIsFloat = !std::is_same_v<To, int8_t>;
 
-  Quotient divide_;
+  DivisionByScale divide_;
 };
 
 // A thread's part of a head that has a slot, and what it needs to find it: loads in flight.
