@@ -424,23 +424,32 @@ struct ThreadWeight {
   }
 };
 
-// Adds the leaves of a head's threads, as the tree of normalization.h has them. `threads`, a power
-// of two, includes those beyond the head, which add zeros. All lanes of the warp must call it.
+// Adds a thread's leaves, as the tree of normalization.h has them.
 template <typename W, int kLeaves>
-__device__ __forceinline__ W sum_of_head(W (&leaves)[kLeaves], uint32_t threads, bool exists) {
+__device__ __forceinline__ W sum_of_thread(W (&leaves)[kLeaves]) {
 #pragma unroll
   for (int n = kLeaves / 2; n > 0; n /= 2) {
 #pragma unroll
     for (int i = 0; i < n; ++i) leaves[i] = add(leaves[2 * i], leaves[2 * i + 1]);
   }
-  W sum = exists ? leaves[0] : W{0};
-  // Without branches, so that two sums of a head overlap.
+  return leaves[0];
+}
+
+// Adds the sums of a head's threads, kSums of them side by side so that they overlap. `threads`, a
+// power of two, includes those beyond the head, which add zeros. All lanes of the warp must call
+// it.
+template <int kSums, typename W>
+__device__ __forceinline__ void add_threads(W (&sums)[kSums], uint32_t threads, bool exists) {
+#pragma unroll
+  for (W& sum : sums) sum = exists ? sum : W{0};
 #pragma unroll
   for (uint32_t mask = 1; mask < kWarp; mask *= 2) {
-    const W both = add(sum, from_other_lane(sum, mask));
-    sum = mask < threads ? both : sum;
+#pragma unroll
+    for (W& sum : sums) {
+      const W both = add(sum, from_other_lane(sum, mask));
+      sum = mask < threads ? both : sum;
+    }
   }
-  return sum;
 }
 
 // The sum of term(v, i) over the vectors v of a thread's head, and the elements i of each.
@@ -449,7 +458,9 @@ __device__ __forceinline__ auto sum_of_terms(uint32_t threads, bool exists, cons
   Wide<typename Traits::Element> leaves[Traits::kVectorSize];
 #pragma unroll
   for (int i = 0; i < Traits::kVectorSize; ++i) leaves[i] = add(term(0, i), term(1, i));
-  return sum_of_head(leaves, threads, exists);
+  Wide<typename Traits::Element> sums[] = {sum_of_thread(leaves)};
+  add_threads(sums, threads, exists);
+  return sums[0];
 }
 
 // Rounds what is between norm and rotation.

@@ -110,9 +110,18 @@ __global__ void __launch_bounds__(kSumThreads)
   W sum = 0;
   if (d < params.D) {
     const W* const from = static_cast<const W*>(params.sums[tensor]) + d;
-#pragma unroll 4
-    for (uint32_t leaf = strand; leaf < params.leaves[tensor]; leaf += kStrands)
-      sum = add(sum, from[size_t{leaf} * params.D]);
+    // Several loads in flight. The zeros that replace those beyond the last leaf change no sum.
+    constexpr uint32_t kLoads = 17;
+    for (uint32_t first = strand; first < params.leaves[tensor]; first += kLoads * kStrands) {
+      W loaded[kLoads];
+#pragma unroll
+      for (uint32_t i = 0; i < kLoads; ++i) {
+        const uint32_t leaf = first + i * kStrands;
+        loaded[i] = leaf < params.leaves[tensor] ? from[size_t{leaf} * params.D] : W{0};
+      }
+#pragma unroll
+      for (const W& value : loaded) sum = add(sum, value);
+    }
   }
   shared[threadIdx.x] = sum;
   for (uint32_t n = kStrands / 2; n > 0; n /= 2) {
