@@ -28,7 +28,8 @@ struct Variant {
   RowLookup lookup;
   bool full_head;
   bool staged;
-  bool norm;  // of full heads, whose threads are in one warp
+  bool norm;      // of full heads, whose threads are in one warp
+  int heads = 1;  // of a token, that a thread with a norm takes one after another
 };
 
 template <typename T, typename TableT, Variant kVariant>
@@ -41,6 +42,7 @@ struct KernelTraits {
   static constexpr RowLookup kLookup = kVariant.lookup;
   static constexpr bool kFullHead = kVariant.full_head;
   static constexpr bool kNorm = kVariant.norm;
+  static constexpr int kHeads = kVariant.heads;
   // What a launch passes besides KernelParams.
   using Extra = std::conditional_t<kNorm, NormArgs<Wide<T>>, AxesOf<kLookup>>;
 
@@ -58,7 +60,9 @@ struct KernelTraits {
   // Blocks that must fit on a multiprocessor. This limits registers, so that enough loads of x are
   // in flight.
   static constexpr int kMaxThreads = kNorm ? kSmallBlockThreads : kMaxBlockThreads;
-  static constexpr int kMinBlocks = kNorm ? 8 : kResidentThreads / kMaxBlockThreads;
+  static constexpr int kMinBlocks = !kNorm       ? kResidentThreads / kMaxBlockThreads
+                                    : kHeads > 1 ? 7  // with 8, registers are spilled
+                                                 : 8;
 };
 
 // Widens one element. The upper bfloat16 of a register needs only a mask.
@@ -470,12 +474,13 @@ __device__ __forceinline__ void round_between(Cast cast, W (&x)[kVectors][kSize]
   for_each_element(x, [](W& value, int, int) { value = between<T, Cast::kAfter>(value); });
 }
 
-// Normalizes a head and rotates it. All lanes of the warp must call it.
-template <typename Traits>
+// Normalizes a head and rotates it. All lanes of the warp must call it. get_factors: writes what n
+// is multiplied by.
+template <typename Traits, typename F>
 __device__ __forceinline__ void normalize_and_rotate(
     const KernelParams& params, const NormArgs<Wide<typename Traits::Element>>& norm,
-    bool is_second, const ThreadTile<Traits>& tile, const ThreadWeight<Traits>& weight, bool exists,
-    bool rotates, typename ThreadTile<Traits>::Vectors& x) {
+    const ThreadTile<Traits>& tile, bool exists, bool rotates, const F& get_factors,
+    typename ThreadTile<Traits>::Vectors& x) {
   using T = typename Traits::Element;
   using W = Wide<T>;
   typename ThreadTile<Traits>::WideVectors wide;
@@ -488,7 +493,7 @@ __device__ __forceinline__ void normalize_and_rotate(
       params.head_threads, exists, [&](int v, int i) { return multiply(wide[v][i], wide[v][i]); });
   const W r = norm.scalars.inverse_rms(sum);
   typename ThreadTile<Traits>::WideVectors factors;
-  weight.get_factors(norm, is_second, tile, exists, factors);
+  get_factors(factors);
   visit(norm.cast, [&]<Cast kCast>() {
     for_each_element(wide, [&](W& value, int v, int i) {
       value = normalize<T, kCast>(value, r, factors[v][i]);
@@ -521,8 +526,14 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
   TileToken token = {params, tensor, lookups, at, 0};
   [[maybe_unused]] LoadedToken loaded;
   if constexpr (kLookup == RowLookup::kPositions) loaded.index = token.load_position(in_tile);
-  typename ThreadTile<Traits>::Vectors x;
-  tile.load_elements(params, tensor.in + tensor.in_offset.at(at), lookups.in_d, in_tile, x);
+  typename ThreadTile<Traits>::Vectors heads[Traits::kHeads];
+  auto& x = heads[0];
+  const char* const in = tensor.in + tensor.in_offset.at(at);
+  tile.load_elements(params, in, lookups.in_d, in_tile, x);
+  if constexpr (Traits::kHeads == 2) {
+    tile.load_elements(params, in + extra.next_in[assigned.is_second], lookups.in_d, in_tile,
+                       heads[1]);
+  }
   [[maybe_unused]] SequencePosition place = {0, 0};
   if constexpr (kLookup == RowLookup::kPacked) {
     // Most warps have one token.
@@ -540,9 +551,28 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
     copies = !(is_linear(kLookup) || in_tile) ||
              !find_rows<kLookup>(params, tensor, lookups, at, token, rows);
     tile.load_rows(params, rows, in_tile && !copies);
-    normalize_and_rotate(params, extra, assigned.is_second, tile, weight, in_tile,
-                         in_tile && !copies, x);
-    if (!in_tile) return;
+    char* out = tensor.out + tensor.out_offset.at(at);
+    bool is_stored = in_tile;
+    if (flags & kHasOutRows) is_stored = in_tile && to_out_row<T>(params, lookups, token, out);
+    // Two heads share them.
+    [[maybe_unused]] typename ThreadTile<Traits>::WideVectors factors;
+    if constexpr (Traits::kHeads > 1)
+      weight.get_factors(extra, assigned.is_second, tile, in_tile, factors);
+    const auto get_factors = [&](typename ThreadTile<Traits>::WideVectors& to) {
+      if constexpr (Traits::kHeads > 1) {
+        std::memcpy(&to, &factors, sizeof(to));
+      } else {
+        weight.get_factors(extra, assigned.is_second, tile, in_tile, to);
+      }
+    };
+#pragma unroll 1
+    for (int i = 0;; ++i) {
+      normalize_and_rotate(params, extra, tile, in_tile, in_tile && !copies, get_factors, x);
+      if (is_stored) tile.store_elements(params, out, lookups.out_d, x);
+      if (i + 1 == Traits::kHeads) return;
+      std::memcpy(&x, &heads[Traits::kHeads - 1], sizeof(x));
+      out += extra.next_out[assigned.is_second];
+    }
   } else if (tile.rotates) {
     if (is_linear(kLookup) || (flags & kGathered)) {
       tile.load_rows(params, gathered_row(tensor, lookups, at, is_linear(kLookup)));
