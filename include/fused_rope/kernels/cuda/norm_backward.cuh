@@ -14,8 +14,8 @@ struct BackwardArgs {
   struct Tensor {
     const char* gradient;
     LinearOffset gradient_offset;
-    W* sums;  // of leaves, [leaves, D], or null
-    uint32_t leaves, leaf_heads, heads;
+    W* sums;                        // of leaves, [leaves, D], or null
+    uint32_t leaves, steps, heads;  // steps: heads of a chain, at most
   };
 
   NormArgs<W> norm;
@@ -161,23 +161,19 @@ constexpr uint32_t kHeadStages = 2;  // the head that is computed, and the next 
 // Of four warps, resident on a multiprocessor. More leave too few registers for a head in flight.
 constexpr int kBackwardBlocks = 4;
 
-// A group of lanes takes the heads of a chain one after another, the next one's x and gradient in
-// flight. The rows in params are those of the rotation when it comes before the norm, else those of
-// its inverse. kAfter: the norm comes after the rotation; at run time that choice would cost
-// registers.
-template <typename Traits, bool kAfter>
-__global__ void __launch_bounds__(kSmallBlockThreads, kBackwardBlocks) norm_backward_kernel(
-    const __grid_constant__ KernelParams params,
-    const __grid_constant__ BackwardArgs<Wide<typename Traits::Element>> args) {
+// What a block does with tensor kTensor, whose index is known at compile time: constants of the
+// launch are then operands of the loop's instructions.
+template <typename Traits, bool kAfter, int kTensor>
+__device__ __forceinline__ void backward_of_block(
+    const KernelParams& params, const BackwardArgs<Wide<typename Traits::Element>>& args,
+    uint32_t block) {
   using T = typename Traits::Element;
   using W = Wide<T>;
   using Vectors = typename ThreadTile<Traits>::Vectors;
   using WideVectors = typename ThreadTile<Traits>::WideVectors;
-  const bool is_second = blockIdx.x >= params.second_block;
-  const uint32_t block = blockIdx.x - (is_second ? params.second_block : 0);
-  const TensorArgs& tensor = params.tensors[is_second];
-  const LookupArgs& lookups = params.lookups[is_second];
-  const auto& of_tensor = args.tensors[is_second];
+  const TensorArgs& tensor = params.tensors[kTensor];
+  const LookupArgs& lookups = params.lookups[kTensor];
+  const auto& of_tensor = args.tensors[kTensor];
 
   const uint32_t warp = block * (kSmallBlockThreads / kWarp) + threadIdx.x / kWarp;
   const uint32_t lane = threadIdx.x % kWarp;
@@ -225,23 +221,23 @@ __global__ void __launch_bounds__(kSmallBlockThreads, kBackwardBlocks) norm_back
     return rotates;  // a head that does not exist, too
   };
 
-  const uint32_t first = leaf * of_tensor.leaf_heads + group * args.chains_of_group;
-  const uint32_t end = exists ? min((leaf + 1) * of_tensor.leaf_heads, of_tensor.heads) : 0;
+  const uint32_t first = leaf * kChains + group * args.chains_of_group;
+  const uint32_t end = exists ? of_tensor.heads : 0;
   uint32_t index = first;
   LinearCoordinates at = tensor.locate(index);
   fetch_head(0, at, index < end);
   bool rotates = load_rows(at, index < end);
   char* out = tensor.out + tensor.out_offset.at(at);
-  share_factors<T>(args.norm, is_second, args.D, factors);
+  share_factors<T>(args.norm, kTensor, args.D, factors);
   sync_block();
   uint32_t stage = 0;
   for (uint32_t pass = 0; pass < args.chains_of_group; ++pass) {
     sums.clear();
-    for (uint32_t i = 0; i < of_tensor.leaf_heads; i += kChains) {
+    for (uint32_t step = 1; step <= of_tensor.steps; ++step) {
       const bool is_head = index < end;
-      index = i + kChains < of_tensor.leaf_heads ? index + kChains : first + pass + 1;
-      const bool is_next_head =
-          index < end && (i + kChains < of_tensor.leaf_heads || pass + 1 < args.chains_of_group);
+      const bool is_last = step == of_tensor.steps;  // of this chain
+      index = is_last ? first + pass + 1 : index + of_tensor.leaves * kChains;
+      const bool is_next_head = index < end && (!is_last || pass + 1 < args.chains_of_group);
       at = tensor.locate(index);
       fetch_head(1 - stage, at, is_next_head);
 
@@ -295,6 +291,21 @@ __global__ void __launch_bounds__(kSmallBlockThreads, kBackwardBlocks) norm_back
   sums.add_groups(groups, args.group_threads);
   if (exists && group == 0 && of_tensor.sums != nullptr)
     sums.store_to(of_tensor.sums + size_t{leaf} * args.D, tile.start);
+}
+
+// A group of lanes takes the heads of a chain one after another, the next one's x, gradient and row
+// in flight. The rows in params are those of the rotation when it comes before the norm, else those
+// of its inverse. kAfter: the norm comes after the rotation; at run time that choice would cost
+// registers.
+template <typename Traits, bool kAfter>
+__global__ void __launch_bounds__(kSmallBlockThreads, kBackwardBlocks) norm_backward_kernel(
+    const __grid_constant__ KernelParams params,
+    const __grid_constant__ BackwardArgs<Wide<typename Traits::Element>> args) {
+  if (blockIdx.x < params.second_block) {
+    backward_of_block<Traits, kAfter, 0>(params, args, blockIdx.x);
+  } else {
+    backward_of_block<Traits, kAfter, 1>(params, args, blockIdx.x - params.second_block);
+  }
 }
 
 }  // namespace fused_rope::kernels

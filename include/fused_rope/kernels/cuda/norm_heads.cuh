@@ -43,11 +43,10 @@ __global__ void __launch_bounds__(kSmallBlockThreads)
     const NormScalars<W> scalars(params.scalars);
     const uint32_t lane = threadIdx.x % kWarp;
     for (int64_t d = lane; d < kChains * D; d += kWarp) chains[d] = 0;
-    const int64_t first = leaf * params.leaf_heads[i];
-    const int64_t whole = first + params.leaf_heads[i];
-    const int64_t end = whole < params.heads[i] ? whole : params.heads[i];
-    for (int64_t index = first; index < end; ++index) {
-      W* const chain = chains + (index - first) % kChains * D;
+    const int64_t step = kChains * (params.leaves[i] - 1) + 1;  // from a group to the next
+    for (int64_t index = leaf * kChains; index < params.heads[i];
+         index += index % kChains + 1 == kChains ? step : 1) {
+      W* const chain = chains + index % kChains * D;
       const WarpHead<T, Table, kPrecision> head(params, i, index, chains + kChains * D);
       visit(params.norm.cast, [&]<Cast kCast>() {
         sync_warp();

@@ -113,7 +113,7 @@ cudaError_t launch_backward_kernel(const NormBackwardParams& p, const Plan& plan
                            LinearOffset(gradient_strides(call, t, g), tile),
                            g.weight_gradient == nullptr ? nullptr : static_cast<W*>(g.workspace),
                            static_cast<uint32_t>(leaves.count),
-                           static_cast<uint32_t>(leaves.leaf_rows),
+                           static_cast<uint32_t>(leaves.steps),
                            static_cast<uint32_t>(leaves.rows)};
     const int64_t block_leaves = kSmallBlockThreads / kWarp * args.leaves_of_warp;
     blocks[tiles++] = static_cast<unsigned>(ceil_divide(leaves.count, block_leaves));
