@@ -256,7 +256,7 @@ __device__ __forceinline__ void backward_of_block(
         read(stages[stage].x, x);
       }
       visit(args.norm.cast, [&]<Cast kCast>() {
-        W squares[Traits::kVectorSize], products[Traits::kVectorSize];
+        W squares[Traits::kVectorSize] = {}, products[Traits::kVectorSize] = {};
         for_each_weighted<Traits, kCast>(factors, tile, dy, [&](W dn, int v, int e) {
           const W square = multiply(x[v][e], x[v][e]);
           const W product = multiply(dn, x[v][e]);
