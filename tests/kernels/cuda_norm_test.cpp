@@ -18,7 +18,8 @@ std::string name_of(const std::optional<Plan>& plan, const NormParams& norm) {
   std::string name = norm.after ? "after" : "before";
   if (!plan.has_value()) return name + ", a warp each";
   name += plan->arrangement == Arrangement::kPair ? ", pair" : ", adjacent";
-  return name + (plan->lookup == RowLookup::kLinear ? ", linear" : ", indexed");
+  name += plan->lookup == RowLookup::kLinear ? ", linear" : ", indexed";
+  return plan->chunk_heads == 2 ? name + ", two heads" : name;
 }
 
 constexpr const char* kNames[] = {"after, a warp each",       "before, a warp each",
@@ -26,6 +27,10 @@ constexpr const char* kNames[] = {"after, a warp each",       "before, a warp ea
                                   "after, pair, indexed",     "before, pair, indexed",
                                   "after, adjacent, linear",  "before, adjacent, linear",
                                   "after, adjacent, indexed", "before, adjacent, indexed"};
+// Of the forward, with elements of 16 bits.
+constexpr const char* kNamesOfTwoHeads[] = {
+    "after, pair, linear, two heads", "before, pair, linear, two heads",
+    "after, adjacent, linear, two heads", "before, adjacent, linear, two heads"};
 
 template <typename T>
 class CudaNorm : public ::testing::Test {};
@@ -73,6 +78,7 @@ TYPED_TEST(CudaNorm, ForwardIsBitwiseIdenticalToTheCpuKernel) {
     ASSERT_TRUE(call.run(on_gpu) == call.run(on_cpu));
   }
   expect_all<T>(seen);
+  for (const char* name : kNamesOfTwoHeads) EXPECT_EQ(seen.contains(name), sizeof(T) == 2) << name;
 }
 
 TYPED_TEST(CudaNorm, BackwardIsBitwiseIdenticalToTheCpuKernel) {

@@ -755,6 +755,30 @@ TEST(NormPlanOfHeads, KeepsTheThreadsOfAHeadInOneWarp) {
   }
 }
 
+TEST(NormPlanOfHeads, TakesTwoHeadsOfLargeCallsWithEvenHeads) {
+  NormParams norm = {};
+  RotateParams p = call(4, 4096, 4, 128, 128);
+  p.norm = &norm;
+  const auto heads = [&] { return make_norm_plan(p, kLargeCache)->chunk_heads; };
+  EXPECT_EQ(heads(), 2);
+  NormBackwardParams backward = {};
+  backward.call = p;
+  EXPECT_EQ(make_backward_plan(backward, kLargeCache)->chunk_heads, 1);
+  const RotateParams large = p;
+  p.B = 1;
+  p.S = 64;
+  EXPECT_EQ(heads(), 1) << "all threads are resident";
+  p = large;
+  p.tensors[0].H = 3;
+  EXPECT_EQ(heads(), 1) << "odd";
+  p = large;
+  p.rows.positions = {memory, true};
+  EXPECT_EQ(heads(), 1) << "looks up rows";
+  p = large;
+  p.per_head = true;
+  EXPECT_EQ(heads(), 1) << "rows differ between heads";
+}
+
 TEST(NormPlanOfHeads, LooksUpOnlyWhatItMust) {
   NormParams norm = {};
   RotateParams p = call(2, 3, 4, 128, 128);

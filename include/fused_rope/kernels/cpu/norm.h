@@ -434,17 +434,16 @@ class NormBackward {
     const int64_t D = call.D;
     const int64_t H = call.tensors[i].H;
     std::fill(chains_.begin(), chains_.end(), W{0});
-    const int64_t first = leaves.first(leaf);
-    for (int64_t row = first; row < leaves.end(leaf); ++row) {
+    leaves.for_each_row(leaf, [&](int64_t row, int64_t chain) {
       const int64_t token = row / H, h = row % H;
       const int64_t b = token / call.S, s = token % call.S;
-      if (row == first || h == 0 || call.per_head) load_rows(b, s, h);
-      W* const chain = chains_.data() + (row - first) % kChains * D;
+      if (chain == 0 || h == 0 || call.per_head) load_rows(b, s, h);
+      W* const chain_sums = sums ? chains_.data() + chain * D : nullptr;
       run_on(isa_, [=, this](auto) {
         visit(call.norm->cast,
-              [=, this]<Cast kCast>() { backward<kCast>(i, b, s, h, sums ? chain : nullptr); });
+              [=, this]<Cast kCast>() { backward<kCast>(i, b, s, h, chain_sums); });
       });
-    }
+    });
     if (!sums) return;
     W* const leaf_sums = static_cast<W*>(p_.tensors[i].workspace) + leaf * D;
     const W* const chain = chains_.data();

@@ -324,7 +324,10 @@ __device__ __forceinline__ bool rotate_part(const KernelParams& params,
   tile.load_rows(params, rows, rotates);
   if constexpr (Traits::kNorm) {
     const ThreadWeight<Traits> weight(cache.norm, is_key, tile, in_tile);
-    normalize_and_rotate(params, cache.norm, is_key, tile, weight, in_tile, rotates, part.x);
+    const auto get_factors = [&](typename ThreadTile<Traits>::WideVectors& factors) {
+      weight.get_factors(cache.norm, is_key, tile, in_tile, factors);
+    };
+    normalize_and_rotate(params, cache.norm, tile, in_tile, rotates, get_factors, part.x);
     if (!in_tile) return false;
   } else if (rotates) {
     tile.template rotate<true>(part.x, tile.kAllPairs);

@@ -20,7 +20,7 @@ cudaError_t launch_cache_kernel(const RotateParams& p, const Plan& plan, cudaStr
     const Tile tile = whole_tile(p, t);
     params.set_tile(i, rotation, t, plan, operand_strides(p, t, is_linear(plan.lookup)), tile);
     if (i == 1) cache.slots[kKeySlots] = SlotArgs(p, p.cache->k, t, tile);
-    if constexpr (Traits::kNorm) cache.norm.set_tile(i, p, p.norm->weights[i]);
+    if constexpr (Traits::kNorm) cache.norm.set_tile(i, p, i);
     blocks[i] = static_cast<unsigned>(params.blocks(i, plan));
   }
   params.second_block = blocks[0];

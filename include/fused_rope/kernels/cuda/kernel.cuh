@@ -29,7 +29,8 @@ struct Variant {
   RowLookup lookup;
   bool full_head;
   bool staged;
-  bool norm;  // of full heads, whose threads are in one warp
+  bool norm;      // of full heads, whose threads are in one warp
+  int heads = 1;  // of a token, that a thread with a norm takes one after another
 };
 
 template <typename T, typename TableT, Variant kVariant>
@@ -42,6 +43,7 @@ struct KernelTraits {
   static constexpr RowLookup kLookup = kVariant.lookup;
   static constexpr bool kFullHead = kVariant.full_head;
   static constexpr bool kNorm = kVariant.norm;
+  static constexpr int kHeads = kVariant.heads;
   // What a launch passes besides KernelParams.
   using Extra = std::conditional_t<kNorm, NormArgs<Wide<T>>, AxesOf<kLookup>>;
 
@@ -59,7 +61,9 @@ struct KernelTraits {
   // Blocks that must fit on a multiprocessor. This limits registers, so that enough loads of x are
   // in flight.
   static constexpr int kMaxThreads = kNorm ? kSmallBlockThreads : kMaxBlockThreads;
-  static constexpr int kMinBlocks = kNorm ? 8 : kResidentThreads / kMaxBlockThreads;
+  static constexpr int kMinBlocks = !kNorm       ? kResidentThreads / kMaxBlockThreads
+                                    : kHeads > 1 ? 7  // with 8, registers are spilled
+                                                 : 8;
 };
 
 // Widens one element. The upper bfloat16 of a register needs only a mask.
@@ -425,23 +429,32 @@ struct ThreadWeight {
   }
 };
 
-// Adds the leaves of a head's threads, as the tree of normalization.h has them. `threads`, a power
-// of two, includes those beyond the head, which add zeros. All lanes of the warp must call it.
+// Adds a thread's leaves, as the tree of normalization.h has them.
 template <typename W, int kLeaves>
-__device__ __forceinline__ W sum_of_head(W (&leaves)[kLeaves], uint32_t threads, bool exists) {
+__device__ __forceinline__ W sum_of_thread(W (&leaves)[kLeaves]) {
 #pragma unroll
   for (int n = kLeaves / 2; n > 0; n /= 2) {
 #pragma unroll
     for (int i = 0; i < n; ++i) leaves[i] = add(leaves[2 * i], leaves[2 * i + 1]);
   }
-  W sum = exists ? leaves[0] : W{0};
-  // Without branches, so that two sums of a head overlap.
+  return leaves[0];
+}
+
+// Adds the sums of a head's threads, kSums of them side by side so that they overlap. `threads`, a
+// power of two, includes those beyond the head, which add zeros. All lanes of the warp must call
+// it.
+template <int kSums, typename W>
+__device__ __forceinline__ void add_threads(W (&sums)[kSums], uint32_t threads, bool exists) {
+#pragma unroll
+  for (W& sum : sums) sum = exists ? sum : W{0};
 #pragma unroll
   for (uint32_t mask = 1; mask < kWarp; mask *= 2) {
-    const W both = add(sum, from_other_lane(sum, mask));
-    sum = mask < threads ? both : sum;
+#pragma unroll
+    for (W& sum : sums) {
+      const W both = add(sum, from_other_lane(sum, mask));
+      sum = mask < threads ? both : sum;
+    }
   }
-  return sum;
 }
 
 // The sum of term(v, i) over the vectors v of a thread's head, and the elements i of each.
@@ -450,7 +463,9 @@ __device__ __forceinline__ auto sum_of_terms(uint32_t threads, bool exists, cons
   Wide<typename Traits::Element> leaves[Traits::kVectorSize];
 #pragma unroll
   for (int i = 0; i < Traits::kVectorSize; ++i) leaves[i] = add(term(0, i), term(1, i));
-  return sum_of_head(leaves, threads, exists);
+  Wide<typename Traits::Element> sums[] = {sum_of_thread(leaves)};
+  add_threads(sums, threads, exists);
+  return sums[0];
 }
 
 // Rounds what is between norm and rotation.
@@ -460,12 +475,13 @@ __device__ __forceinline__ void round_between(Cast cast, W (&x)[kVectors][kSize]
   for_each_element(x, [](W& value, int, int) { value = between<T, Cast::kAfter>(value); });
 }
 
-// Normalizes a head and rotates it. All lanes of the warp must call it.
-template <typename Traits>
+// Normalizes a head and rotates it. All lanes of the warp must call it. get_factors: writes what n
+// is multiplied by.
+template <typename Traits, typename F>
 __device__ __forceinline__ void normalize_and_rotate(
     const KernelParams& params, const NormArgs<Wide<typename Traits::Element>>& norm,
-    bool is_second, const ThreadTile<Traits>& tile, const ThreadWeight<Traits>& weight, bool exists,
-    bool rotates, typename ThreadTile<Traits>::Vectors& x) {
+    const ThreadTile<Traits>& tile, bool exists, bool rotates, const F& get_factors,
+    typename ThreadTile<Traits>::Vectors& x) {
   using T = typename Traits::Element;
   using W = Wide<T>;
   typename ThreadTile<Traits>::WideVectors wide;
@@ -478,7 +494,7 @@ __device__ __forceinline__ void normalize_and_rotate(
       params.head_threads, exists, [&](int v, int i) { return multiply(wide[v][i], wide[v][i]); });
   const W r = norm.scalars.inverse_rms(sum);
   typename ThreadTile<Traits>::WideVectors factors;
-  weight.get_factors(norm, is_second, tile, exists, factors);
+  get_factors(factors);
   visit(norm.cast, [&]<Cast kCast>() {
     for_each_element(wide, [&](W& value, int v, int i) {
       value = normalize<T, kCast>(value, r, factors[v][i]);
@@ -511,8 +527,14 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
   TileToken token = {params, tensor, lookups, at, 0};
   [[maybe_unused]] LoadedToken loaded;
   if constexpr (kLookup == RowLookup::kPositions) loaded.index = token.load_position(in_tile);
-  typename ThreadTile<Traits>::Vectors x;
-  tile.load_elements(params, tensor.in + tensor.in_offset.at(at), lookups.in_d, in_tile, x);
+  typename ThreadTile<Traits>::Vectors heads[Traits::kHeads];
+  auto& x = heads[0];
+  const char* const in = tensor.in + tensor.in_offset.at(at);
+  tile.load_elements(params, in, lookups.in_d, in_tile, x);
+  if constexpr (Traits::kHeads == 2) {
+    tile.load_elements(params, in + extra.next_in[assigned.is_second], lookups.in_d, in_tile,
+                       heads[1]);
+  }
   [[maybe_unused]] SequencePosition place = {0, 0};
   if constexpr (kLookup == RowLookup::kPacked) {
     // Most warps have one token.
@@ -530,9 +552,28 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kMinBlocks)
     copies = !(is_linear(kLookup) || in_tile) ||
              !find_rows<kLookup>(params, tensor, lookups, at, token, rows);
     tile.load_rows(params, rows, in_tile && !copies);
-    normalize_and_rotate(params, extra, assigned.is_second, tile, weight, in_tile,
-                         in_tile && !copies, x);
-    if (!in_tile) return;
+    char* out = tensor.out + tensor.out_offset.at(at);
+    bool is_stored = in_tile;
+    if (flags & kHasOutRows) is_stored = in_tile && to_out_row<T>(params, lookups, token, out);
+    // Two heads share them.
+    [[maybe_unused]] typename ThreadTile<Traits>::WideVectors factors;
+    if constexpr (Traits::kHeads > 1)
+      weight.get_factors(extra, assigned.is_second, tile, in_tile, factors);
+    const auto get_factors = [&](typename ThreadTile<Traits>::WideVectors& to) {
+      if constexpr (Traits::kHeads > 1) {
+        std::memcpy(&to, &factors, sizeof(to));
+      } else {
+        weight.get_factors(extra, assigned.is_second, tile, in_tile, to);
+      }
+    };
+#pragma unroll 1
+    for (int i = 0;; ++i) {
+      normalize_and_rotate(params, extra, tile, in_tile, in_tile && !copies, get_factors, x);
+      if (is_stored) tile.store_elements(params, out, lookups.out_d, x);
+      if (i + 1 == Traits::kHeads) return;
+      std::memcpy(&x, &heads[Traits::kHeads - 1], sizeof(x));
+      out += extra.next_out[assigned.is_second];
+    }
   } else if (tile.rotates) {
     if (is_linear(kLookup) || (flags & kGathered)) {
       tile.load_rows(params, gathered_row(tensor, lookups, at, is_linear(kLookup)));

@@ -253,11 +253,17 @@ struct NormArgs {
   bool zero_centered[kMaxTensors] = {};
   bool after;
   Cast cast;
+  int64_t next_in[kMaxTensors] = {}, next_out[kMaxTensors] = {};  // bytes to a thread's second head
 
   explicit NormArgs(const RotateParams& p)
       : scalars(p.D, p.norm->eps), after(p.norm->after), cast(p.norm->cast) {}
 
-  void set_tile(int i, const RotateParams& p, const WeightParams& weight) {
+  // tensor: of the call.
+  void set_tile(int i, const RotateParams& p, int tensor) {
+    const TensorParams& t = p.tensors[tensor];
+    const WeightParams& weight = p.norm->weights[tensor];
+    next_in[i] = t.in_strides.h * size_of(p.dtype);
+    next_out[i] = t.out_strides.h * size_of(p.dtype);
     weights[i] = static_cast<const char*>(weight.data);
     is_own[i] = weight.data != nullptr && weight.dtype == p.dtype;
     zero_centered[i] = weight.data != nullptr && p.norm->zero_centered;

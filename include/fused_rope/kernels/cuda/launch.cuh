@@ -113,7 +113,7 @@ cudaError_t launch_tiles(const RotateParams& p, const Plan& plan,
     for_each_tile(strides, whole_tile(p, t, plan.chunk_heads), max_heads, [&](const Tile& tile) {
       if (tiles == kMaxTensors) flush();
       params.set_tile(tiles, p, t, plan, strides, tile);
-      if constexpr (requires { extra.weights; }) extra.set_tile(tiles, p, p.norm->weights[i]);
+      if constexpr (requires { extra.weights; }) extra.set_tile(tiles, p, i);
       blocks[tiles] = static_cast<unsigned>(params.blocks(tiles, plan));
       ++tiles;
     });

@@ -14,22 +14,26 @@ struct BackwardArgs {
   struct Tensor {
     const char* gradient;
     LinearOffset gradient_offset;
-    W* sums;  // of leaves, [leaves, D], or null
-    uint32_t leaves, leaf_heads, heads;
+    W* sums;                        // of leaves, [leaves, D], or null
+    uint32_t leaves, steps, heads;  // steps: heads of a chain, at most
   };
 
   NormArgs<W> norm;
   Tensor tensors[kMaxTensors] = {};
   uint32_t D;
   uint32_t group_threads;  // of a head, those beyond it included
+  uint32_t group_bits;     // log2 of group_threads
+  uint32_t leaf_bits;      // log2 of the groups of a leaf
   uint32_t leaves_of_warp;
   uint32_t chains_of_group;  // one after another
 
   BackwardArgs(const RotateParams& p, const Plan& plan)
       : norm(p),
         D(static_cast<uint32_t>(p.D)),
-        group_threads(std::bit_ceil(static_cast<unsigned>(plan.rotating_threads))) {
+        group_threads(std::bit_ceil(static_cast<unsigned>(plan.rotating_threads))),
+        group_bits(static_cast<uint32_t>(std::countr_zero(group_threads))) {
     const uint32_t groups = kWarp / group_threads;
+    leaf_bits = static_cast<uint32_t>(std::countr_zero(std::min<uint32_t>(groups, kChains)));
     leaves_of_warp = std::max<uint32_t>(groups / kChains, 1);
     chains_of_group = std::max<uint32_t>(kChains / groups, 1);
   }
@@ -107,7 +111,7 @@ class ThreadSums {
   W* const saved_;
 };
 
-// The factors of a weight, [D] in shared memory. All threads of the block must call it.
+// Writes the factors of a weight, [D], to shared memory.
 template <typename T>
 __device__ __forceinline__ void share_factors(const NormArgs<Wide<T>>& norm, bool is_second,
                                               uint32_t D, Wide<T>* factors) {
@@ -121,7 +125,6 @@ __device__ __forceinline__ void share_factors(const NormArgs<Wide<T>>& norm, boo
     }
     factors[d] = weight_factor(value, norm.zero_centered[is_second]);
   }
-  sync_block();
 }
 
 // Calls f(dn, v, e) for element e of each vector v of a thread, few of them at a time to spare
@@ -153,46 +156,39 @@ struct HeadStage {
   Bytes16 x[2][kSmallBlockThreads];
   Bytes16 gradient[2][kSmallBlockThreads];
 };
-constexpr uint32_t kHeadStages = 2;
+constexpr uint32_t kHeadStages = 2;  // the head that is computed, and the next one
 
 // Of four warps, resident on a multiprocessor. More leave too few registers for a head in flight.
-constexpr int kBackwardBlocks = 5;
+constexpr int kBackwardBlocks = 4;
 
-// A group of lanes takes the heads of a chain one after another, the next one's x and gradient in
-// flight. The rows in params are those of the rotation when it comes before the norm, else those of
-// its inverse. kAfter: the norm comes after the rotation; at run time that choice would cost
-// registers.
-template <typename Traits, bool kAfter>
-__global__ void __launch_bounds__(kSmallBlockThreads, kBackwardBlocks) norm_backward_kernel(
-    const __grid_constant__ KernelParams params,
-    const __grid_constant__ BackwardArgs<Wide<typename Traits::Element>> args) {
+// What a block does with tensor kTensor, whose index is known at compile time: constants of the
+// launch are then operands of the loop's instructions.
+template <typename Traits, bool kAfter, int kTensor>
+__device__ __forceinline__ void backward_of_block(
+    const KernelParams& params, const BackwardArgs<Wide<typename Traits::Element>>& args,
+    uint32_t block) {
   using T = typename Traits::Element;
   using W = Wide<T>;
   using Vectors = typename ThreadTile<Traits>::Vectors;
   using WideVectors = typename ThreadTile<Traits>::WideVectors;
-  const bool is_second = blockIdx.x >= params.second_block;
-  const uint32_t block = blockIdx.x - (is_second ? params.second_block : 0);
-  const TensorArgs& tensor = params.tensors[is_second];
-  const LookupArgs& lookups = params.lookups[is_second];
-  const auto& of_tensor = args.tensors[is_second];
+  const TensorArgs& tensor = params.tensors[kTensor];
+  const LookupArgs& lookups = params.lookups[kTensor];
+  const auto& of_tensor = args.tensors[kTensor];
 
   const uint32_t warp = block * (kSmallBlockThreads / kWarp) + threadIdx.x / kWarp;
   const uint32_t lane = threadIdx.x % kWarp;
-  const uint32_t group = lane / args.group_threads;
-  const uint32_t thread = lane % args.group_threads;
-  const uint32_t groups = kChains / args.chains_of_group;  // of a leaf
-  const uint32_t leaf = warp * args.leaves_of_warp + group / groups;
+  const uint32_t thread = lane & (args.group_threads - 1);
+  const uint32_t groups = 1u << args.leaf_bits;  // of a leaf
+  const uint32_t group = (lane >> args.group_bits) & (groups - 1);
+  const uint32_t leaf = warp * args.leaves_of_warp + (lane >> args.group_bits >> args.leaf_bits);
   const bool exists = thread < params.rotating_threads && leaf < of_tensor.leaves;
   ThreadTile<Traits> tile(params, thread);
   W* const factors = static_cast<W*>(shared_memory());
-  share_factors<T>(args.norm, is_second, args.D, factors);
   ThreadSums<Traits> sums(factors + args.D);
 
-  const auto locate = [&](uint32_t index) { return tensor.locate(1, params.per_head, index); };
   // Heads in flight: they need no registers.
   auto* const stages = reinterpret_cast<HeadStage*>(sums.end(args.chains_of_group));
-  const auto fetch_head = [&](uint32_t stage, uint32_t index, bool wanted) {
-    const LinearCoordinates at = locate(index);
+  const auto fetch_head = [&](uint32_t stage, const LinearCoordinates& at, bool wanted) {
     const T* const x = reinterpret_cast<const T*>(tensor.in + tensor.in_offset.at(at));
     const T* const gradient =
         reinterpret_cast<const T*>(of_tensor.gradient + of_tensor.gradient_offset.at(at));
@@ -207,16 +203,17 @@ __global__ void __launch_bounds__(kSmallBlockThreads, kBackwardBlocks) norm_back
                         WideVectors& wide) {
     Vectors vectors;
 #pragma unroll
-    for (int v = 0; v < Traits::kVectors; ++v)
-      std::memcpy(&vectors[v], &from[v][threadIdx.x], sizeof(vectors[v]));
+    for (int v = 0; v < Traits::kVectors; ++v) {
+      vectors[v] =
+          load_shared<Traits::kVectorSize>(reinterpret_cast<const T*>(from[v][threadIdx.x].bytes));
+    }
     tile.widen_all(vectors, wide);
   };
 
-  const auto load_rows = [&](uint32_t index, bool wanted) {
+  const auto load_rows = [&](const LinearCoordinates& at, bool wanted) {
     RowPointers rows = {nullptr, nullptr};
     bool rotates = true;
     if (is_linear(Traits::kLookup) || wanted) {
-      const LinearCoordinates at = locate(index);
       const TileToken token = {params, tensor, lookups, at, 0};
       rotates = find_rows<Traits::kLookup>(params, tensor, lookups, at, token, rows);
     }
@@ -224,21 +221,27 @@ __global__ void __launch_bounds__(kSmallBlockThreads, kBackwardBlocks) norm_back
     return rotates;  // a head that does not exist, too
   };
 
+  const uint32_t first = leaf * kChains + group * args.chains_of_group;
+  const uint32_t end = exists ? of_tensor.heads : 0;
+  uint32_t index = first;
+  LinearCoordinates at = tensor.locate(index);
+  fetch_head(0, at, index < end);
+  bool rotates = load_rows(at, index < end);
+  char* out = tensor.out + tensor.out_offset.at(at);
+  share_factors<T>(args.norm, kTensor, args.D, factors);
+  sync_block();
+  uint32_t stage = 0;
   for (uint32_t pass = 0; pass < args.chains_of_group; ++pass) {
     sums.clear();
-    uint32_t index = leaf * of_tensor.leaf_heads + group % groups * args.chains_of_group + pass;
-    const uint32_t end = min(index + of_tensor.leaf_heads, of_tensor.heads);
-    constexpr uint32_t kAhead = kHeadStages - 1;
-    for (uint32_t i = 0; i < kAhead; ++i)
-      fetch_head(i, index + i * kChains, exists && index + i * kChains < end);
-    for (uint32_t i = 0; i < of_tensor.leaf_heads; i += kChains) {
-      const uint32_t stage = i / kChains % kHeadStages;
-      const bool is_head = exists && index < end;
-      bool rotates = load_rows(index, is_head);
-      const uint32_t ahead = index + kAhead * kChains;
-      fetch_head((stage + kAhead) % kHeadStages, ahead, exists && ahead < end);
+    for (uint32_t step = 1; step <= of_tensor.steps; ++step) {
+      const bool is_head = index < end;
+      const bool is_last = step == of_tensor.steps;  // of this chain
+      index = is_last ? first + pass + 1 : index + of_tensor.leaves * kChains;
+      const bool is_next_head = index < end && (!is_last || pass + 1 < args.chains_of_group);
+      at = tensor.locate(index);
+      fetch_head(1 - stage, at, is_next_head);
 
-      wait_for_copies<kAhead>();
+      wait_for_copies<1>();
       WideVectors x, dy;  // the one that is rotated first, to spare registers
       if (kAfter) {
         read(stages[stage].x, x);
@@ -248,20 +251,22 @@ __global__ void __launch_bounds__(kSmallBlockThreads, kBackwardBlocks) norm_back
       } else {
         read(stages[stage].gradient, dy);
         if (rotates) tile.rotate_wide(dy);
+        rotates = load_rows(at, is_next_head);
         round_between<T>(args.norm.cast, dy);
         read(stages[stage].x, x);
       }
       visit(args.norm.cast, [&]<Cast kCast>() {
-        const W squares = sum_of_terms<Traits>(
-            args.group_threads, is_head, [&](int v, int e) { return multiply(x[v][e], x[v][e]); });
-        W leaves[Traits::kVectorSize] = {};
+        W squares[Traits::kVectorSize] = {}, products[Traits::kVectorSize] = {};
         for_each_weighted<Traits, kCast>(factors, tile, dy, [&](W dn, int v, int e) {
+          const W square = multiply(x[v][e], x[v][e]);
           const W product = multiply(dn, x[v][e]);
-          leaves[e] = v == 0 ? product : add(leaves[e], product);
+          squares[e] = v == 0 ? square : add(squares[e], square);
+          products[e] = v == 0 ? product : add(products[e], product);
         });
-        const W products = sum_of_head(leaves, args.group_threads, is_head);
-        const W r = args.norm.scalars.inverse_rms(squares);
-        const W mean = args.norm.scalars.mean_product(products, r);
+        W of_head[] = {sum_of_thread(squares), sum_of_thread(products)};
+        add_threads(of_head, args.group_threads, is_head);
+        const W r = args.norm.scalars.inverse_rms(of_head[0]);
+        const W mean = args.norm.scalars.mean_product(of_head[1], r);
         for_each_weighted<Traits, kCast>(factors, tile, dy, [&](W dn, int v, int e) {
           if (is_head) {
             sums.values[v][e] =
@@ -272,20 +277,35 @@ __global__ void __launch_bounds__(kSmallBlockThreads, kBackwardBlocks) norm_back
       });
       if (kAfter) {
         round_between<T>(args.norm.cast, dy);
-        rotates = load_rows(index, is_head);  // once more, to spare registers
         if (rotates) tile.template rotate_wide<true>(dy);
+        rotates = load_rows(at, is_next_head);
       }
       Vectors vectors;
       tile.narrow_all(dy, vectors);
-      if (is_head && tensor.out != nullptr)
-        tile.store_elements(params, tensor.out + tensor.out_offset.at(locate(index)), 1, vectors);
-      index += kChains;
+      if (is_head && tensor.out != nullptr) tile.store_elements(params, out, 1, vectors);
+      out = tensor.out + tensor.out_offset.at(at);
+      stage = 1 - stage;
     }
     sums.add_chains(pass, args.chains_of_group);
   }
   sums.add_groups(groups, args.group_threads);
-  if (exists && group % groups == 0 && of_tensor.sums != nullptr)
+  if (exists && group == 0 && of_tensor.sums != nullptr)
     sums.store_to(of_tensor.sums + size_t{leaf} * args.D, tile.start);
+}
+
+// A group of lanes takes the heads of a chain one after another, the next one's x, gradient and row
+// in flight. The rows in params are those of the rotation when it comes before the norm, else those
+// of its inverse. kAfter: the norm comes after the rotation; at run time that choice would cost
+// registers.
+template <typename Traits, bool kAfter>
+__global__ void __launch_bounds__(kSmallBlockThreads, kBackwardBlocks) norm_backward_kernel(
+    const __grid_constant__ KernelParams params,
+    const __grid_constant__ BackwardArgs<Wide<typename Traits::Element>> args) {
+  if (blockIdx.x < params.second_block) {
+    backward_of_block<Traits, kAfter, 0>(params, args, blockIdx.x);
+  } else {
+    backward_of_block<Traits, kAfter, 1>(params, args, blockIdx.x - params.second_block);
+  }
 }
 
 }  // namespace fused_rope::kernels

@@ -43,11 +43,10 @@ __global__ void __launch_bounds__(kSmallBlockThreads)
     const NormScalars<W> scalars(params.scalars);
     const uint32_t lane = threadIdx.x % kWarp;
     for (int64_t d = lane; d < kChains * D; d += kWarp) chains[d] = 0;
-    const int64_t first = leaf * params.leaf_heads[i];
-    const int64_t whole = first + params.leaf_heads[i];
-    const int64_t end = whole < params.heads[i] ? whole : params.heads[i];
-    for (int64_t index = first; index < end; ++index) {
-      W* const chain = chains + (index - first) % kChains * D;
+    const int64_t step = kChains * (params.leaves[i] - 1) + 1;  // from a group to the next
+    for (int64_t index = leaf * kChains; index < params.heads[i];
+         index += index % kChains + 1 == kChains ? step : 1) {
+      W* const chain = chains + index % kChains * D;
       const WarpHead<T, Table, kPrecision> head(params, i, index, chains + kChains * D);
       visit(params.norm.cast, [&]<Cast kCast>() {
         sync_warp();
@@ -110,9 +109,18 @@ __global__ void __launch_bounds__(kSumThreads)
   W sum = 0;
   if (d < params.D) {
     const W* const from = static_cast<const W*>(params.sums[tensor]) + d;
-#pragma unroll 4
-    for (uint32_t leaf = strand; leaf < params.leaves[tensor]; leaf += kStrands)
-      sum = add(sum, from[size_t{leaf} * params.D]);
+    // Several loads in flight. The zeros that replace those beyond the last leaf change no sum.
+    constexpr uint32_t kLoads = 17;
+    for (uint32_t first = strand; first < params.leaves[tensor]; first += kLoads * kStrands) {
+      W loaded[kLoads];
+#pragma unroll
+      for (uint32_t i = 0; i < kLoads; ++i) {
+        const uint32_t leaf = first + i * kStrands;
+        loaded[i] = leaf < params.leaves[tensor] ? from[size_t{leaf} * params.D] : W{0};
+      }
+#pragma unroll
+      for (const W& value : loaded) sum = add(sum, value);
+    }
   }
   shared[threadIdx.x] = sum;
   for (uint32_t n = kStrands / 2; n > 0; n /= 2) {

@@ -29,22 +29,27 @@ cudaError_t launch_warps(void (*kernel)(Params), const Params& params, int64_t u
 }
 
 template <typename T, Precision kPrecision>
-constexpr Variant norm_variant(Arrangement arrangement, RowLookup lookup) {
+constexpr Variant norm_variant(Arrangement arrangement, RowLookup lookup, int heads = 1) {
   return {.precision = kPrecision,
           .arrangement = arrangement,
           .vector = kVectorBytes / sizeof(T),
           .lookup = lookup,
           .full_head = true,
           .staged = false,
-          .norm = true};
+          .norm = true,
+          .heads = heads};
 }
 
-// Calls f<Traits>() with the instance of a plan.
-template <typename T, typename Table, Precision kPrecision, typename F>
+// Calls f<Traits>() with the instance of a plan. kTwoHeads: it may have two heads a thread.
+template <typename T, typename Table, Precision kPrecision, bool kTwoHeads = false, typename F>
 cudaError_t visit_norm(const Plan& plan, const F& f) {
   const auto choose = [&]<Arrangement kArrangement>() {
     constexpr Variant kLinear = norm_variant<T, kPrecision>(kArrangement, RowLookup::kLinear);
     constexpr Variant kIndexed = norm_variant<T, kPrecision>(kArrangement, RowLookup::kIndexed);
+    if constexpr (kTwoHeads) {
+      constexpr Variant kTwo = norm_variant<T, kPrecision>(kArrangement, RowLookup::kLinear, 2);
+      if (plan.chunk_heads == 2) return f.template operator()<KernelTraits<T, Table, kTwo>>();
+    }
     return plan.lookup == RowLookup::kLinear
                ? f.template operator()<KernelTraits<T, Table, kLinear>>()
                : f.template operator()<KernelTraits<T, Table, kIndexed>>();
@@ -74,7 +79,8 @@ cudaError_t launch_norm(const RotateParams& p, const std::optional<Plan>& plan,
   return visit_table<T>(p, [&]<typename Table, Precision kPrecision>() {
     if constexpr (!std::is_same_v<T, double>) {
       if (plan.has_value()) {
-        return visit_norm<T, Table, kPrecision>(*plan, [&]<typename Traits>() {
+        constexpr bool kTwoHeads = sizeof(T) == 2;
+        return visit_norm<T, Table, kPrecision, kTwoHeads>(*plan, [&]<typename Traits>() {
           return launch_tiles(p, *plan, rotate_kernel<Traits>, NormArgs<Wide<T>>(p), stream);
         });
       }
@@ -101,13 +107,13 @@ cudaError_t launch_backward_kernel(const NormBackwardParams& p, const Plan& plan
     if (g.gradient == nullptr || t.H == 0) continue;
     const Tile tile = heads_in_order(call, t);
     params.set_tile(tiles, call, t, plan, operand_strides(call, t, is_linear(plan.lookup)), tile);
-    args.norm.set_tile(tiles, call, call.norm->weights[i]);
+    args.norm.set_tile(tiles, call, i);
     const Leaves leaves = leaves_of(call, t);
     args.tensors[tiles] = {static_cast<const char*>(g.gradient),
                            LinearOffset(gradient_strides(call, t, g), tile),
                            g.weight_gradient == nullptr ? nullptr : static_cast<W*>(g.workspace),
                            static_cast<uint32_t>(leaves.count),
-                           static_cast<uint32_t>(leaves.leaf_rows),
+                           static_cast<uint32_t>(leaves.steps),
                            static_cast<uint32_t>(leaves.rows)};
     const int64_t block_leaves = kSmallBlockThreads / kWarp * args.leaves_of_warp;
     blocks[tiles++] = static_cast<unsigned>(ceil_divide(leaves.count, block_leaves));

@@ -17,7 +17,6 @@ struct WarpHeadParams {
   GradientParams gradients[kMaxTensors] = {};
   int64_t heads[kMaxTensors] = {};   // of each tensor
   int64_t leaves[kMaxTensors] = {};  // of each tensor, in the backward
-  int64_t leaf_heads[kMaxTensors] = {};
   FastDivmod per_distance;
   uint32_t tree_leaves;
   uint32_t axes;  // of positions
@@ -46,7 +45,6 @@ struct WarpHeadParams {
       if (tensor.gradient == nullptr) continue;
       const Leaves of_tensor = leaves_of(p.call, p.call.tensors[i]);
       leaves[i] = of_tensor.count;
-      leaf_heads[i] = of_tensor.leaf_rows;
       const Strides& strides = tensor.strides;
       moves_vectors = moves_vectors && strides.d == 1 &&
                       reinterpret_cast<uintptr_t>(tensor.gradient) % bytes == 0 &&
