@@ -4,14 +4,16 @@
 // Head h of token (b, s) is row (b * S + s) * H + h. kChains consecutive rows form a group; leaf l
 // has groups l, l + count, l + 2 * count and so on, so that leaves that run side by side read
 // memory in order. Row i of each group of a leaf belongs to its chain i. A chain adds its rows in
-// order, starting from 0. The sum of a leaf is (chain 0 + chain 1) + (chain 2 + chain 3). The sums
-// of leaves k, k + kStrands, ... are added in order, starting from 0, to strand k; the two halves
-// of the strands are added until one is left.
+// order, starting from 0. The sum of a leaf is (chain 0 + chain 1) + (chain 2 + chain 3), that of a
+// branch of kLeaves consecutive leaves is (leaf 0 + leaf 1) + (leaf 2 + leaf 3), with 0 for a leaf
+// that does not exist. The sums of branches k, k + kStrands, ... are added in order, starting from
+// 0, to strand k; the two halves of the strands are added until one is left.
 #pragma once
 
 #include <algorithm>
 
 #include "fused_rope/kernels/params.h"
+#include "fused_rope/kernels/rotation.h"
 
 namespace fused_rope::kernels {
 
@@ -20,7 +22,14 @@ constexpr uint32_t kChains = 4;  // of a leaf: four heads of 128 bfloat16 elemen
 constexpr int64_t kMinChainRows = 10;
 // Four blocks of 128 threads on each of 132 multiprocessors, which are resident at once.
 constexpr int64_t kMaxLeaves = 2112;
+constexpr uint32_t kLeaves = 4;  // of a branch: the warps of a block
 constexpr int64_t kStrands = 128;
+
+// The sum of four chains or leaves.
+template <typename W>
+FUSED_ROPE_HOST_DEVICE W sum_of_four(W a, W b, W c, W d) {
+  return add(add(a, b), add(c, d));
+}
 
 // The leaves of one tensor.
 struct Leaves {

@@ -448,7 +448,7 @@ class NormBackward {
     W* const leaf_sums = static_cast<W*>(p_.tensors[i].workspace) + leaf * D;
     const W* const chain = chains_.data();
     for (int64_t d = 0; d < D; ++d) {
-      leaf_sums[d] = add(add(chain[d], chain[D + d]), add(chain[2 * D + d], chain[3 * D + d]));
+      leaf_sums[d] = sum_of_four(chain[d], chain[D + d], chain[2 * D + d], chain[3 * D + d]);
     }
   }
 
@@ -535,10 +535,17 @@ inline void sum_weight_gradients(const NormBackwardParams& p) {
       if (tensor.gradient == nullptr || tensor.weight_gradient == nullptr) continue;
       const int64_t count = leaves_of(p.call, p.call.tensors[i]).count;
       std::vector<W> strands(kStrands * D);
-      for (int64_t leaf = 0; leaf < count; ++leaf) {
-        const W* const sums = static_cast<const W*>(tensor.workspace) + leaf * D;
-        W* const strand = strands.data() + leaf % kStrands * D;
-        for (int64_t d = 0; d < D; ++d) strand[d] = add(strand[d], sums[d]);
+      const std::vector<W> zeros(D);
+      for (int64_t first = 0; first < count; first += kLeaves) {
+        const auto leaf = [&](int64_t l) {
+          return first + l < count ? static_cast<const W*>(tensor.workspace) + (first + l) * D
+                                   : zeros.data();
+        };
+        W* const strand = strands.data() + first / kLeaves % kStrands * D;
+        for (int64_t d = 0; d < D; ++d) {
+          const W sum = sum_of_four(leaf(0)[d], leaf(1)[d], leaf(2)[d], leaf(3)[d]);
+          strand[d] = add(strand[d], sum);
+        }
       }
       for (int64_t n = kStrands / 2; n > 0; n /= 2) {
         for (int64_t j = 0; j < n * D; ++j) strands[j] = add(strands[j], strands[n * D + j]);

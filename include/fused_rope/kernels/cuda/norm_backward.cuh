@@ -14,7 +14,7 @@ struct BackwardArgs {
   struct Tensor {
     const char* gradient;
     LinearOffset gradient_offset;
-    W* sums;                        // of leaves, [leaves, D], or null
+    W* sums;                        // of branches, [branches, D], or null
     uint32_t leaves, steps, heads;  // steps: heads of a chain, at most
   };
 
@@ -70,18 +70,8 @@ class ThreadSums {
           values, [&](W& value, int, int) { value = add(value, from_other_lane(value, mask)); });
   }
 
-  __device__ __forceinline__ void store_to(W* sums, const uint32_t (&start)[Traits::kVectors]) {
-    constexpr int kStore = kVectorBytes / sizeof(W);
-#pragma unroll
-    for (int v = 0; v < Traits::kVectors; ++v) {
-#pragma unroll
-      for (int i = 0; i < Traits::kVectorSize; i += kStore) {
-        Vector<W, kStore> vector;
-#pragma unroll
-        for (int k = 0; k < kStore; ++k) vector.element[k] = values[v][i + k];
-        store(sums + start[v] + i, vector, kEvictNormal, true);
-      }
-    }
+  __device__ __forceinline__ void store_shared(W* to, const uint32_t (&start)[Traits::kVectors]) {
+    for_each_element(values, [&](W& value, int v, int i) { to[start[v] + i] = value; });
   }
 
   // saved: shared memory for those that wait.
@@ -289,8 +279,24 @@ __device__ __forceinline__ void backward_of_block(
     sums.add_chains(pass, args.chains_of_group);
   }
   sums.add_groups(groups, args.group_threads);
-  if (exists && group == 0 && of_tensor.sums != nullptr)
-    sums.store_to(of_tensor.sums + size_t{leaf} * args.D, tile.start);
+  if (of_tensor.sums == nullptr) return;
+  // The leaves of each branch are added in shared memory, where heads were.
+  wait_for_copies<0>();
+  sync_block();
+  W* const leaves = reinterpret_cast<W*>(stages);
+  const uint32_t block_leaf = leaf - block * args.leaves_of_warp * (kSmallBlockThreads / kWarp);
+  if (thread < params.rotating_threads && group == 0)
+    sums.store_shared(leaves + block_leaf * args.D, tile.start);
+  sync_block();
+  for (uint32_t i = 0; i < args.leaves_of_warp; ++i) {
+    const uint32_t branch = block * args.leaves_of_warp + i;
+    if (branch * kLeaves >= of_tensor.leaves) return;
+    const W* const first = leaves + i * kLeaves * args.D;
+    for (uint32_t d = threadIdx.x; d < args.D; d += blockDim.x) {
+      const auto at = [&](uint32_t l) { return first[l * args.D + d]; };
+      of_tensor.sums[size_t{branch} * args.D + d] = sum_of_four(at(0), at(1), at(2), at(3));
+    }
+  }
 }
 
 // A group of lanes takes the heads of a chain one after another, the next one's x, gradient and row

@@ -77,18 +77,18 @@ __global__ void __launch_bounds__(kSmallBlockThreads)
     if (g.weight_gradient == nullptr) return;
     W* const sums = static_cast<W*>(g.workspace) + leaf * D;
     for (int64_t d = lane; d < D; d += kWarp) {
-      sums[d] = add(add(chains[d], chains[D + d]), add(chains[2 * D + d], chains[3 * D + d]));
+      sums[d] = sum_of_four(chains[d], chains[D + d], chains[2 * D + d], chains[3 * D + d]);
     }
   });
 }
 
-// What is left of the backward: the sums of all leaves.
+// What is left of the backward: the sums of all leaves, or of branches where a block added theirs.
 struct LeafSumParams {
   static constexpr bool kSharesWarps = true;
 
   uint32_t D;
-  uint32_t leaves[kMaxTensors];
-  const void* sums[kMaxTensors];  // [leaves, D]
+  uint32_t count[kMaxTensors];    // of leaves or branches
+  const void* sums[kMaxTensors];  // [count, D]
   void* to[kMaxTensors];          // [D]
   bool is_wide[kMaxTensors];      // of float32, not x's dtype
 };
@@ -96,8 +96,12 @@ struct LeafSumParams {
 constexpr int kSumThreads = 1024;
 constexpr int kSumElements = kSumThreads / kStrands;  // of a block: 32 bytes of float32
 
+// Of a strand, at most.
+constexpr uint32_t kStrandBranches =
+    static_cast<uint32_t>(ceil_divide(kMaxLeaves, int64_t{kLeaves} * kStrands));
+
 // Blocks [0, second) have the elements of the first tensor, the others those of the second.
-template <typename T>
+template <typename T, bool kOfLeaves>
 __global__ void __launch_bounds__(kSumThreads)
     sum_leaves_kernel(const __grid_constant__ LeafSumParams params) {
   using W = Wide<T>;
@@ -109,18 +113,20 @@ __global__ void __launch_bounds__(kSumThreads)
   W sum = 0;
   if (d < params.D) {
     const W* const from = static_cast<const W*>(params.sums[tensor]) + d;
-    // Several loads in flight. The zeros that replace those beyond the last leaf change no sum.
-    constexpr uint32_t kLoads = 17;
-    for (uint32_t first = strand; first < params.leaves[tensor]; first += kLoads * kStrands) {
-      W loaded[kLoads];
+    const auto at = [&](uint32_t i) {
+      return i < params.count[tensor] ? from[size_t{i} * params.D] : W{0};
+    };
+    // All loads in flight. The zeros of what does not exist change no sum.
+    W branches[kStrandBranches];
 #pragma unroll
-      for (uint32_t i = 0; i < kLoads; ++i) {
-        const uint32_t leaf = first + i * kStrands;
-        loaded[i] = leaf < params.leaves[tensor] ? from[size_t{leaf} * params.D] : W{0};
-      }
-#pragma unroll
-      for (const W& value : loaded) sum = add(sum, value);
+    for (uint32_t i = 0; i < kStrandBranches; ++i) {
+      const uint32_t branch = strand + i * kStrands;
+      const uint32_t leaf = branch * kLeaves;
+      branches[i] =
+          kOfLeaves ? sum_of_four(at(leaf), at(leaf + 1), at(leaf + 2), at(leaf + 3)) : at(branch);
     }
+#pragma unroll
+    for (const W& branch : branches) sum = add(sum, branch);
   }
   shared[threadIdx.x] = sum;
   for (uint32_t n = kStrands / 2; n > 0; n /= 2) {

@@ -126,9 +126,9 @@ cudaError_t launch_backward_kernel(const NormBackwardParams& p, const Plan& plan
                  stream, params, args);
 }
 
-// Adds the sums of all leaves.
-template <typename T>
-cudaError_t launch_leaf_sums(const NormBackwardParams& p, cudaStream_t stream) {
+// Adds the sums of all leaves, or of all branches.
+template <typename T, bool kOfLeaves>
+cudaError_t launch_sums(const NormBackwardParams& p, cudaStream_t stream) {
   LeafSumParams params = {};
   params.D = static_cast<uint32_t>(p.call.D);
   unsigned tensors = 0;
@@ -136,15 +136,17 @@ cudaError_t launch_leaf_sums(const NormBackwardParams& p, cudaStream_t stream) {
     const GradientParams& g = p.tensors[i];
     if (g.gradient == nullptr || g.weight_gradient == nullptr) continue;
     const WeightParams& weight = p.call.norm->weights[i];
-    params.leaves[tensors] = static_cast<uint32_t>(leaves_of(p.call, p.call.tensors[i]).count);
+    const int64_t leaves = leaves_of(p.call, p.call.tensors[i]).count;
+    params.count[tensors] =
+        static_cast<uint32_t>(kOfLeaves ? leaves : ceil_divide(leaves, int64_t{kLeaves}));
     params.sums[tensors] = g.workspace;
     params.to[tensors] = g.weight_gradient;
     params.is_wide[tensors++] = weight.data != nullptr && weight.dtype != p.call.dtype;
   }
   if (tensors == 0) return cudaSuccess;
   const auto blocks = static_cast<unsigned>(ceil_divide(p.call.D, kSumElements));
-  return enqueue(sum_leaves_kernel<T>, tensors * blocks, kSumThreads, kSumThreads * sizeof(Wide<T>),
-                 stream, params);
+  return enqueue(sum_leaves_kernel<T, kOfLeaves>, tensors * blocks, kSumThreads,
+                 kSumThreads * sizeof(Wide<T>), stream, params);
 }
 
 // plan: of the rotation in its place, or null for a warp for each leaf.
@@ -168,7 +170,11 @@ cudaError_t launch_backward(const NormBackwardParams& p, const std::optional<Pla
     return launch_warps<Wide<T>>(norm_leaves_kernel<T, Table, kPrecision>, params,
                                  params.leaves[0] + params.leaves[1], 2 + kChains, stream);
   });
-  return error != cudaSuccess ? error : launch_leaf_sums<T>(p, stream);
+  if (error != cudaSuccess) return error;
+  if constexpr (!std::is_same_v<T, double>) {
+    if (plan.has_value()) return launch_sums<T, false>(p, stream);
+  }
+  return launch_sums<T, true>(p, stream);
 }
 
 }  // namespace fused_rope::kernels
