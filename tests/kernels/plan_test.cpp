@@ -788,6 +788,70 @@ TEST(NormPlanOfHeads, LooksUpOnlyWhatItMust) {
   EXPECT_EQ(make_norm_plan(p, kLargeCache)->lookup, RowLookup::kIndexed);
 }
 
+// A call that stores k and v of two heads in pages of 16 tokens, without k_out.
+struct CacheCall {
+  CacheParams cache = {};
+  RotateParams p = call(64, 1, 4, 128, 128);
+
+  CacheCall() {
+    p.count = 2;
+    p.tensors[1] = {memory, nullptr, bshd(1, 2, 128), {}, 2, false};
+    cache.k = {memory, 16 * 2 * 128, 2 * 128, 128, 1, nullptr, 0};
+    cache.v = cache.k;
+    cache.values = {memory, nullptr, bshd(1, 2, 128), {}, 2, false};
+    cache.values_D = 128;
+    cache.page_size = 16;
+    p.rows.out_rows = {memory, false};
+    p.rows.out_rows_limit = 1024;
+    p.cache = &cache;
+  }
+
+  bool has_plan() const { return make_cache_plan(p, kLargeCache).has_value(); }
+};
+
+TEST(CachePlan, TakesWholeVectorsWithoutAnOutputOfK) {
+  CacheCall call;
+  ASSERT_TRUE(call.has_plan());
+  EXPECT_EQ(make_cache_plan(call.p, kLargeCache)->lookup, RowLookup::kLinear);
+  call.p.rows.positions = {memory, true};
+  EXPECT_EQ(make_cache_plan(call.p, kLargeCache)->lookup, RowLookup::kIndexed);
+  NormParams norm = {};
+  call.p.norm = &norm;
+  EXPECT_TRUE(call.has_plan());
+  EXPECT_EQ(make_cache_plan(call.p, kLargeCache)->chunk_heads, 1);
+}
+
+TEST(CachePlan, LeavesOtherMemoryToAWarpForEachHead) {
+  const int64_t axes[64] = {};
+  using Change = void (*)(CacheCall&, const int64_t*);
+  const std::pair<const char*, Change> changes[] = {
+      {"a page of k", [](CacheCall& c, const int64_t*) { c.cache.k.page += 4; }},
+      {"elements of v", [](CacheCall& c, const int64_t*) { c.cache.v.d = 2; }},
+      {"v itself", [](CacheCall& c, const int64_t*) { c.cache.values.in_strides.b += 4; }},
+      {"the width of v", [](CacheCall& c, const int64_t*) { c.cache.values_D = 100; }},
+      {"q", [](CacheCall& c, const int64_t*) { c.p.tensors[0].in_strides.b += 4; }},
+      {"axes", [](CacheCall& c, const int64_t* all) { c.p.axes = all; }},
+      {"float64", [](CacheCall& c, const int64_t*) { c.p.dtype = DType::kFloat64; }},
+      {"no elements", [](CacheCall& c, const int64_t*) { c.p.D = c.p.pairing.P = 0; }},
+      {"long heads of v", [](CacheCall& c, const int64_t*) { c.cache.v.h = int64_t{1} << 32; }},
+  };
+  for (const auto& [name, change] : changes) {
+    CacheCall call;
+    change(call, axes);
+    EXPECT_FALSE(call.has_plan()) << name;
+  }
+}
+
+TEST(CachePlan, StoresEightBitsInVectorsOfEightBytes) {
+  CacheCall call;
+  call.cache.storage = Storage::kE4M3;
+  EXPECT_TRUE(call.has_plan());
+  call.cache.k.place += 8;
+  EXPECT_TRUE(call.has_plan());
+  call.cache.k.place += 4;
+  EXPECT_FALSE(call.has_plan());
+}
+
 TEST(BackwardPlan, NeedsAlignedGradientsAndTilesOfWholeTensors) {
   NormParams norm = {};
   NormBackwardParams p = {};

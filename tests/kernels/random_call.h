@@ -77,7 +77,10 @@ class Call {
     }
     CacheParams cache = cache_;
     if (kind_ == CallKind::kCache) {
-      if (cache.k.data == nullptr) p.tensors[1].out = nullptr;
+      if (cache.k.data == nullptr) {
+        p.tensors[1].out = nullptr;
+        p.tensors[1].out_strides = {};
+      }
       for (int i = 0; i < kMaxTensors; ++i)
         (i == 0 ? cache.k : cache.v).data = memory[caches_[i].memory].data() + caches_[i].first;
       if (has_values_) cache.values.in = memory[values_.memory].data() + values_.first;

@@ -141,8 +141,9 @@ inline int64_t common_vector(const RotateParams& p, std::initializer_list<int64_
     const TensorParams& t = p.tensors[i];
     if (t.H == 0) continue;
     limit_all(t.in, t.in_strides, p.S, t.H);
-    // A scattered output may have several rows where S is 1.
-    limit_all(t.out, t.out_strides, t.scattered ? 2 : p.S, t.H);
+    // A scattered output may have several rows where S is 1. An output that nobody wants, which is
+    // null, has no strides.
+    if (t.out != nullptr) limit_all(t.out, t.out_strides, t.scattered ? 2 : p.S, t.H);
   }
   return std::max<int64_t>(bytes / size, 1);
 }
@@ -573,8 +574,8 @@ inline std::optional<Plan> make_cache_plan(const RotateParams& p, const DeviceFa
   const int vector = kVectorBytes / size_of(p.dtype);
   const RotateParams values = values_call(p);
   const bool has_values = cache.values.in != nullptr && cache.values.H > 0;
-  const bool fits = p.dtype != DType::kFloat64 && p.axes == nullptr && fits_vectors(p, vector) &&
-                    stores_vectors(p, cache.k, p.tensors[1].H, vector) &&
+  const bool fits = p.D > 0 && p.dtype != DType::kFloat64 && p.axes == nullptr &&
+                    fits_vectors(p, vector) && stores_vectors(p, cache.k, p.tensors[1].H, vector) &&
                     fits_one_tile(p, p.tensors[0], nullptr) &&
                     fits_one_tile(p, p.tensors[1], &cache.k);
   const bool values_fit = !has_values || (common_vector(values, {values.D}) >= vector &&
