@@ -125,8 +125,15 @@ class Results:
             content: dict[str, Any] = json.loads(path.read_text())
             return content
 
+        gpu = newest(f"{GPU}.json")
+        norm = folder / f"{GPU}_norm.json"  # figures of newer kernels of the norm
+        if norm.exists():
+            newer = json.loads(norm.read_text())["rows"]
+            keys = "case", "variant", "direction", "provider", "metric"
+            rows = {tuple(row[k] for k in keys): row for row in [*gpu["rows"], *newer]}
+            gpu = gpu | {"rows": list(rows.values())}
         return cls(
-            newest(f"{GPU}.json"),
+            gpu,
             newest("cpu.json"),
             newest(f"{GPU}_model.json", "h100_model.json"),
             newest(f"{GPU}_chain.json", "h100_chain.json"),
