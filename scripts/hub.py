@@ -32,9 +32,10 @@ MODULES = (
     "table_cache.py",
     "tracing.py",
     "types.py",
+    "compat/_patching/norms.py",
+    "compat/_patching/style.py",
     "compat/transformers/adapters.py",
     "compat/transformers/layers.py",
-    "compat/transformers/norms.py",
 )
 # Sources of every backend, and those of CUDA.
 HOST = ("csrc/autograd/*", "csrc/cpu/*", "csrc/meta/*", "csrc/ops/*")
@@ -104,7 +105,7 @@ def write(out: Path) -> None:
 
     for module in MODULES:
         put(f"{PACKAGE}/{module}", python_source(module))
-    for folder in ("compat", "compat/transformers"):
+    for folder in ("compat", "compat/_patching", "compat/transformers"):
         put(f"{PACKAGE}/{folder}/__init__.py", "")
     lists = {"HOST": files(HOST), "CUDA": files(CUDA)}
     for file in (*lists["HOST"], *lists["CUDA"]):

@@ -120,7 +120,9 @@ FORMS = ("rotate", "rotate_", "rotate_qk", "rotate_qk_", "rotate_out", "rotate_q
 EXPORTED = {
     *("cos_sin_table", "frequencies", "RotaryEmbeddingImpl"),
     *(*FORMS, *(f"norm_{form}" for form in FORMS)),
-    *("call_rotate", "call_rotate_", "call_rotate_out"),  # by the Python extension
+    "rotate_and_cache",
+    # by the Python extension
+    *("call_rotate", "call_rotate_", "call_rotate_out", "call_rotate_and_cache"),
 }
 
 

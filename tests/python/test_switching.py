@@ -10,7 +10,8 @@ import pytest
 import torch
 
 # Names that the original libraries do not have.
-OURS = ("Report", "is_patched", "patch", "patched", "unpatch")
+OURS = ("Report", "is_patched", "patch", "patched", "unpatch", "plugin", "register")
+OURS += ("rotary_embedding_and_cache",)
 PAGE = Path(__file__).parents[2] / "docs" / "migration.md"
 
 
@@ -29,6 +30,14 @@ FLASH = "interleaved=False, inplace=False, seqlen_offsets=0, cu_seqlens=None, ma
 FLASH_QKV = "cos_k=None, sin_k=None, interleaved=False, seqlen_offsets=0, num_heads_q=None"
 MEGATRON = "rotary_interleaved=False, mla_rotary_interleaved=False, mscale=1.0, inverse=False, "
 MEGATRON += "mla_output_remove_interleaving=False"
+INFER = "rotary_dim=None, interleave=False"
+INFER_ROPE = f"{INFER}, rope_scale=1, rope_theta=10000.0"
+INFER_LLAMA = f"{INFER}, rope_scale=8, rope_theta=500000.0, low_freq_factor=1, "
+INFER_LLAMA += "high_freq_factor=4, old_context_len=8192"
+INFER_CACHE = "positions, query, key, head_size, cos_sin_cache, is_neox=True"
+INFER_QUANTIZE = "q_rope, k_rope, q_nope, k_nope, cos_sin_cache, pos_ids, is_neox=True, "
+INFER_QUANTIZE += "quantize_dtype=None, quant_scale_q=1.0, quant_scale_kv=1.0, q_rope_out=None, "
+INFER_QUANTIZE += "k_rope_out=None, q_nope_out=None, k_nope_out=None, enable_pdl=False"
 TUNE = "dim, max_seq_len=4096, base=10000"
 SIGNATURES = {
     "diffusers.apply_rotary_emb": "x, freqs_cis, use_real=True, use_real_unbind_dim=-1, "
@@ -49,6 +58,20 @@ SIGNATURES = {
     "flash_attn.RotaryEmbedding.forward": "self, qkv, kv=None, seqlen_offset=0, max_seqlen=None, "
     "num_heads_q=None",
     "flash_attn.RotaryEmbedding._update_cos_sin_cache": "self, seqlen, device=None, dtype=None",
+    **{
+        f"flashinfer.apply_{name}{rows}{form}": f"q, k, {tokens}, {options}"
+        for name, options in (("rope", INFER_ROPE), ("llama31_rope", INFER_LLAMA))
+        for rows, tokens in (("", "indptr, offsets"), ("_pos_ids", "pos_ids"))
+        for form in ("", "_inplace")
+    },
+    "flashinfer.apply_rope_with_cos_sin_cache": INFER_CACHE,
+    "flashinfer.apply_rope_with_cos_sin_cache_inplace": INFER_CACHE,
+    "flashinfer.mla_rope_quantize_fp8": INFER_QUANTIZE,
+    "flashinfer.rope_quantize_fp8": f"{INFER_QUANTIZE}, backend='cuda'",
+    "flashinfer.rope_quantize_fp8_append_paged_kv_cache": "q_rope, k_rope, q_nope, k_nope, v, "
+    "cos_sin_cache, pos_ids, paged_kv_cache, kv_indices, kv_indptr, batch_indices, positions, "
+    "is_neox=True, quantize_dtype=None, quant_scale_q=1.0, quant_scale_kv=1.0, page_size=16, "
+    "kv_layout='NHD', q_rope_out=None, q_nope_out=None, enable_pdl=False",
     "liger.liger_rotary_pos_emb": f"{QK}, position_ids=None, unsqueeze_dim=1",
     "liger.liger_rope": f"{QK}, position_ids=None, unsqueeze_dim=1",
     "liger.LigerRopeFunction.apply": f"{QK}, position_ids=None, unsqueeze_dim=1",
@@ -120,6 +143,13 @@ SIGNATURES = {
     "cu_seqlens=None, cp_size=1, cp_rank=0",
     "triton_rotary.TritonRotary": "dim, max_seq_len",
     "triton_rotary.TritonRotary.forward": "self, q, k",
+    "sglang.FusedSetKVBufferArg": "value, k_buffer, v_buffer, k_scale, v_scale, cache_loc",
+    "sglang.apply_rope_with_cos_sin_cache_inplace": f"{INFER_CACHE}, "
+    "fused_set_kv_buffer_arg=None, enable_pdl=None",
+    "sglang.apply_rope_inplace": "q, k, cos_sin_cache, positions, *, is_neox, rope_dim=0",
+    "sglang.apply_rope_inplace_with_kvcache": "q, k, v, k_cache, v_cache, cos_sin_cache, "
+    "positions, out_loc, *, is_neox, rope_dim=0",
+    "sglang.rotary_embedding": INFER_CACHE,
     "unsloth.fast_qk_norm_rope": "q_norm, k_norm, Q, K, cos, sin, position_ids=None",
     "unsloth.fast_rope_embedding": "Q, K, cos, sin, rope_embedding_indices=None",
     "unsloth.inplace_rope_embedding": "Q, K, cos, sin, position_ids",

@@ -9,7 +9,8 @@ from oracle import same
 
 transformers = pytest.importorskip("transformers")
 
-from fused_rope.compat.transformers import is_patched, patch, patching, unpatch  # noqa: E402
+from fused_rope.compat._patching import replacements  # noqa: E402
+from fused_rope.compat.transformers import is_patched, patch, unpatch  # noqa: E402
 from transformers.models.llama import modeling_llama as llama  # noqa: E402
 
 KEY = "transformers.models.llama.modeling_llama.apply_rotary_pos_emb"
@@ -21,9 +22,9 @@ ADVICE = "apply Liger with rope=False to use the operator"
 @pytest.fixture(autouse=True)
 def untouched():
     """Every test begins with nothing patched and leaves the family as it was."""
-    patching._retired.clear()
+    replacements.retired.clear()
     yield
-    for entry in list(patching._replacements.values()):
+    for entry in list(replacements.current.values()):
         entry.remove()
     llama.apply_rotary_pos_emb = ORIGINAL
 
