@@ -13,8 +13,11 @@ version = release = fused_rope.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 exclude_patterns: list[str] = []
 nitpicky = True
-# Other projects' objects; resolving them would need the network.
-nitpick_ignore_regex = [("py:.*", r"(torch|collections|typing|transformers|dict\[).*")]
+# Other projects' objects, whose resolving would need the network, and a protocol of their classes.
+nitpick_ignore_regex = [
+    ("py:.*", r"(torch|collections|typing|transformers|dict\[).*"),
+    ("py:class", r"fused_rope\.compat\.diffusers\.patching\.Pipeline"),
+]
 default_role = "code"  # docstrings write `name`
 
 myst_enable_extensions = ["colon_fence", "deflist"]

@@ -302,7 +302,42 @@ class RotaryEmbedding(torch.nn.Module):
         return rotated
 
     if TYPE_CHECKING:  # torch types it as Callable[..., Any]
-        __call__ = forward
+
+        @overload
+        def __call__(
+            self,
+            q: Tensor,
+            k: None = None,
+            *,
+            positions: Tensor | None = None,
+            offset: int | Tensor = 0,
+            cu_seqlens: Tensor | None = None,
+            q_weight: Tensor | None = None,
+            k_weight: Tensor | None = None,
+            eps: float | None = None,
+            zero_centered: bool = False,
+            cast: Cast = "never",
+            after: bool = False,
+        ) -> Tensor: ...
+
+        @overload
+        def __call__(
+            self,
+            q: Tensor,
+            k: Tensor,
+            *,
+            positions: Tensor | None = None,
+            offset: int | Tensor = 0,
+            cu_seqlens: Tensor | None = None,
+            q_weight: Tensor | None = None,
+            k_weight: Tensor | None = None,
+            eps: float | None = None,
+            zero_centered: bool = False,
+            cast: Cast = "never",
+            after: bool = False,
+        ) -> tuple[Tensor, Tensor]: ...
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def reserve(self, rows: int) -> None:
         """Raises max_seq_len to at least `rows`, and builds that table on the module's device.

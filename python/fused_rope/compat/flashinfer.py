@@ -510,8 +510,7 @@ def rope_quantize_fp8_append_paged_kv_cache(
     `fused_rope.rotate_and_cache` is one launch, for queries that keep their dtype.
 
     Args:
-        q_rope, k_rope, q_nope, k_nope, cos_sin_cache, pos_ids, is_neox, quantize_dtype,
-            quant_scale_q, quant_scale_kv, q_rope_out, q_nope_out: as in `rope_quantize_fp8`.
+        q_rope, k_rope, q_nope, k_nope: as in `rope_quantize_fp8`, as all that it has, too.
         v: [T, Hk, Dv], or None for MLA.
         paged_kv_cache: key and value caches [pages, page_size, Hk, D], or for "HND"
             [pages, Hk, page_size, D], where D is that of both parts of a key; for MLA the caches of

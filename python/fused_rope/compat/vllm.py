@@ -188,7 +188,7 @@ def register(precision: Precision = "fp32") -> list[str]:
             `forward_native`, which rounds each product.
 
     Returns:
-        The names of the replaced classes: those in this list that the installed vLLM has. The
+        The names of the replaced classes, those in this list that the installed vLLM has. The
         classes of Fourier and dual-chunk embeddings keep vLLM's code, and so does that of longrope,
         which is not in the registry.
 
