@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -77,7 +76,7 @@ class Style:
         rotated: Pair = _call("rotate_qk", tensors, positions, offset, options, norm, out or ())
         return rotated if out is None else out
 
-    @cached_property
+    @property
     def table_layout(self) -> str:
         """The operator's name for `width`."""
         return "tiled" if self.width == "first" else self.width
