@@ -67,8 +67,8 @@ struct CacheArgs {
   using Norm = std::conditional_t<Traits::kNorm, NormArgs<W>, NoNorm>;
   static constexpr bool kSharesWarps = true;
 
-  SlotArgs slots[2];
-  TensorArgs value_tensor;
+  SlotArgs slots[2] = {};
+  TensorArgs value_tensor = {};
   FastDivmod per_value_head;
   uint32_t value_threads, value_elements;  // of a head of v
   bool has_key_out;
@@ -80,7 +80,6 @@ struct CacheArgs {
         value_elements(static_cast<uint32_t>(p.cache->values_D)),
         has_key_out(p.tensors[1].out != nullptr),
         norm(p) {
-    value_tensor.threads = 0;
     const RotateParams values = values_call(p);
     const TensorParams& v = values.tensors[0];
     if (v.in == nullptr || v.H == 0) return;
