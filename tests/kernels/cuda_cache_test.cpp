@@ -14,6 +14,7 @@
 namespace fused_rope::kernels {
 namespace {
 
+using testing::AllTypes;
 using testing::Call;
 using testing::CallKind;
 
@@ -91,22 +92,6 @@ TEST(DivisionByScale, RoundsToTheSameEightBitsAsADivision) {
 template <typename T>
 class CudaCache : public ::testing::Test {};
 
-template <typename ElementT, typename TableT, Precision kPrecisionOfCall>
-struct Types {
-  using Element = ElementT;
-  using Table = TableT;
-  static constexpr Precision kPrecision = kPrecisionOfCall;
-};
-#if defined(__SANITIZE_ADDRESS__)  // all types take minutes to compile
-using AllTypes = ::testing::Types<Types<BFloat16, float, Precision::kFp32>,
-                                  Types<double, double, Precision::kFp32>>;
-#else
-using AllTypes =
-    ::testing::Types<Types<BFloat16, float, Precision::kFp32>,
-                     Types<BFloat16, BFloat16, Precision::kModel>,
-                     Types<Float16, float, Precision::kFp32>, Types<float, float, Precision::kFp32>,
-                     Types<double, double, Precision::kFp32>>;
-#endif
 TYPED_TEST_SUITE(CudaCache, AllTypes);
 
 TYPED_TEST(CudaCache, IsBitwiseIdenticalToARotationAndPlainStores) {

@@ -1,6 +1,8 @@
 // Random calls of every form, and the memory they point to.
 #pragma once
 
+#include <gtest/gtest.h>
+
 #include <algorithm>
 #include <array>
 #include <cstring>
@@ -422,5 +424,23 @@ class Call {
   CacheParams cache_ = {};  // k.data: whether k_out is wanted
   std::vector<float> scales_[kMaxTensors];
 };
+
+// The types of a call, of elements, of a table, and its precision.
+template <typename ElementT, typename TableT, Precision kPrecisionOfCall>
+struct Types {
+  using Element = ElementT;
+  using Table = TableT;
+  static constexpr Precision kPrecision = kPrecisionOfCall;
+};
+#if defined(__SANITIZE_ADDRESS__)  // all types take minutes to compile
+using AllTypes = ::testing::Types<Types<BFloat16, float, Precision::kFp32>,
+                                  Types<double, double, Precision::kFp32>>;
+#else
+using AllTypes =
+    ::testing::Types<Types<BFloat16, float, Precision::kFp32>,
+                     Types<BFloat16, BFloat16, Precision::kModel>,
+                     Types<Float16, float, Precision::kFp32>, Types<float, float, Precision::kFp32>,
+                     Types<double, double, Precision::kFp32>>;
+#endif
 
 }  // namespace fused_rope::kernels::testing

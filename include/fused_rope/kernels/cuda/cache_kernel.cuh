@@ -28,12 +28,12 @@ struct SlotArgs {
   bool is_short;  // pages, slots and strides fit 32 bits
 
   SlotArgs() = default;
-  SlotArgs(const RotateParams& p, const CacheTensorParams& cache, const TensorParams& t,
-           const Tile& tile)
-      : slots(tile_start(p.rows.out_rows.data, operand_strides(p, t, false)[kOutRows], tile)),
-        slots_offset(operand_strides(p, t, false)[kOutRows], tile),
-        head_offset(slot_strides(p, cache, t.H), tile),
-        scale_offset(scale_strides(cache, t.H), tile),
+  SlotArgs(const RotateParams& p, const CacheTensorParams& cache, int64_t H,
+           const ByteStrides& index_strides, const Tile& tile)
+      : slots(tile_start(p.rows.out_rows.data, index_strides, tile)),
+        slots_offset(index_strides, tile),
+        head_offset(slot_strides(p, cache, H), tile),
+        scale_offset(scale_strides(cache, H), tile),
         scale(reinterpret_cast<const char*>(cache.scale)),
         data(static_cast<char*>(cache.data)),
         page(cache.page * size_of(p.cache->storage, p.dtype)),
@@ -85,8 +85,9 @@ struct CacheArgs {
     if (v.in == nullptr || v.H == 0) return;
     const Tile tile = whole_tile(values, v);
     plan.head_threads = static_cast<int>(value_threads);
-    value_tensor = TensorArgs(values, v, plan, operand_strides(values, v, false), tile);
-    slots[kValueSlots] = SlotArgs(values, p.cache->v, v, tile);
+    const OperandStrides strides = operand_strides(values, v, false);
+    value_tensor = TensorArgs(values, v, plan, strides, tile);
+    slots[kValueSlots] = SlotArgs(values, p.cache->v, v.H, strides[kOutRows], tile);
     per_value_head = FastDivmod(value_threads);
   }
 };

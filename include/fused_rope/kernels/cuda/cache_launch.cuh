@@ -18,8 +18,9 @@ cudaError_t launch_cache_kernel(const RotateParams& p, const Plan& plan, cudaStr
     const TensorParams& t = p.tensors[i];
     if (t.H == 0) continue;
     const Tile tile = whole_tile(p, t);
-    params.set_tile(i, rotation, t, plan, operand_strides(p, t, is_linear(plan.lookup)), tile);
-    if (i == 1) cache.slots[kKeySlots] = SlotArgs(p, p.cache->k, t, tile);
+    const OperandStrides strides = operand_strides(p, t, is_linear(plan.lookup));
+    params.set_tile(i, rotation, t, plan, strides, tile);
+    if (i == 1) cache.slots[kKeySlots] = SlotArgs(p, p.cache->k, t.H, strides[kOutRows], tile);
     if constexpr (Traits::kNorm) cache.norm.set_tile(i, p, i);
     blocks[i] = static_cast<unsigned>(params.blocks(i, plan));
   }
@@ -35,22 +36,13 @@ cudaError_t launch_cache_kernel(const RotateParams& p, const Plan& plan, cudaStr
 template <typename T, typename Table, Precision kPrecision, typename F>
 cudaError_t visit_cache(const RotateParams& p, const Plan& plan, const F& f) {
   if (p.norm != nullptr) return visit_norm<T, Table, kPrecision>(plan, f);
-  const auto choose = [&]<Arrangement kArrangement>() {
-    constexpr Variant kIndexed = {.precision = kPrecision,
-                                  .arrangement = kArrangement,
-                                  .vector = kVectorBytes / sizeof(T),
-                                  .lookup = RowLookup::kIndexed,
-                                  .full_head = false,
-                                  .staged = false,
-                                  .norm = false};
-    constexpr Variant kLinear = with_lookup(kIndexed, RowLookup::kLinear);
+  return visit(plan.arrangement, [&]<Arrangement kArrangement>() {
+    constexpr Variant kLinear = base_variant<T, kPrecision>(kArrangement, RowLookup::kLinear);
+    constexpr Variant kIndexed = base_variant<T, kPrecision>(kArrangement, RowLookup::kIndexed);
     return plan.lookup == RowLookup::kLinear
                ? f.template operator()<KernelTraits<T, Table, kLinear>>()
                : f.template operator()<KernelTraits<T, Table, kIndexed>>();
-  };
-  return plan.arrangement == Arrangement::kAdjacent
-             ? choose.template operator()<Arrangement::kAdjacent>()
-             : choose.template operator()<Arrangement::kPair>();
+  });
 }
 
 // plan: null for a warp for each head.

@@ -27,10 +27,10 @@ struct Variant {
   Arrangement arrangement;
   int vector;  // elements
   RowLookup lookup;
-  bool full_head;
-  bool staged;
-  bool norm;      // of full heads, whose threads are in one warp
-  int heads = 1;  // of a token, that a thread with a norm takes one after another
+  bool full_head = false;
+  bool staged = false;
+  bool norm = false;  // of full heads, whose threads are in one warp
+  int heads = 1;      // of a token, that a thread with a norm takes one after another
 };
 
 template <typename T, typename TableT, Variant kVariant>

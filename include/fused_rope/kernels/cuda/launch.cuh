@@ -7,13 +7,17 @@
 
 namespace fused_rope::kernels {
 
-constexpr Variant with_vector(Variant variant, int vector) {
-  variant.vector = vector;
-  return variant;
+// Threads move vectors of 16 bytes. The other variants are changes of this one.
+template <typename T, Precision kPrecision>
+constexpr Variant base_variant(Arrangement arrangement, RowLookup lookup) {
+  return {.precision = kPrecision,
+          .arrangement = arrangement,
+          .vector = kVectorBytes / sizeof(T),
+          .lookup = lookup};
 }
 
-constexpr Variant with_lookup(Variant variant, RowLookup lookup) {
-  variant.lookup = lookup;
+constexpr Variant with_vector(Variant variant, int vector) {
+  variant.vector = vector;
   return variant;
 }
 
@@ -58,24 +62,22 @@ auto choose_staged(const Plan& plan) {
              : rotate_staged_kernel<KernelTraits<T, Table, staged(kBase, kPair)>>;
 }
 
+// Calls f.operator()<kArrangement>() with an arrangement.
+template <typename F>
+auto visit(Arrangement arrangement, const F& f) {
+  return arrangement == Arrangement::kAdjacent ? f.template operator()<Arrangement::kAdjacent>()
+                                               : f.template operator()<Arrangement::kPair>();
+}
+
 template <typename T, typename Table, Precision kPrecision, RowLookup kLookup>
 auto choose_kernel(const Plan& plan) {
-  const auto choose = [&]<Arrangement kArrangement>() {
-    constexpr Variant kBase = {.precision = kPrecision,
-                               .arrangement = kArrangement,
-                               .vector = kVectorBytes / sizeof(T),
-                               .lookup = kLookup,
-                               .full_head = false,
-                               .staged = false,
-                               .norm = false};
+  return visit(plan.arrangement, [&]<Arrangement kArrangement>() {
+    constexpr Variant kBase = base_variant<T, kPrecision>(kArrangement, kLookup);
     if constexpr (is_staged(kLookup)) {
       if (plan.staged) return choose_staged<T, Table, kBase>(plan);
     }
     return choose_direct<T, Table, kBase>(plan);
-  };
-  return plan.arrangement == Arrangement::kAdjacent
-             ? choose.template operator()<Arrangement::kAdjacent>()
-             : choose.template operator()<Arrangement::kPair>();
+  });
 }
 
 #if defined(__CUDACC__)  // the tests' emulation on the host has its own

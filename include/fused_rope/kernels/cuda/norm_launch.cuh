@@ -30,20 +30,16 @@ cudaError_t launch_warps(void (*kernel)(Params), const Params& params, int64_t u
 
 template <typename T, Precision kPrecision>
 constexpr Variant norm_variant(Arrangement arrangement, RowLookup lookup, int heads = 1) {
-  return {.precision = kPrecision,
-          .arrangement = arrangement,
-          .vector = kVectorBytes / sizeof(T),
-          .lookup = lookup,
-          .full_head = true,
-          .staged = false,
-          .norm = true,
-          .heads = heads};
+  Variant variant = base_variant<T, kPrecision>(arrangement, lookup);
+  variant.full_head = variant.norm = true;
+  variant.heads = heads;
+  return variant;
 }
 
 // Calls f<Traits>() with the instance of a plan. kTwoHeads: it may have two heads a thread.
 template <typename T, typename Table, Precision kPrecision, bool kTwoHeads = false, typename F>
 cudaError_t visit_norm(const Plan& plan, const F& f) {
-  const auto choose = [&]<Arrangement kArrangement>() {
+  return visit(plan.arrangement, [&]<Arrangement kArrangement>() {
     constexpr Variant kLinear = norm_variant<T, kPrecision>(kArrangement, RowLookup::kLinear);
     constexpr Variant kIndexed = norm_variant<T, kPrecision>(kArrangement, RowLookup::kIndexed);
     if constexpr (kTwoHeads) {
@@ -53,10 +49,7 @@ cudaError_t visit_norm(const Plan& plan, const F& f) {
     return plan.lookup == RowLookup::kLinear
                ? f.template operator()<KernelTraits<T, Table, kLinear>>()
                : f.template operator()<KernelTraits<T, Table, kIndexed>>();
-  };
-  return plan.arrangement == Arrangement::kAdjacent
-             ? choose.template operator()<Arrangement::kAdjacent>()
-             : choose.template operator()<Arrangement::kPair>();
+  });
 }
 
 // Calls f<Table, kPrecision>() with what a call reads and how it rounds.
