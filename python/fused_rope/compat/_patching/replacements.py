@@ -23,6 +23,7 @@ __all__ = [
     "Replacement",
     "Report",
     "Site",
+    "any_installed",
     "check_choices",
     "check_options",
     "current",
@@ -362,6 +363,15 @@ def undo(model: torch.nn.Module | None, belongs: Callable[[Replacement], bool]) 
                 entry.remove()
             entry.report_undone(report)
     return report
+
+
+def any_installed(belongs: Callable[[Replacement], bool]) -> bool:
+    """Whether a replacement that belongs to it stands at its site for a patched model."""
+    with lock:
+        return any(
+            belongs(entry) and entry.installed and bool(entry.models)
+            for entry in list(current.values())
+        )
 
 
 def lacks_kernels(model: torch.nn.Module | None) -> str | None:

@@ -194,11 +194,7 @@ def is_patched(model: torch.nn.Module | Pipeline | None = None) -> bool:
         False
     """
     tests = [_belongs_to(part) for part in _models("is_patched", model)]
-    with replacements.lock:
-        return any(
-            entry.installed and bool(entry.models) and any(belongs(entry) for belongs in tests)
-            for entry in list(replacements.current.values())
-        )
+    return replacements.any_installed(lambda entry: any(belongs(entry) for belongs in tests))
 
 
 def _models(operator: str, model: Any) -> list[torch.nn.Module | None]:

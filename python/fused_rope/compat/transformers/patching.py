@@ -396,12 +396,7 @@ def is_patched(model: torch.nn.Module | None = None) -> bool:
     """
     check_model("is_patched", model)
     belongs = _belongs_to(model)
-    with replacements.lock:
-        return any(
-            isinstance(entry, Function) and entry.installed and bool(entry.models)
-            for entry in list(replacements.current.values())
-            if belongs(entry)
-        )
+    return replacements.any_installed(lambda entry: isinstance(entry, Function) and belongs(entry))
 
 
 def _belongs_to(model: torch.nn.Module | None) -> Callable[[Replacement], bool]:
