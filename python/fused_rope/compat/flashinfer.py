@@ -659,12 +659,15 @@ def _table(
     return pair
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _constant(
     device: torch.device, R: int, theta: float, rows: int, *factors: float
 ) -> tuple[Tensor, Tensor] | None:
     """The table as a constant of the compiled graph: Dynamo cannot build it."""
     return _cache(R, theta, rows, *factors).pair(None, torch.empty(0, device=device))
+
+
+# This is torch.compiler.assume_constant_result without its import of Dynamo, which takes a second.
+_constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.lru_cache
