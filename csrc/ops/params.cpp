@@ -196,8 +196,8 @@ C10_NOINLINE void PreparedCall::set_cache(const Call& call) {
   const int64_t rank = a.k_cache.dim();
   kernels::RotateParams& p = params;
   cache_.storage = storage_of(a.k_cache);
-  cache_.page_size = a.k_cache.size(rank - 3);
-  if (rank == 3) cache_.page_size = std::max<int64_t>(cache_.page_size, 1);  // one page
+  const int64_t page_size = a.k_cache.size(rank - 3);  // a cache of rows is one page
+  cache_.page_size = std::max<int64_t>(page_size, 1);  // the kernels divide by it
   cache_.k = cache_params(a.k_cache, a.k_scale);
   if (a.v.has_value()) {
     const Sizes<int64_t> sizes(a.v->sizes(), call.layout);
@@ -209,7 +209,7 @@ C10_NOINLINE void PreparedCall::set_cache(const Call& call) {
   p.cache = &cache_;
   p.rows.out_rows = index_params(a.slots);
   set_token_strides(a.slots, 0, p.rows.out_rows_b, p.rows.out_rows_s);
-  p.rows.out_rows_limit = rank == 3 ? a.k_cache.size(0) : a.k_cache.size(0) * cache_.page_size;
+  p.rows.out_rows_limit = rank == 3 ? page_size : a.k_cache.size(0) * page_size;
 }
 
 PreparedBackward::PreparedBackward(const Call& call, const OptionalTensors& grads,

@@ -144,6 +144,16 @@ def test_empty(sizes, storage, device):
     check(q, k, v, tables, caches, slots, scales=scales_of(storage, Hk, device), layout="thd")
 
 
+@pytest.mark.parametrize("sizes", [(0,), (0, 4), (3, 0)], ids=str)
+def test_cache_without_rows(sizes, device):
+    q, k, v = step("thd", torch.bfloat16, device, D=64)
+    caches = [x.new_zeros(*sizes, *x.shape[1:]) for x in (k, v)]
+    slots = torch.full((10,), -1, device=device)
+    tables = angles(10, 32, device)
+    got = fused_rope.rotate_and_cache(q, k, v, *tables, *caches, slots, layout="thd")
+    same(got, bits(q, *tables, layout="thd"))
+
+
 @STORAGE
 @pytest.mark.parametrize(
     "pairing",
