@@ -40,6 +40,7 @@ __all__ = [
 
 _FUNCTION = re.compile(r"(vision_)?apply_\w*(rotary|rope)")
 _METHOD = re.compile(r"_?apply_rotary")
+_replacements = replacements.current  # tools that look at the state find it under this name
 
 
 @dataclass(frozen=True)
