@@ -10,7 +10,15 @@ from collections.abc import Callable, Sequence
 from types import CodeType, FunctionType
 from typing import Any
 
-__all__ = ["Refusal", "compile_with", "definition_of"]
+__all__ = [
+    "Refusal",
+    "compile_with",
+    "definition_of",
+    "load",
+    "placed",
+    "store",
+    "writes_in_place",
+]
 
 
 class Refusal(Exception):
@@ -74,6 +82,27 @@ def compile_with(
         return made
 
     return make
+
+
+def load(name: str) -> ast.Name:
+    return ast.Name(name, ast.Load())
+
+
+def store(name: str) -> ast.Name:
+    return ast.Name(name, ast.Store())
+
+
+def placed(node: Any, place: ast.AST) -> Any:
+    """A new node, which stands in the source where `place` does."""
+    return ast.fix_missing_locations(ast.copy_location(node, place))
+
+
+def writes_in_place(node: ast.AST) -> bool:
+    """Whether it is an assignment to elements, or a call of a method such as add_."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        return node.func.attr.endswith("_") and not node.func.attr.endswith("__")
+    stored = isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store)
+    return stored or isinstance(node, ast.AugAssign)
 
 
 def _flags(code: CodeType) -> int:

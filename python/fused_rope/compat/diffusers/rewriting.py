@@ -19,7 +19,15 @@ from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
-from .._patching.sources import Refusal, compile_with, definition_of
+from .._patching.sources import (
+    Refusal,
+    compile_with,
+    definition_of,
+    load,
+    placed,
+    store,
+    writes_in_place,
+)
 
 __all__ = ["Calls", "Rewritten", "rewrite"]
 
@@ -98,7 +106,7 @@ class _Functions(ast.NodeTransformer):
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
         if node.name not in self.names:
             return self.generic_visit(node)
-        given: ast.AST = _at(ast.Assign([_store(node.name)], _load(_PREFIX + node.name)), node)
+        given: ast.AST = placed(ast.Assign([store(node.name)], load(_PREFIX + node.name)), node)
         return given
 
 
@@ -163,22 +171,23 @@ class _Norms:
         if name is not None and norm is not None and name not in waiting | self._captured:
             waiting.add(name)
             self._attributes[name] = [norm.func.attr]  # type: ignore[attr-defined]
-            value = _call("defer", norm.func, _load(name))
-            return [_at(ast.Assign([_store(name)], value), statement)]
+            value = _call("defer", norm.func, load(name))
+            return [placed(ast.Assign([store(name)], value), statement)]
         joined = _joined(statement)
         if joined is not None and set(joined[1]) & waiting:
             name, parts, dim = joined
             waiting.add(name)
             self._attributes[name] = [a for p in parts for a in self._attributes.get(p, [])]
-            elements = ast.List([_load(part) for part in parts], ast.Load())
+            elements = ast.List([load(part) for part in parts], ast.Load())
             value = _call("join", elements, dim)
-            return [_at(ast.Assign([_store(name)], value), statement)]
-        used = waiting if _writes_in_place(statement) else _used(statement) & waiting
+            return [placed(ast.Assign([store(name)], value), statement)]
+        writes = any(map(writes_in_place, ast.walk(statement)))
+        used = waiting if writes else _used(statement) & waiting
         return [*self._normalize(used, waiting, statement), statement]
 
     def _normalize(self, names: set[str], waiting: set[str], at: ast.AST) -> list[ast.stmt]:
         made: list[ast.stmt] = [
-            _at(ast.Assign([_store(name)], _call("normalize", _load(name))), at)
+            placed(ast.Assign([store(name)], _call("normalize", load(name))), at)
             for name in sorted(names)
         ]
         waiting -= names
@@ -199,11 +208,11 @@ class _Norms:
         for name in names:
             self.norms += self._attributes.get(name, [])
         call = statement.value
-        xs = ast.Tuple([_load(name) for name in names], ast.Load())
+        xs = ast.Tuple([load(name) for name in names], ast.Load())
         value = _call("rotate", call.func, xs, *call.args[1:])
         value.keywords = call.keywords
-        target = ast.Tuple([_store(name) for name in names], ast.Store())
-        rotation: ast.stmt = _at(ast.Assign([target], value), statement)
+        target = ast.Tuple([store(name) for name in names], ast.Store())
+        rotation: ast.stmt = placed(ast.Assign([target], value), statement)
         return rotation
 
 
@@ -261,28 +270,5 @@ def _used(node: ast.AST) -> set[str]:
     return {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
 
 
-def _writes_in_place(statement: ast.stmt) -> bool:
-    for node in ast.walk(statement):
-        method = node.func if isinstance(node, ast.Call) else None
-        if isinstance(method, ast.Attribute) and re.search("[^_]_$", method.attr):
-            return True
-        stored = isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store)
-        if stored or isinstance(node, ast.AugAssign):
-            return True
-    return False
-
-
 def _call(name: str, *arguments: ast.expr) -> ast.Call:
-    return ast.Call(_load(_PREFIX + name), list(arguments), [])
-
-
-def _load(name: str) -> ast.Name:
-    return ast.Name(name, ast.Load())
-
-
-def _store(name: str) -> ast.Name:
-    return ast.Name(name, ast.Store())
-
-
-def _at(node: Any, place: ast.AST) -> Any:
-    return ast.fix_missing_locations(ast.copy_location(node, place))
+    return ast.Call(load(_PREFIX + name), list(arguments), [])

@@ -22,7 +22,15 @@ from dataclasses import dataclass
 from types import CodeType, FunctionType
 from typing import Any, TypeGuard
 
-from .._patching.sources import Refusal, compile_with, definition_of
+from .._patching.sources import (
+    Refusal,
+    compile_with,
+    definition_of,
+    load,
+    placed,
+    store,
+    writes_in_place,
+)
 
 __all__ = ["Calls", "Rewritten", "norm_classes", "rewrite"]
 
@@ -148,7 +156,7 @@ class _Rewriter:
         documented = ast.get_docstring(definition, clean=False) is not None
         at = definition.body[1 if documented else 0]
         first = [
-            _at(ast.Assign([_name(_PENDING + name, ast.Store())], ast.Constant(None)), at)
+            placed(ast.Assign([store(_PENDING + name)], ast.Constant(None)), at)
             for name in sorted(self._rotated)
         ]
         body[int(documented) : int(documented)] = first
@@ -200,8 +208,8 @@ class _Rewriter:
     def _defer(self, name: str, call: ast.Call) -> None:
         assert isinstance(call.func, ast.Attribute)
         self.norms.append(call.func.attr)
-        deferred = ast.Call(_name(_DEFER), [call.func], [])
-        call.func = _at(ast.NamedExpr(_name(_PENDING + name, ast.Store()), deferred), call)
+        deferred = ast.Call(load(_DEFER), [call.func], [])
+        call.func = placed(ast.NamedExpr(store(_PENDING + name), deferred), call)
 
     def _rotate(
         self, statement: ast.stmt, names: tuple[str, ...], norms: list[ast.expr], pending: set[str]
@@ -220,19 +228,19 @@ class _Rewriter:
             if not pending >= set(names):
                 alone = min(set(names) - pending)
                 raise Refusal(f"{alone} is rotated without a norm next to the rotation")
-            rotate, deferred = _ROTATE, [_name(_PENDING + name) for name in names]
+            rotate, deferred = _ROTATE, [load(_PENDING + name) for name in names]
             pending -= set(names)
         else:
             return statement
         assert isinstance(function, ast.Name)
         self.functions.append(function.id)
-        call.func = _at(_name(rotate), call)
-        call.args = [function, _at(ast.Tuple(deferred, ast.Load()), call), *call.args]
+        call.func = placed(load(rotate), call)
+        call.args = [function, placed(ast.Tuple(deferred, ast.Load()), call), *call.args]
         return statement
 
     def _normalize(self, name: str, at: ast.AST) -> ast.stmt:
-        call = ast.Call(_name(_NORMALIZE), [_name(_PENDING + name), _name(name)], [])
-        normalized: ast.stmt = _at(ast.Assign([_name(name, ast.Store())], call), at)
+        call = ast.Call(load(_NORMALIZE), [load(_PENDING + name), load(name)], [])
+        normalized: ast.stmt = placed(ast.Assign([store(name)], call), at)
         return normalized
 
     def _norms_after(self, names: tuple[str, ...], rest: list[ast.stmt]) -> list[ast.expr]:
@@ -268,7 +276,7 @@ class _Rewriter:
         for part in parts:
             if isinstance(part, ast.Name) and part.id in pending:
                 raise Refusal(f"{part.id} is used between the norm and the rotation")
-            if _writes_in_place(part):
+            if writes_in_place(part):
                 raise Refusal("a tensor is changed between the norm and the rotation")
 
 
@@ -280,13 +288,6 @@ def _is_reshaped(node: ast.AST, pending: set[str]) -> bool:
         and isinstance(method.value, ast.Name)
         and method.value.id in pending
     )
-
-
-def _writes_in_place(node: ast.AST) -> bool:
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-        return node.func.attr.endswith("_") and not node.func.attr.endswith("__")
-    stored = isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store)
-    return stored or isinstance(node, ast.AugAssign)
 
 
 def _target(statement: ast.stmt) -> str | None:
@@ -326,11 +327,3 @@ def _is_norm(node: ast.expr | None) -> TypeGuard[ast.Call]:
         and not node.keywords
         and not isinstance(node.args[0], ast.Starred)
     )
-
-
-def _name(name: str, context: ast.expr_context | None = None) -> ast.Name:
-    return ast.Name(name, context or ast.Load())
-
-
-def _at(node: Any, place: ast.AST) -> Any:
-    return ast.fix_missing_locations(ast.copy_location(node, place))
