@@ -279,18 +279,19 @@ class Call {
     const bool only_positions = chance(4);
     const bool has_axes = !only_positions && chance(4) && p_.pairing.P > 0;
     const int64_t axes = has_axes ? 1 + random_.below(3) : 0;
+    if (axes > 0) {
+      const int64_t group = chance(2) ? 16 : 1 + random_.below(3);  // consecutive pairs of one axis
+      for (int64_t j = 0; j < p_.pairing.P; ++j) axes_.push_back(j / group % axes);
+      if (chance(3)) std::replace(axes_.begin(), axes_.end(), random_.below(axes), axes - 1);
+      p_.axes = axes_.data();
+    }
     if (axes > 0 || only_positions || chance(3)) {
-      rows.positions = integers(std::max<int64_t>(axes, 1) * p_.B * p_.S, -1, 12);
+      rows.positions = positions(std::max<int64_t>(axes, 1));
       rows.positions_a = p_.B * p_.S;
       rows.positions_b = chance(4) ? 0 : p_.S;
       rows.positions_s = 1;
     }
     if (only_positions) return;
-    if (axes > 0) {
-      const int64_t group = chance(2) ? 16 : 1 + random_.below(3);  // consecutive pairs of one axis
-      for (int64_t j = 0; j < p_.pairing.P; ++j) axes_.push_back(j / group % axes);
-      p_.axes = axes_.data();
-    }
     if (p_.B == 1 && !chance(3)) {
       rows.N = random_.below(chance(2) ? 5 : 91);
       std::vector<int64_t> starts(rows.N + 1);
@@ -304,6 +305,17 @@ class Call {
       rows.offsets = integers(std::max<int64_t>(p_.B, rows.N), 0, 5);
       rows.offsets_stride = 1;
     }
+  }
+
+  // [axes, B, S]. An axis that no pair has may be out of range.
+  IndexParams positions(int64_t axes) {
+    std::vector<int64_t> values;
+    for (int64_t i = 0; i < axes * p_.B * p_.S; ++i) {
+      const int64_t axis = i / (p_.B * p_.S);
+      const bool unused = !axes_.empty() && std::count(axes_.begin(), axes_.end(), axis) == 0;
+      values.push_back(unused ? 2 * kRows : random_.below(13) - 1);
+    }
+    return integers(values);
   }
 
   IndexParams integers(int64_t count, int64_t low, int64_t high) {

@@ -259,16 +259,21 @@ class Case:
         if offset == "int" and rng.random() < 0.3:
             kw["offset"] = shift = -shift
         sizes = rng.choice(((S,), (1, S), (B, S)))
+        unused: set[int] = set()
         if rng.random() < 0.4:
             A = rng.randint(1, 8)
             kw["axes"] = [rng.randrange(A) for _ in range(self.P)]
+            unused = set(range(A)).difference(kw["axes"] or [0])  # without pairs, axis 0 is checked
             sizes = (A, *sizes)
         low, high = max(0, -shift), self.cos.shape[0] - max(0, shift)
         generator = torch.Generator().manual_seed(rng.getrandbits(60))
         values = torch.randint(low, max(high, low + 1), sizes, generator=generator)
         skipped = torch.rand(sizes, generator=generator)
         values[skipped < rng.choice((0, 0.1, 0.6))] = -1
-        kw["positions"] = self.memory.integers(values.to(rng.choice(INTEGERS)), expand=True)
+        for axis in unused:
+            values[axis] = rng.choice((0, -7, 10**6))
+        values = values.to(rng.choice(INTEGERS))
+        kw["positions"] = self.memory.integers(values, expand=not unused)
 
     def integers(self, values: list[int]) -> Tensor:
         return self.memory.integers(torch.tensor(values, dtype=self.rng.choice(INTEGERS)))

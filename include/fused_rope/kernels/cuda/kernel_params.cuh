@@ -15,12 +15,18 @@ namespace fused_rope::kernels {
 
 // The axis of each pair's position, passed by value so that a captured launch owns it.
 struct PairAxes {
+  uint32_t used;  // a bit of each axis that a pair has; positions of others are not read
   uint8_t axis[kMaxAxisPairs];
 
-  explicit PairAxes(const RotateParams& p) : axis() {
-    for (int64_t j = 0; p.axes != nullptr && j < p.pairing.P; ++j)
+  explicit PairAxes(const RotateParams& p) : used(p.axes == nullptr ? 1 : 0), axis() {
+    for (int64_t j = 0; p.axes != nullptr && j < p.pairing.P; ++j) {
       axis[j] = static_cast<uint8_t>(p.axes[j]);
+      used |= 1u << p.axes[j];
+    }
   }
+
+  // i: below 32.
+  __device__ __forceinline__ bool is_used(uint32_t i) const { return (used >> i & 1) != 0; }
 };
 struct NoAxes {
   explicit NoAxes(const RotateParams&) {}

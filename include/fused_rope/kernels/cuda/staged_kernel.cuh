@@ -130,14 +130,14 @@ struct SharedRows {
         const LinearCoordinates at = tensor.locate(span.first + i);
         const TileToken token = {params, tensor, lookups, at, lane};
         const SequencePosition place = find_sequence_in_warp(params.rows, token.s());
-        if (lane < count) find(token, i, place);
+        if (axes.is_used(lane)) find(token, i, place);
       });
       return;
     }
     for (uint32_t i = threadIdx.x; i < span.count * kMaxAxes; i += blockDim.x) {
       const LinearCoordinates at = tensor.locate(span.first + i / kMaxAxes);
       const uint32_t axis = i % kMaxAxes;
-      if (axis < count)
+      if (axes.is_used(axis))
         find(TileToken{params, tensor, lookups, at, axis}, i / kMaxAxes, SequencePosition{0, 0});
     }
     sync_block();

@@ -104,7 +104,7 @@ class WarpHead {
         tensor_(i),
         lane_(threadIdx.x % kWarp) {
     const RowParams& rows = params.call.rows;
-    const uint32_t axis = lane_ < params.axes ? lane_ : 0;
+    const uint32_t axis = params.pairs.is_used(lane_) ? lane_ : params.pairs.axis[0];
     row_ = table_row(params.row_flags, rows.offset, Token{rows, place.b, place.s, axis});
     FUSED_ROPE_DEVICE_CHECK((params.row_flags & kGathered) || row_.copied ||
                             is_row(row_.index, rows.M));
