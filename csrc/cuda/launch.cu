@@ -1,4 +1,6 @@
 // The entry to the CUDA kernels: queries the device, makes the plan, selects the element type.
+#include <utility>
+
 #include "fused_rope/kernels/cuda/cache_launch.cuh"
 
 #if defined(FUSED_ROPE_PLAN_OVERRIDES)
@@ -25,13 +27,17 @@ FUSED_ROPE_EXTERN(double);
 #undef FUSED_ROPE_EXTERN
 
 static cudaError_t read_facts(int device, DeviceFacts* facts) {
-  int l2_bytes = 0;
-  int multiprocessors = 0;
-  cudaError_t error = cudaDeviceGetAttribute(&l2_bytes, cudaDevAttrL2CacheSize, device);
-  if (error != cudaSuccess) return error;
-  error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  *facts = {l2_bytes, multiprocessors};
-  return error;
+  const std::pair<cudaDeviceAttr, int64_t*> attributes[] = {
+      {cudaDevAttrL2CacheSize, &facts->l2_bytes},
+      {cudaDevAttrMultiProcessorCount, &facts->multiprocessors},
+      {cudaDevAttrMaxSharedMemoryPerMultiprocessor, &facts->shared_bytes}};
+  for (const auto& [attribute, fact] : attributes) {
+    int value = 0;
+    const cudaError_t error = cudaDeviceGetAttribute(&value, attribute, device);
+    if (error != cudaSuccess) return error;
+    *fact = value;
+  }
+  return cudaSuccess;
 }
 
 // Facts of the current device. Each thread caches those of one device.

@@ -1,4 +1,4 @@
-// FUSED_ROPE_PLAN="vector=8 threads=64 keep=0 stream=1 work=96": a plan by hand, for experiments
+// FUSED_ROPE_PLAN="vector=8 threads=64 keep=0 evict=0 work=96": a plan by hand, for experiments
 // and tests. Only builds with the CMake option FUSED_ROPE_PLAN_OVERRIDES read it.
 #pragma once
 
@@ -16,7 +16,7 @@ inline PlanOverrides parse_overrides(const std::string& text) {
   PlanOverrides overrides;
   const std::pair<const char*, int*> names[] = {
       {"vector", &overrides.vector}, {"threads", &overrides.threads}, {"keep", &overrides.keep},
-      {"stream", &overrides.stream}, {"work", &overrides.work},       {"full", &overrides.full}};
+      {"evict", &overrides.evict},   {"work", &overrides.work},       {"full", &overrides.full}};
   std::istringstream words(text);
   for (std::string word; words >> word;) {
     const size_t equals = word.find('=');
@@ -29,7 +29,7 @@ inline PlanOverrides parse_overrides(const std::string& text) {
     }
     if (!known) {
       throw std::invalid_argument(
-          "FUSED_ROPE_PLAN: expected vector=, threads=, keep=, stream=, work= or full= and a "
+          "FUSED_ROPE_PLAN: expected vector=, threads=, keep=, evict=, work= or full= and a "
           "number, "
           "got " +
           word);

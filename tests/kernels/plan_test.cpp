@@ -405,7 +405,7 @@ TEST(Plan, StreamsXWithLargeTables) {
   const auto streams = [](int64_t H, auto change) {
     RotateParams p = call(2, 100, H, 64, 64);  // 128 bytes a head, 256 a row of cos and sin
     change(p);
-    return make_plan(p, kSmallCache).streams;
+    return make_plan(p, kSmallCache).eviction == Eviction::kFirst;
   };
   const auto unchanged = [](RotateParams&) {};
   EXPECT_FALSE(streams(10, unchanged)) << "100 rows, 2000 heads: a tenth";
@@ -420,8 +420,8 @@ TEST(Plan, StreamsXWithLargeTables) {
 TEST(Plan, DoesNotStreamAnXThatFitsInTheCache) {
   const RotateParams p = call(2, 100, 5, 64, 64);
   constexpr int64_t kXBytes = 2 * 100 * 5 * 64 * 2;
-  EXPECT_TRUE(make_plan(p, {kXBytes - 1, 132}).streams);
-  EXPECT_FALSE(make_plan(p, {kXBytes, 132}).streams);
+  EXPECT_EQ(make_plan(p, {kXBytes - 1, 132}).eviction, Eviction::kFirst);
+  EXPECT_EQ(make_plan(p, {kXBytes, 132}).eviction, Eviction::kNormal);
 }
 
 TEST(Plan, MakesBlocksOfWholeHeads) {
@@ -541,13 +541,63 @@ const VectorBytesCase kVectorBytesCases[] = {
 INSTANTIATE_TEST_SUITE_P(Of, VectorBytes, ::testing::ValuesIn(kVectorBytesCases),
                          [](const auto& info) { return std::string(info.param.name); });
 
+struct ChunkCase {
+  const char* name;
+  int64_t R, D;
+  Eviction eviction;
+  int idle_bytes = 0;
+  int64_t S = 1 << 14;
+};
+
+void PrintTo(const ChunkCase& c, std::ostream* out) { *out << c.name; }
+
+class ChunksInPlace : public ::testing::TestWithParam<ChunkCase> {};
+
+TEST_P(ChunksInPlace, StayInTheCacheUnlessTheySplitAtoms) {
+  constexpr DeviceFacts kDevice = {int64_t{50} << 20, 132, 228 << 10};
+  const ChunkCase& c = GetParam();
+  RotateParams p = call(1, c.S, 32, c.D, c.R);
+  p.in_place = true;
+  const Plan plan = make_plan(p, kDevice);
+  EXPECT_EQ(plan.eviction, c.eviction);
+  EXPECT_EQ(plan.idle_bytes, c.idle_bytes);
+  p.in_place = false;
+  const Plan out_of_place = make_plan(p, kDevice);
+  EXPECT_EQ(out_of_place.eviction, Eviction::kNormal);
+  EXPECT_EQ(out_of_place.idle_bytes, 0);
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Of, ChunksInPlace,
+    ::testing::Values(ChunkCase{"Pythia1B", 32, 128, Eviction::kLast},
+                      ChunkCase{"Pythia3B", 20, 80, Eviction::kNormal, 24832},
+                      ChunkCase{"Pythia3BAtOnce", 20, 80, Eviction::kNormal, 0, 64},
+                      ChunkCase{"NeoX20B", 24, 96, Eviction::kLast},
+                      ChunkCase{"NeoX20BAtOnce", 24, 96, Eviction::kNormal, 0, 64},
+                      ChunkCase{"Phi2", 32, 80, Eviction::kLast},
+                      ChunkCase{"HalfHeads", 64, 128, Eviction::kLast},
+                      ChunkCase{"LongerThanALine", 66, 144, Eviction::kNormal},
+                      ChunkCase{"LessApart", 64, 120, Eviction::kNormal},
+                      ChunkCase{"WholeHeads", 64, 64, Eviction::kNormal}),
+    [](const auto& info) { return std::string(info.param.name); });
+
+// evict_first would triple the time of parts of sectors.
+TEST(Plan, NeverStreamsChunksInPlace) {
+  for (const int64_t D : {80, 96}) {
+    RotateParams p = call(1, 1 << 16, 4, D, D / 4);
+    EXPECT_EQ(make_plan(p, kSmallCache).eviction, Eviction::kFirst);
+    p.in_place = true;
+    EXPECT_NE(make_plan(p, kSmallCache).eviction, Eviction::kFirst);
+  }
+}
+
 TEST(Plan, TakesSizesWhoseProductExceeds64Bits) {
   constexpr int64_t kHuge = int64_t{1} << 40;
   RotateParams p = call(1, 1, 1, 64, 64);
   p.B = p.S = p.tensors[0].H = kHuge;
   const Plan plan = make_plan(p, kLargeCache);
   EXPECT_EQ(plan.block_threads, 128);
-  EXPECT_FALSE(plan.streams);
+  EXPECT_EQ(plan.eviction, Eviction::kNormal);
 }
 
 TEST(RowLookupOfPlan, IsPerHeadForVectorsOfPerHeadTables) {
@@ -646,10 +696,10 @@ TEST(Plan, ClampsOverrides) {
   EXPECT_FALSE(make_plan(p, kLargeCache, {.keep = 0}).keeps_tables);
   EXPECT_FALSE(make_plan(p, kSmallCache).keeps_tables);
   EXPECT_TRUE(make_plan(p, kSmallCache, {.keep = 1}).keeps_tables);
-  EXPECT_TRUE(make_plan(p, kSmallCache).streams);
-  EXPECT_FALSE(make_plan(p, kSmallCache, {.stream = 0}).streams);
-  EXPECT_FALSE(make_plan(p, kLargeCache).streams);
-  EXPECT_TRUE(make_plan(p, kLargeCache, {.stream = 1}).streams);
+  EXPECT_EQ(make_plan(p, kSmallCache).eviction, Eviction::kFirst);
+  EXPECT_EQ(make_plan(p, kSmallCache, {.evict = 1}).eviction, Eviction::kNormal);
+  EXPECT_EQ(make_plan(p, kLargeCache).eviction, Eviction::kNormal);
+  EXPECT_EQ(make_plan(p, kLargeCache, {.evict = 0}).eviction, Eviction::kFirst);
   EXPECT_TRUE(make_plan(p, kLargeCache).full_head);
   EXPECT_FALSE(make_plan(p, kLargeCache, {.full = 0}).full_head);
 }
@@ -658,11 +708,11 @@ TEST(ParseOverrides, ReadsEveryWord) {
   const PlanOverrides none = parse_overrides("");
   EXPECT_EQ(none.vector, -1);
   EXPECT_EQ(none.work, -1);
-  const PlanOverrides o = parse_overrides(" vector=8 threads=64  keep=0 stream=1 work=96 full=0");
+  const PlanOverrides o = parse_overrides(" vector=8 threads=64  keep=0 evict=2 work=96 full=0");
   EXPECT_EQ(o.vector, 8);
   EXPECT_EQ(o.threads, 64);
   EXPECT_EQ(o.keep, 0);
-  EXPECT_EQ(o.stream, 1);
+  EXPECT_EQ(o.evict, 2);
   EXPECT_EQ(o.work, 96);
   EXPECT_EQ(o.full, 0);
 }

@@ -127,7 +127,10 @@ class Call {
   }
 
   // Without multiprocessors every call is a large one.
-  DeviceFacts facts() { return {chance(2) ? 0 : int64_t{1} << 40, random_.below(3) * 44}; }
+  DeviceFacts facts() {
+    return {chance(2) ? 0 : int64_t{1} << 40, random_.below(3) * 44,
+            random_.below(2) * (228 << 10)};
+  }
 
  private:
   struct Location {

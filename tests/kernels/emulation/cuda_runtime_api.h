@@ -86,9 +86,13 @@ template <typename... Args>
 cudaError_t enqueue(void (*kernel)(Args...), unsigned blocks, int threads, size_t shared_bytes,
                     cudaStream_t, const Args&... args) {
   if (shared_bytes > sizeof(block_memory)) return cudaErrorInvalidValue;
-  // One thread does the work of a block that shares memory without exchanging values.
   together = (requires { Args::kSharesWarps; } || ...);
-  blockDim.x = shared_bytes > 0 && !together ? 1 : static_cast<unsigned>(threads);
+  // One thread does the work of a staged block whose threads do not exchange values.
+  const auto is_staged = [](const auto& arg) {
+    if constexpr (requires { arg.chunks; }) return arg.chunks.count > 0;
+    return false;
+  };
+  blockDim.x = (is_staged(args) || ...) && !together ? 1 : static_cast<unsigned>(threads);
   gridDim.x = blocks;
   const auto enter = [](unsigned thread) { threadIdx.x = thread; };
   for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {

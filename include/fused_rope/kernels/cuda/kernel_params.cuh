@@ -175,6 +175,17 @@ struct ChunkArgs {
   }
 };
 
+inline uint64_t policy_of(Eviction eviction) {
+  switch (eviction) {
+    case Eviction::kFirst:
+      return kEvictFirst;
+    case Eviction::kNormal:
+      return kEvictNormal;
+    default:
+      return kEvictLast;
+  }
+}
+
 // One launch: up to two tiles, one of q and one of k, or both of one tensor.
 struct KernelParams {
   uint32_t second_block;            // the first block of the second tile
@@ -206,7 +217,7 @@ struct KernelParams {
         per_distance(distance),
         first_element(static_cast<uint32_t>(p.pairing.offset)),
         to_partner(static_cast<uint32_t>(p.pairing.distance)),
-        x_policy(plan.streams ? kEvictFirst : kEvictNormal),
+        x_policy(policy_of(plan.eviction)),
         table_policy(plan.keeps_tables ? kEvictLast : kEvictUnchanged),
         inverse(p.inverse),
         in_place(p.in_place),

@@ -98,7 +98,8 @@ cudaError_t launch_tiles(const RotateParams& p, const Plan& plan,
   unsigned blocks[kMaxTensors] = {};  // of each tile
   cudaError_t error = cudaSuccess;
   const auto flush = [&] {
-    const size_t shared_bytes = plan.staged ? params.chunks.shared_bytes() : 0;
+    const size_t shared_bytes =
+        plan.staged ? params.chunks.shared_bytes() : static_cast<size_t>(plan.idle_bytes);
     params.second_block = blocks[0];
     params.alternate = plan.lookup == RowLookup::kPerHead && blocks[0] == blocks[1] ? 1 : 0;
     if (tiles > 0 && error == cudaSuccess)
