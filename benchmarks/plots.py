@@ -24,6 +24,8 @@ from table import NAMES
 Row = dict[str, Any]
 COPY = "copy"
 OURS = "fused_rope"
+WIDTH = 5.6  # inches: the text stays legible where a phone shrinks the picture
+LABELS = {provider: name.replace("`", "") for provider, name in NAMES.items()}
 OF_OTHER_SHAPE = (
     *("mha2", "d64", "wide256", "wide80", "wide96", "wide512", "mla", "dsv4"),
     *("vit72", "vit88", "d100", "neox20b", "pythia", "cpu_vit72", "cpu_neox20b"),
@@ -64,7 +66,7 @@ def _key(row: Row) -> tuple[str, str]:
 
 def _overview(path: Path, device: str, large: list[Row], calls: list[Row]) -> Path:
     """For readers in a hurry: a training shape on the GPU, and the host's time for one call."""
-    figure, axes = plt.subplots(2, 1, figsize=(7.5, 6.5))
+    figure, axes = plt.subplots(2, 1, figsize=(WIDTH, 6))
     _bars(axes[0], large, "copy", "4 x 4096 tokens, 32 and 8 heads of 128, bfloat16: GPU us")
     _bars(axes[1], calls, "torch.add", "one call on one token: host us")
     figure.suptitle(f"Rotary embedding of q and k, {device}")
@@ -78,17 +80,17 @@ def _bars(axis: Axes, rows: list[Row], baseline: str, title: str) -> None:
         for row in rows:
             plain = row["provider"] == OURS or not row["provider"].startswith(f"{OURS}_")
             if row["direction"] == way and plain and row["provider"] != "reference":
-                name = NAMES.get(row["provider"], row["provider"])
+                name = LABELS.get(row["provider"], row["provider"])
                 if name not in bars and f"{name} (in place)" not in bars:
                     bars[name if way == "forward" else f"{name} (in place)"] = row["median"]
     ordered = dict(sorted(bars.items(), key=lambda bar: bar[1]))
     gray, blue = "tab:gray", "tab:blue"
-    colors = [blue if name == NAMES[OURS] else gray for name in ordered]
+    colors = [blue if name == LABELS[OURS] else gray for name in ordered]
     drawn = axis.barh(list(ordered), list(ordered.values()), color=colors)
     axis.bar_label(drawn, fmt=lambda x: f"{x:.0f}" if x >= 100 else f"{x:.1f}", padding=3)
     axis.margins(x=0.12)
     axis.invert_yaxis()
-    axis.set_title(title, fontsize=11)
+    axis.set_title(title, fontsize=10, loc="right")
     axis.spines[["top", "right"]].set_visible(False)
 
 
@@ -103,7 +105,7 @@ def _bandwidth(path: Path, device: str, rows: list[Row]) -> Path:
         d for d in ("forward", "backward", "in_place") if any(r["direction"] == d for r in rows)
     ]
     figure, axes = plt.subplots(
-        len(directions), 1, figsize=(7.5, 4 * len(directions)), sharex=True, squeeze=False
+        len(directions), 1, figsize=(WIDTH, 3 * len(directions)), sharex=True, squeeze=False
     )
     providers = dict.fromkeys(row["provider"] for row in rows)
     colors = {provider: f"C{i}" for i, provider in enumerate(providers)}
@@ -111,7 +113,7 @@ def _bandwidth(path: Path, device: str, rows: list[Row]) -> Path:
         _curves(axis, [row for row in rows if row["direction"] == direction], colors)
         axis.set(title=direction.replace("_", " "), ylabel="GB/s", xscale="log")
     axes[-1][0].set_xlabel("MB read and written")
-    figure.suptitle(f"Rotary embedding of q and k, {device}\n")
+    figure.suptitle(f"Rotary embedding of q and k, {device}")
     return _save(figure, path)
 
 
@@ -123,28 +125,29 @@ def _curves(axis: Axes, rows: list[Row], colors: dict[str, str]) -> None:
         points = sorted((r["bytes"], r["median"]) for r in rows if r["provider"] == provider)
         sizes, rates = [b / 1e6 for b, _ in points], [b / us / 1e3 for b, us in points]
         width, order = (2.2, 3) if provider == OURS else (1, 2)
-        (line,) = axis.plot(sizes, rates, "o-", markersize=3, label=NAMES.get(provider, provider))
+        (line,) = axis.plot(sizes, rates, "o-", markersize=3, label=LABELS.get(provider, provider))
         line.set(color=colors[provider], linewidth=width, zorder=order)
     axis.grid(alpha=0.3)
     axis.set_ylim(bottom=0)
-    axis.legend(fontsize=10)
+    axis.legend(fontsize=9)
 
 
 def _calls(path: Path, device: str, rows: list[Row]) -> Path:
     rows = sorted(rows, key=lambda row: row["median"])
     names = [
-        f"{NAMES.get(row['provider'], row['provider'])}, {row['direction'].replace('_', ' ')}"
+        f"{LABELS.get(row['provider'], row['provider'])}, {row['direction'].replace('_', ' ')}"
         for row in rows
     ]
-    figure, axis = plt.subplots(figsize=(8, 1 + 0.3 * len(rows)))
+    figure, axis = plt.subplots(figsize=(WIDTH, 1 + 0.25 * len(rows)))
     colors = ["tab:blue" if row["provider"].startswith(OURS) else "tab:gray" for row in rows]
     bars = axis.barh(names, [row["median"] for row in rows], color=colors)
     axis.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
     add = sum(row["baseline"] for row in rows) / len(rows)
     axis.axvline(add, color="black", linestyle="--", linewidth=1, label=f"torch.add ({add:.1f})")
-    axis.margins(x=0.1)
+    axis.margins(x=0.2, y=0.01)
     axis.invert_yaxis()
-    axis.set(xlabel="host microseconds per call", title=f"One decode-sized call, {device}")
+    axis.set_xlabel("host microseconds per call")
+    figure.suptitle(f"One decode-sized call, {device}")
     axis.legend(fontsize=8)
     return _save(figure, path)
 
@@ -183,7 +186,7 @@ def _sweep(axis: Axes, rows: list[Row]) -> None:
 
 def _save(figure: Figure, path: Path) -> Path:
     figure.tight_layout()
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=130)
     plt.close(figure)
     return path
 
