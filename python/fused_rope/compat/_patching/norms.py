@@ -113,7 +113,7 @@ class _Instance(NamedTuple):
             self.norm is type(norm)
             and self.forward is type(norm).forward
             and self.size == len(own)
-            and all(own.get(name) is value for name, value in self.values)
+            and (not self.values or all(own.get(name) is value for name, value in self.values))
         )
 
 
