@@ -251,8 +251,28 @@ def test_module(device):
             same(x, y)
         del kw["layout"], kw["precision"]
         same(rope(q, q_weight=weights[0], **kw), want[0])
-        with pytest.raises(ValueError, match="expected eps"):
-            rope(q, q_weight=weights[0])
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        dict(q_weight=torch.ones(16)),
+        dict(k_weight=torch.ones(16)),
+        dict(zero_centered=True),
+        dict(cast="before"),
+        dict(after=True),
+    ],
+    ids=lambda option: next(iter(option)),
+)
+def test_module_refuses_what_has_no_effect(option):
+    rope = fused_rope.RotaryEmbedding(16)
+    q = torch.randn(1, 6, 3, 16)
+    [name] = option
+    with pytest.raises(ValueError, match=f"RotaryEmbedding: expected eps with {name}, got"):
+        rope(q, q, **option)
+    if name == "k_weight":
+        with pytest.raises(ValueError, match="RotaryEmbedding: expected k with k_weight, got"):
+            rope(q, eps=EPS, **option)
 
 
 # --- errors ------------------------------------------------------------------------------------
