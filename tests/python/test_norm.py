@@ -230,6 +230,23 @@ def test_empty(sizes, device):
     assert (dw == 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("D", [6, 64, 128, 160, 514])
+@EACH_ORDER
+def test_does_not_depend_on_the_batch(dtype, D, after, device):
+    """A head's result is bitwise the same alone."""
+    x = tensor("bshd", 3, 70, 5, D, dtype, device)
+    cos, sin = angles(70, D // 2, device)
+    weight = weight_of(D, dtype, device)
+    kw = dict(eps=EPS, after=after)
+    whole = fused_rope.norm_rotate(x, cos, sin, weight, **kw)
+    for b, token, head in [(0, 0, 0), (1, 33, 4), (2, 69, 2)]:
+        alone = x[b, token, head][None, None, None]
+        got = fused_rope.norm_rotate(alone, cos, sin, weight, offset=token, **kw)
+        same(got[0, 0, 0], whole[b, token, head])
+    same(fused_rope.norm_rotate(x[1:2, :, 1:3], cos, sin, weight, **kw), whole[1:2, :, 1:3])
+
+
 def test_special_values(device):
     x = torch.ones(1, 5, 1, 8, device=device)
     x[0, 0], x[0, 1, 0, 3], x[0, 2, 0, 3] = 0, float("inf"), float("nan")
