@@ -90,8 +90,8 @@ def halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     R = 2 * cos.shape[-1]
     cos, sin = (torch.cat([t, t], -1)[:, None].to(x.dtype) for t in (cos, sin))
     x, rest = x[..., :R], x[..., R:]
-    turned = torch.cat([-x[..., R // 2 :], x[..., : R // 2]], -1)
-    return torch.cat([x * cos + turned * sin, rest], -1)
+    halves_swapped = torch.cat([-x[..., R // 2 :], x[..., : R // 2]], -1)
+    return torch.cat([x * cos + halves_swapped * sin, rest], -1)
 
 
 def neighbors(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -472,3 +472,32 @@ def test_peft(kind):
         ours = adapted(input_ids=IDS).logits
         unpatch(adapted)
         close([ours], [adapted(input_ids=IDS).logits])
+
+
+def test_norms_of_a_library_that_needs_a_gpu(monkeypatch):
+    """As Liger's: they cannot be compared with the operator, so they stay."""
+    from transformers.models.qwen3 import modeling_qwen3
+
+    class LigerRMSNorm(torch.nn.Module):
+        runs = False
+
+        def __init__(self, hidden_size, eps=1e-6):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(hidden_size))
+            self.variance_epsilon = eps
+
+        def forward(self, x):
+            if not type(self).runs:
+                raise ValueError("Pointer argument cannot be accessed from Triton (cpu tensor?)")
+            return torch.nn.functional.rms_norm(x, x.shape[-1:], self.weight, 1e-6)
+
+    monkeypatch.setattr(modeling_qwen3, "Qwen3RMSNorm", LigerRMSNorm)
+    model = qwen3()
+    report = patch(model, norms="fused")
+    assert report.patched and not report.norms
+    assert "LigerRMSNorm is not an RMS norm of each head that the operator knows" in str(report)
+    monkeypatch.setattr(LigerRMSNorm, "runs", True)
+    ours = run(model)
+    assert ours[2].fused == 0
+    unpatch(model)
+    agree(ours, run(model), 0)
