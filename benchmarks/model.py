@@ -1,7 +1,7 @@
 """Hugging Face models, original and patched: one-token steps, prefill, and training steps.
 
     python benchmarks/model.py                         Llama and Qwen3, eager and compiled
-    python benchmarks/model.py --models qwen3 --modes eager --phases decode prefill --quick
+    python benchmarks/model.py --models qwen3_8b --modes eager --variants patched norms_fused
     python benchmarks/model.py --compile-mode reduce-overhead --modes compiled --phases decode
     python benchmarks/model.py --tiny --device cpu --backend aot_eager      test the script
 
@@ -28,6 +28,7 @@ import transformers
 from fused_rope.compat.transformers import patch, unpatch
 from run import meta_of, slug, write
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 HERE = Path(__file__).resolve().parent
 Row = dict[str, Any]
@@ -39,10 +40,11 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
     "patched": {},
     "patched_rows": {"rows": 8192},
     "patched_fused": {"compiled": "fused"},
+    "norms_fused": {"compiled": "fused", "norms": "fused"},
 }
 MODES = {
-    "eager": ("original", "patched", "patched_rows"),
-    "compiled": ("original", "patched", "patched_fused"),
+    "eager": ("original", "patched", "patched_rows", "norms_fused"),
+    "compiled": ("original", "patched", "patched_fused", "norms_fused"),
 }
 TOLERANCE = 5e-2  # relative to the original in the same mode; bfloat16 through all layers
 
@@ -79,6 +81,8 @@ MODELS = {
     "llama3_8b": ("Llama", {"intermediate_size": 14336, "head_dim": 128}, 500_000.0),
     "qwen3_8b": ("Qwen3", {"intermediate_size": 12288, "head_dim": 128}, 1_000_000.0),
 }
+NORMS = ("q_norm", "k_norm")
+NORMALIZED = ("qwen3_8b",)  # those with norms of q and k; the others lack the variants of norms
 WIDTHS = {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8}
 
 
@@ -184,11 +188,12 @@ class Train(Phase):
         return loss.detach()
 
     def results(self, call: Callable[..., Any]) -> list[Tensor]:
-        """The loss, and gradients that depend on the rotation of every layer."""
+        """The loss, and gradients that depend on norms and rotation of every layer."""
         loss = call(self.tokens, labels=self.tokens, use_cache=False).loss
         loss.backward()
         attention = self.model.model.layers[0].self_attn
-        grads = [p.weight.grad.clone() for p in (attention.q_proj, attention.k_proj)]
+        layers = [getattr(attention, name, None) for name in ("q_proj", "k_proj", *NORMS)]
+        grads = [layer.weight.grad.clone() for layer in layers if layer is not None]
         self.model.zero_grad(set_to_none=True)
         return [loss.detach(), *grads]
 
@@ -207,9 +212,15 @@ def applied(model: Model, variant: str) -> Iterator[None]:
     report = patch(model, **options)
     try:
         assert report.patched and not report.left_alone, str(report)
+        assert bool(report.norms) == ("norms" in options), str(report)
         yield
     finally:
         unpatch(model)
+
+
+def fits(variant: str, name: str) -> bool:
+    """Whether a model has what the variant replaces."""
+    return name in NORMALIZED or "norms" not in (VARIANTS[variant] or {})
 
 
 def distance(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
@@ -218,6 +229,20 @@ def distance(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
         float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30))
         for a, b in zip(got, want, strict=True)
     )
+
+
+class NormCalls(TorchDispatchMode):
+    """Counts forward calls of the operator that normalizes and rotates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.count += function is torch.ops.fused_rope.norm_rotate_qk.default
+        return function(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True)
@@ -246,7 +271,7 @@ class Contest:
     def enter(self, variant: str) -> None:
         """Compiles and verifies a variant. The first one is the reference for the others."""
         with applied(self.phase.model, variant):
-            got = self.phase.results(self.call)
+            got = self._results("norms" in (VARIANTS[variant] or {}))
             self._want = self._want or got
             far = distance(got, self._want)
             if not far < TOLERANCE:
@@ -254,6 +279,18 @@ class Contest:
             self._block()
         self.distances[variant] = far
         self.samples[variant] = {}
+
+    def _results(self, normalizes: bool) -> list[Tensor]:
+        """The phase's results; an eager call must use the fused norms in all layers."""
+        eager = self.call is self.phase.model
+        if not (eager and normalizes):
+            return self.phase.results(self.call)
+        with NormCalls() as calls:
+            got = self.phase.results(self.call)
+        layers = self.phase.model.config.num_hidden_layers
+        if not calls.count or calls.count % layers:
+            raise AssertionError(f"{calls.count} calls with norms in {layers} layers")
+        return got
 
     def round(self) -> None:
         """Measures one block of each variant."""
@@ -357,7 +394,8 @@ class Suite:
         try:
             call = self._call(model, mode)
             contest = Contest(PHASES[phase](model, self.sizes, self.device), call, self.effort)
-            self._enter(contest, where, self.args.variants or MODES[mode])
+            variants = [v for v in self.args.variants or MODES[mode] if fits(v, name)]
+            self._enter(contest, where, variants)
             entered = time.monotonic() - start
             for number in range(self.effort.rounds):
                 if number < 2 or time.monotonic() < self.deadline:

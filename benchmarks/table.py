@@ -305,12 +305,16 @@ def _ratio(value: float) -> str:
 def _models(content: dict[str, Any]) -> str:
     """A line per model, mode and phase."""
     found, peak = _model_figures(content)
-    columns = {"patched": "`patch(model)`", "patched_fused": '`compiled="fused"`'}
-    titles = ["model", "mode", "phase", "original", *columns.values()]
-    lines = [
-        _line([*titles, "memory", "memory, fused"]),
-        _line(["---"] * 3 + ["---:"] * 5),
-    ]
+    columns = {
+        "patched": ("`patch(model)`", "memory"),
+        "patched_fused": ('`compiled="fused"`', "memory, fused"),
+        "norms_fused": ('`norms="fused"`', "memory, norms"),
+    }
+    measured = {key[3] for key in found}
+    columns = {name: titles for name, titles in columns.items() if name in measured}
+    times, memories = zip(*columns.values(), strict=True)
+    titles = ["model", "mode", "phase", "original", *times, *memories]
+    lines = [_line(titles), _line(["---"] * 3 + ["---:"] * (len(titles) - 3))]
     for case, mode, phase in dict.fromkeys(key[:3] for key in found):
         key = case, mode, phase
         original = found[(*key, "original")]["median"]

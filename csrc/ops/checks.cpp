@@ -83,14 +83,15 @@ void check_norm(const Call& call) {
   TORCH_CHECK_VALUE(call.cast != Cast::kNever || call.precision == Precision::kFp32, call.op,
                     ": expected cast=\"before\" or \"after\" with precision=\"model\", which ",
                     "rounds the normalized values, got cast=\"never\"");
+  const char* or_float32 = x.scalar_type() == at::kFloat ? "" : " or float32";
   for (int i = 0; i < call.count(); ++i) {
     const OptionalTensor& weight = call.weight(i);
     if (!weight.has_value()) continue;
     const char* name = call.weight_name(i);
     const at::ScalarType type = weight->scalar_type();
     TORCH_CHECK_TYPE(type == x.scalar_type() || type == at::kFloat, call.op, ": expected ", name,
-                     " of ", call.name(i), "'s dtype ", dtype_name(x.scalar_type()),
-                     " or float32, got ", dtype_name(type));
+                     " of ", call.name(i), "'s dtype ", dtype_name(x.scalar_type()), or_float32,
+                     ", got ", dtype_name(type));
     TORCH_CHECK_TYPE(call.cast != Cast::kBefore || type == x.scalar_type(), call.op, ": expected ",
                      name, " of ", call.name(i), "'s dtype ", dtype_name(x.scalar_type()),
                      " with cast=\"before\", got ", dtype_name(type),

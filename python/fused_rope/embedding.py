@@ -248,7 +248,8 @@ class RotaryEmbedding(torch.nn.Module):
             q and k rotated, or q rotated if k is None.
 
         Raises:
-            ValueError: as `fused_rope.norm_rotate_qk`; a weight without eps.
+            ValueError: as `fused_rope.norm_rotate_qk`; options of a norm without eps, or k_weight
+                without k.
             TypeError, IndexError: as `fused_rope.norm_rotate_qk`.
         """
         if q.is_nested:
@@ -292,8 +293,13 @@ class RotaryEmbedding(torch.nn.Module):
             name = f"norm_{name}"
             tensors += (q_weight,) if k is None else (q_weight, k_weight)
             options += (eps, zero_centered, cast, after)
-        elif q_weight is not None or k_weight is not None:
-            raise ValueError("RotaryEmbedding: expected eps with a weight, got eps=None")
+            if k is None and k_weight is not None:
+                raise ValueError("RotaryEmbedding: expected k with k_weight, got k=None")
+        elif not (q_weight is k_weight is None and cast == "never") or zero_centered or after:
+            flags = {"zero_centered": zero_centered, "after": after, "cast": cast != "never"}
+            weights = {"q_weight": q_weight is not None, "k_weight": k_weight is not None}
+            given = ", ".join(name for name, is_given in (weights | flags).items() if is_given)
+            raise ValueError(f"RotaryEmbedding: expected eps with {given}, got eps=None")
         rotated: Tensor | tuple[Tensor, Tensor]
         try:
             rotated = call(name, tensors, positions, offset, cu_seqlens, options)

@@ -962,16 +962,21 @@ def model_suite(tmp_path):
 
 
 def test_original_and_patched_models_are_timed(model_suite):
+    import model
+
     status, content = model_suite("--modes", "eager")
     assert status == 0 and content["meta"]["left_out"] == []
     assert {"device", "torch", "cuda", "commit", "date"} <= content["meta"].keys()
     found = set()
     for row in content["rows"]:
         assert row.keys() >= KEYS - {"bytes"} and row["median"] > 0 and row["baseline"] > 0
-        assert row["distance"] == 0  # bitwise identical
+        limit = model.TOLERANCE if row["provider"] == "norms_fused" else 0  # bitwise identical
+        assert row["distance"] <= limit
         found.add((row["case"], row["direction"], row["provider"], row["metric"]))
     for name in ("llama3_8b", "qwen3_8b"):
-        for variant in ("original", "patched", "patched_rows"):
+        norms = {"norms_fused"} if name == "qwen3_8b" else set()
+        assert norms == {v for n, _, v, _ in found if n == name} - set(model.MODES["eager"][:3])
+        for variant in ("original", "patched", "patched_rows", *norms):
             assert (name, "decode", variant, "host_us") in found
             assert all((name, p, variant, "wall_us") in found for p in ("prefill", "train"))
 
@@ -983,7 +988,18 @@ def test_compiled_models_are_timed_with_both_choices(model_suite):
     )
     assert status == 0 and content["meta"]["left_out"] == []
     variants = {row["provider"] for row in content["rows"]}
-    assert variants == {"original", "patched", "patched_fused"}
+    assert variants == {"original", "patched", "patched_fused", "norms_fused"}
+
+
+def test_norms_that_are_not_fused_are_left_out(model_suite, monkeypatch):
+    from fused_rope.compat._patching import norms
+
+    monkeypatch.setattr(norms.Kind, "fits", lambda self, norm, x: False)
+    status, content = model_suite(
+        *("--models", "qwen3_8b", "--modes", "eager", "--phases", "prefill")
+    )
+    assert status == 0 and {row["provider"] for row in content["rows"]} >= {"patched"}
+    assert ["0 calls with norms in 2 layers" in line for line in content["meta"]["left_out"]] == [1]
 
 
 def test_a_failing_contest_does_not_stop_the_run(model_suite, monkeypatch):

@@ -5,10 +5,13 @@ The processes are started once for each backend; they run every check and write 
 
 from __future__ import annotations
 
+import copy
+import importlib.util
 import os
 import pickle
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import fused_rope
@@ -22,9 +25,18 @@ from torch.nn.functional import scaled_dot_product_attention
 if not dist.is_available():
     pytest.skip("torch is built without torch.distributed", allow_module_level=True)
 
+from fused_rope import functional
 from fused_rope.distributed import contiguous_positions, zigzag_positions
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Replicate,
+    Shard,
+    distribute_module,
+    distribute_tensor,
+)
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -393,6 +405,86 @@ def refusals(mesh: DeviceMesh) -> None:
         fused_rope.rotate_qk(x, q, cos, sin)
     with pytest.raises(NotImplementedError):
         fused_rope.rotate(x, cos, sin, out=distribute_tensor(q, mesh, [Shard(1)]))
+
+
+@contextmanager
+def names_of_calls() -> Iterator[list[str]]:
+    """The operators that are called."""
+    names, call = [], functional.call
+
+    def recorded(name, *arguments):
+        names.append(name)
+        return call(name, *arguments)
+
+    functional.call = recorded
+    try:
+        yield names
+    finally:
+        functional.call = call
+
+
+def fully_sharded_model(mesh: DeviceMesh) -> None:
+    """FSDP gathers the weights of norms where the layer's hook runs; ours reads them there."""
+    from fused_rope.compat.transformers import patch, unpatch
+    from transformers_models import causal
+
+    model = causal("qwen3", "Qwen3").build(device=mesh.device_type).train()
+    reference = copy.deepcopy(model)
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    ids = torch.arange(3, 41, device=mesh.device_type).reshape(2, 19)
+    want = reference(input_ids=ids).logits
+    want.sin().mean().backward()
+    patch(model, norms="fused")
+    try:
+        with names_of_calls() as names:
+            got = model(input_ids=ids).logits
+            got.sin().mean().backward()
+    finally:
+        unpatch(model)
+    assert names == ["norm_rotate_qk"] * 2
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    for (name, p), q in zip(model.named_parameters(), reference.parameters(), strict=True):
+        assert isinstance(p, DTensor) and q.grad.any(), name
+        torch.testing.assert_close(p.grad.full_tensor(), q.grad, rtol=1e-3, atol=1e-6)
+
+
+def distributed_norms(mesh: DeviceMesh) -> None:
+    """Norms whose weights are DTensors run as modules."""
+    from fused_rope.compat.transformers import patch, unpatch
+    from transformers import AttentionInterface
+    from transformers_models import causal
+
+    device, seen = mesh.device_type, []
+
+    def attend(module, q, k, v, *args, **kwargs):
+        seen.append((q, k))
+        return v.transpose(1, 2), None
+
+    AttentionInterface().register("seen", attend)
+    module = causal("qwen3", "Qwen3", num_key_value_heads=4).build(device=device)
+    module = module.model.layers[0].self_attn
+    module.config._attn_implementation = "seen"
+    x, angle = torch.randn(2, 8, 64, device=device), torch.randn(1, 8, 8, device=device)
+    tables = [t.repeat(1, 1, 2) for t in (angle.cos(), angle.sin())]
+    module(x, tuple(tables), None)
+    distribute_module(module, mesh)
+    whole = [distribute_tensor(t, mesh, [Replicate()]) for t in (x, *tables)]
+    patch(module, norms="fused")
+    try:
+        with names_of_calls() as names:
+            module(whole[0], tuple(whole[1:]), None)
+    finally:
+        unpatch(module)
+    assert not any(name.startswith("norm") for name in names)
+    for got, want in zip(seen[1], seen[0], strict=True):
+        torch.testing.assert_close(got.full_tensor(), want)
+
+
+if importlib.util.find_spec("transformers"):
+    check(fully_sharded_model)
+    check(distributed_norms)
 
 
 class Attention(nn.Module):

@@ -230,12 +230,35 @@ def test_empty(sizes, device):
     assert (dw == 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("D", [6, 64, 128, 160, 514])
+@EACH_ORDER
+def test_does_not_depend_on_the_batch(dtype, D, after, device):
+    """A head's result is bitwise the same alone."""
+    x = tensor("bshd", 3, 70, 5, D, dtype, device)
+    cos, sin = angles(70, D // 2, device)
+    weight = weight_of(D, dtype, device)
+    kw = dict(eps=EPS, after=after)
+    whole = fused_rope.norm_rotate(x, cos, sin, weight, **kw)
+    for b, token, head in [(0, 0, 0), (1, 33, 4), (2, 69, 2)]:
+        alone = x[b, token, head][None, None, None]
+        got = fused_rope.norm_rotate(alone, cos, sin, weight, offset=token, **kw)
+        same(got[0, 0, 0], whole[b, token, head])
+    same(fused_rope.norm_rotate(x[1:2, :, 1:3], cos, sin, weight, **kw), whole[1:2, :, 1:3])
+
+
 def test_special_values(device):
-    x = torch.ones(1, 5, 1, 8, device=device)
+    """A NaN and an infinity stay in their heads, forward and backward."""
+    x = torch.ones(1, 5, 2, 8, device=device)
     x[0, 0], x[0, 1, 0, 3], x[0, 2, 0, 3] = 0, float("inf"), float("nan")
-    got = fused_rope.norm_rotate(x, *angles(5, 4, device), eps=EPS)[0, :, 0]
+    x.requires_grad_()
+    y = fused_rope.norm_rotate(x, *angles(5, 4, device), eps=EPS)
+    [dx] = torch.autograd.grad(y, x, torch.ones_like(y))
+    got, gradient = y[0, :, 0], dx[0, :, 0]
     assert (got[0] == 0).all() and got[1].isnan().any() and got[2].isnan().all()
-    assert got[3:].isfinite().all()
+    assert gradient[1].isnan().any() and gradient[2].isnan().all()
+    for values in (y[0, :, 1], dx[0, :, 1], got[3:], gradient[3:], gradient[0]):
+        assert values.isfinite().all()
 
 
 def test_module(device):
@@ -251,8 +274,28 @@ def test_module(device):
             same(x, y)
         del kw["layout"], kw["precision"]
         same(rope(q, q_weight=weights[0], **kw), want[0])
-        with pytest.raises(ValueError, match="expected eps"):
-            rope(q, q_weight=weights[0])
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        dict(q_weight=torch.ones(16)),
+        dict(k_weight=torch.ones(16)),
+        dict(zero_centered=True),
+        dict(cast="before"),
+        dict(after=True),
+    ],
+    ids=lambda option: next(iter(option)),
+)
+def test_module_refuses_what_has_no_effect(option):
+    rope = fused_rope.RotaryEmbedding(16)
+    q = torch.randn(1, 6, 3, 16)
+    [name] = option
+    with pytest.raises(ValueError, match=f"RotaryEmbedding: expected eps with {name}, got"):
+        rope(q, q, **option)
+    if name == "k_weight":
+        with pytest.raises(ValueError, match="RotaryEmbedding: expected k with k_weight, got"):
+            rope(q, eps=EPS, **option)
 
 
 # --- errors ------------------------------------------------------------------------------------
@@ -312,6 +355,21 @@ def test_errors(name, kind, word, changes, device):
         call(name, xs, tables, weights, kw | changes)
     for x, copy in zip(written, before, strict=True):
         same(x, copy)
+
+
+@pytest.mark.parametrize(
+    "x,weight,expected",
+    [
+        (torch.float32, torch.bfloat16, "float32, got bfloat16"),
+        (torch.bfloat16, torch.float16, "bfloat16 or float32, got float16"),
+        (torch.float64, torch.bfloat16, "float64 or float32, got bfloat16"),
+    ],
+)
+def test_dtypes_of_weights_that_are_named(x, weight, expected, device):
+    xs = [torch.randn(2, 5, heads, 16, device=device).to(x) for heads in (3, 2)]
+    weights = weight_of(16, x, device), weight_of(16, weight, device)
+    with pytest.raises(TypeError, match=f"expected k_weight of k's dtype {expected}$"):
+        fused_rope.norm_rotate_qk(*xs, *angles(5, 8, device), *weights, eps=EPS)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -110,6 +110,85 @@ def test_gradients_are_those_of_eager_code(cast, precision, device):
         torch.testing.assert_close(got, want, rtol=2**-6, atol=2**-6 * float(want.abs().max()))
 
 
+# Inputs and gradients of shape [3, 300, 5, 64] from values: the same ones in other memory.
+MEMORY = {
+    "heads first": lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
+    "tokens first": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
+    "elements first": lambda t: t.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0),
+    "unaligned": lambda t: torch.cat([t[..., :3], t, t[..., :2]], -1)[..., 3:-2],
+    "a head's width between": lambda t: torch.stack([t, t], 3)[:, :, :, 1],
+}
+MORE = ["bhsd", "thd", "with k", "threads", "other heads"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("how", [*MEMORY, *MORE])
+@EACH_ORDER
+def test_gradients_do_not_depend_on(how, dtype, after, device):
+    """Memory, layout, company and threads change no bit of dx and dw."""
+    x, g = (tensor("bshd", 3, 300, 5, 64, dtype, device) for _ in range(2))
+    weight, tables = weight_of(64, dtype, device), angles(300, 32, device)
+    kw = dict(eps=EPS, after=after)
+
+    def gradients(x, g, weight=weight, **more):
+        X, W = leaves(x, weight)
+        X = X if X.stride() == x.stride() else x.detach().requires_grad_()
+        return torch.autograd.grad(fused_rope.norm_rotate(X, *tables, W, **kw, **more), (X, W), g)
+
+    dx, dw = gradients(x, g)
+    if how in MEMORY:
+        found = gradients(MEMORY[how](x), g), gradients(x, MEMORY[how](g))
+    elif how == "bhsd":
+        first, second = gradients(x.transpose(1, 2), g.transpose(1, 2), layout="bhsd")
+        found = [(first.transpose(1, 2), second)]
+    elif how == "thd":
+        positions = torch.arange(300, device=device).repeat(3)
+        packed = (t.flatten(0, 1) for t in (x, g))
+        first, second = gradients(*packed, layout="thd", positions=positions)
+        found = [(first.view_as(x), second)]
+    elif how == "with k":
+        X, W = leaves(x, weight)
+        k = tensor("bshd", 3, 300, 2, 64, dtype, device).requires_grad_()
+        outs = fused_rope.norm_rotate_qk(X, k, *tables, W, None, **kw)
+        found = [torch.autograd.grad(outs, (X, W, k), (g, k.detach()))[:2]]
+    elif how == "threads":
+        before = torch.get_num_threads()
+        torch.set_num_threads(before + 3)
+        found = [gradients(x, g)]
+        torch.set_num_threads(before)
+    else:  # of dx alone
+        found = [
+            (torch.cat([gradients(t, d)[0] for t, d in zip(*parts, strict=True)], 2), dw)
+            for parts in [(x.split(1, 2), g.split(1, 2))]
+        ]
+    for first, second in found:
+        same(first, dx)
+        same(second, dw)
+
+
+def test_gradients_of_zeros_and_expanded_gradients(device):
+    x = torch.zeros(2, 3, 2, 16, device=device)
+    x[1] = torch.randn(3, 2, 16)
+    weight, tables = torch.randn(16, device=device), angles(3, 8, device)
+    for after in (False, True):
+        X, W = leaves(x, weight)
+        y = fused_rope.norm_rotate(X, *tables, W, eps=EPS, after=after)
+        expanded = torch.autograd.grad(y.sum(), (X, W), retain_graph=True)
+        dense = torch.autograd.grad(y, (X, W), torch.ones_like(y))
+        for got, want in zip(expanded, dense, strict=True):
+            assert got.isfinite().all()
+            same(got, want)
+
+
+def test_gradient_of_an_expanded_weight(device):
+    x, tables = torch.randn(2, 3, 2, 16, device=device), angles(3, 8, device)
+    [scale] = leaves(torch.tensor(2.0, device=device))
+    y = fused_rope.norm_rotate(x, *tables, scale.expand(16), eps=EPS)
+    same(y, fused_rope.norm_rotate(x, *tables, torch.full_like(x[0, 0, 0], 2), eps=EPS))
+    got = torch.autograd.grad(y.sum(), scale)[0]
+    torch.testing.assert_close(got, y.detach().sum() / 2)
+
+
 SUBSETS = [(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (1, 1, 0, 0), (0, 1, 1, 0)]
 
 

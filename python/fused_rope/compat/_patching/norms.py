@@ -98,6 +98,25 @@ class Kind:
         )
 
 
+class _Instance(NamedTuple):
+    """The kind of a module, while its class and its attributes are those of then."""
+
+    kind: Kind | None
+    norm: type
+    forward: Any
+    size: int
+    values: tuple[tuple[str, Any], ...]
+
+    def holds(self, norm: torch.nn.Module) -> bool:
+        own = norm.__dict__
+        return (
+            self.norm is type(norm)
+            and self.forward is type(norm).forward
+            and self.size == len(own)
+            and (not self.values or all(own.get(name) is value for name, value in self.values))
+        )
+
+
 # A float64 input is normalized in float32 by transformers, unlike by the operator.
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _CASTS = ("before", "after")
@@ -105,7 +124,7 @@ _EPS = ("variance_epsilon", "eps", "epsilon")
 _WIDTH = 64
 
 _kinds: dict[tuple[type, Any, bool], Kind | None] = {}
-_instances: weakref.WeakKeyDictionary[torch.nn.Module, Kind | None] = weakref.WeakKeyDictionary()
+_instances: weakref.WeakKeyDictionary[torch.nn.Module, _Instance] = weakref.WeakKeyDictionary()
 
 
 def _is_bare(norm: torch.nn.Module) -> bool:
@@ -128,17 +147,19 @@ def kind_of(norm: Any) -> Kind | None:
     """The kind of a norm module, if its class is known (`learn`) and it has no other attributes."""
     if not isinstance(norm, torch.nn.Module):
         return None
-    if norm in _instances:
-        kind = _instances[norm]
-    else:
-        weighted = norm._parameters.get("weight") is not None
-        kind = _kinds.get((type(norm), type(norm).forward, weighted))
-        if kind is not None and not _same_attributes(kind, norm):
-            kind = None
-        _instances[norm] = kind
-    if kind is None or kind.norm is not type(norm) or kind.forward is not type(norm).forward:
-        return None
-    return kind
+    known = _instances.get(norm)
+    if known is None or not known.holds(norm):
+        known = _instances[norm] = _instance(norm)
+    return known.kind
+
+
+def _instance(norm: torch.nn.Module) -> _Instance:
+    forward = type(norm).forward
+    kind = _kinds.get((type(norm), forward, norm._parameters.get("weight") is not None))
+    if kind is not None and not _same_attributes(kind, norm):
+        kind = None
+    values = () if kind is None else tuple(_attributes(norm, kind.eps).items())
+    return _Instance(kind, type(norm), forward, len(vars(norm)), values)
 
 
 def _same_attributes(kind: Kind, norm: torch.nn.Module) -> bool:
@@ -336,6 +357,8 @@ def joint(calls: tuple[Any, ...], precision: str, after: bool = False) -> Norm |
     if len(arithmetic) > 1:
         return None
     eps, zero_centered, cast = arithmetic.pop()
+    if not isinstance(eps, float):
+        return None
     weights = tuple(call.norm._parameters.get("weight") for call in waiting)
     return Norm(weights, eps, zero_centered, "never" if precision == "fp32" else cast, after)
 
