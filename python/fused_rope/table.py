@@ -16,8 +16,9 @@ from torch import Tensor
 from .functional import cos_sin_table
 from .tracing import fake_mode_of, is_capturing, outside_modes
 
-__all__ = ["DeviceCopies", "Pair", "Table", "shared_table"]
+__all__ = ["MAX_ROWS", "DeviceCopies", "Pair", "Table", "shared_table"]
 
+MAX_ROWS = 2**31 + 1  # of `cos_sin_table`, which is exact up to row 2^31
 _CPU = torch.device("cpu")
 
 
