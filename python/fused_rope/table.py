@@ -69,6 +69,12 @@ class DeviceCopies:
         """Replaces the host tensors by equal ones."""
         self._copies[_CPU] = host
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> DeviceCopies:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return DeviceCopies, self._copies[_CPU]
+
     def _copy(self, device: torch.device) -> tuple[Tensor, ...]:
         if is_capturing(device):
             raise RuntimeError(
