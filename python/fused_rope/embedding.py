@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 from torch import Tensor
 
+from .frequencies import rope_type, whole_number
 from .functional import call, nested_error, refuse_scripting
 from .hf_config import buffer_order, config_arguments
 from .reference import table_rows
 from .scaled_frequencies import ScaledFrequencies
+from .table import MAX_ROWS
 from .table_cache import TableCache
 from .tracing import fake_mode_of
 from .types import Cast, Layout, Precision
@@ -27,6 +29,9 @@ _DEFAULTS = {
     "axes": None,
     "precision": "fp32",
 }
+
+
+_MAX_AXES = 8
 
 
 class RotaryEmbedding(torch.nn.Module):
@@ -70,7 +75,9 @@ class RotaryEmbedding(torch.nn.Module):
         max_seq_len: the minimum number of rows M of a table; `reserve` raises it.
 
     Raises:
-        ValueError: sizes do not match, the layout or rope_type is unknown, or scaling lacks a key.
+        ValueError: sizes do not match, a number is out of range, the layout, precision or rope_type
+            is unknown, or scaling is not what `fused_rope.frequencies.frequencies` reads.
+        TypeError: a size or an axis is not an int, base not a number, or scaling not a mapping.
 
     Example:
         >>> rope = RotaryEmbedding(64, layout="bhsd")
@@ -102,17 +109,24 @@ class RotaryEmbedding(torch.nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.head_dim = head_dim
-        self.rotary_dim = head_dim - rotary_offset if rotary_dim is None else rotary_dim
-        self.rotary_offset = rotary_offset
+        self.head_dim = _int("head_dim", head_dim)
+        self.rotary_offset = _int("rotary_offset", rotary_offset)
+        self.rotary_dim = (
+            self.head_dim - self.rotary_offset
+            if rotary_dim is None
+            else _int("rotary_dim", rotary_dim)
+        )
         self.base = base
+        rope_type(scaling or {})  # refuses what is not a mapping
         self.scaling = None if scaling is None else dict(scaling)
         self.layout = layout
         self.interleaved = interleaved
-        self.blocks = blocks
-        self.axes = None if axes is None else tuple(axes)
+        self.blocks = _int("blocks", blocks)
+        self.axes = None if axes is None else tuple(_int("each of axes", axis) for axis in axes)
         self.precision = precision
+        max_seq_len = _rows("max_seq_len", max_seq_len)
         self._check()
+        self._dims = len(layout)
         self._sequence_dim = layout.index("t" if layout == "thd" else "s")
         self._batch_dim = None if layout == "thd" else layout.index("b")
         frequencies = ScaledFrequencies(self.rotary_dim, base, self.scaling, blocks)
@@ -176,7 +190,10 @@ class RotaryEmbedding(torch.nn.Module):
         arguments = config_arguments(
             hf_config, layer_type, interleaved=interleaved, max_seq_len=max_seq_len
         )
-        rope = cls(layout=layout, device=device, **arguments)
+        try:
+            rope = cls(layout=layout, device=device, **arguments)
+        except ValueError as error:
+            raise ValueError(f"from_config: {type(hf_config).__name__}: {error}") from None
         rope._buffer_order = buffer_order(hf_config)
         return rope
 
@@ -248,21 +265,24 @@ class RotaryEmbedding(torch.nn.Module):
             q and k rotated, or q rotated if k is None.
 
         Raises:
-            ValueError: as `fused_rope.norm_rotate_qk`; options of a norm without eps, or k_weight
-                without k.
+            ValueError: as `fused_rope.norm_rotate_qk`; a weight or an option of the norm without
+                eps, or k_weight without k.
             TypeError, IndexError: as `fused_rope.norm_rotate_qk`.
         """
+        if not isinstance(q, Tensor):
+            raise TypeError(f"RotaryEmbedding: expected q to be a Tensor, got {type(q).__name__}")
         if q.is_nested:
             raise nested_error("RotaryEmbedding")
         shape = q.shape
-        if shape[-1] != self.head_dim:
+        if len(shape) != self._dims or shape[-1] != self.head_dim:
             raise ValueError(
-                f"RotaryEmbedding: expected q with D={self.head_dim}, got {tuple(shape)}"
+                f"RotaryEmbedding: expected q of {self._dims} dimensions in layout {self.layout} "
+                f"with D={self.head_dim}, got {tuple(shape)}"
             )
         rows = None
         # Check for int first: a failing isinstance check against Tensor is slow.
         if (
-            (type(offset) is int or not isinstance(offset, Tensor))
+            (type(offset) is int or (not isinstance(offset, Tensor) and hasattr(offset, "__int__")))
             and positions is None
             and cu_seqlens is None
         ):
@@ -290,6 +310,8 @@ class RotaryEmbedding(torch.nn.Module):
         name = "rotate" if k is None else "rotate_qk"
         tensors: tuple[Tensor | None, ...] = (q, *pair) if k is None else (q, k, *pair)
         if eps is not None:
+            if k is None and k_weight is not None:
+                raise ValueError("RotaryEmbedding: expected k with k_weight, got k=None")
             name = f"norm_{name}"
             tensors += (q_weight,) if k is None else (q_weight, k_weight)
             options += (eps, zero_centered, cast, after)
@@ -355,12 +377,15 @@ class RotaryEmbedding(torch.nn.Module):
         Args:
             rows: the number of rows, such as the longest sequence.
 
+        Raises:
+            ValueError: rows is negative or above 2^31 + 1. TypeError: it is not an int.
+
         Example:
             >>> rope = RotaryEmbedding(64)
             >>> rope.reserve(8192)
             >>> q = rope(torch.randn(1, 1, 8, 64), positions=torch.tensor([8191]))
         """
-        self._tables.reserve(rows)
+        self._tables.reserve(_rows("rows", rows))
 
     def extra_repr(self) -> str:
         parts = [
@@ -377,7 +402,7 @@ class RotaryEmbedding(torch.nn.Module):
     def _advice_for_rows(self, error: str) -> str:
         """What to do about a position beyond the table."""
         found = re.search(r"M=(\d+)\), got (\d+)", error)
-        if found is None:
+        if found is None or int(found[2]) >= MAX_ROWS:
             return ""
         return (
             f": where tensors give positions, the module's table has max_seq_len={found[1]} rows: "
@@ -407,9 +432,29 @@ class RotaryEmbedding(torch.nn.Module):
             raise ValueError(
                 f"RotaryEmbedding: expected axes of P={R // 2} ints, got {len(self.axes)} ints"
             )
+        if self.axes and not 0 <= min(self.axes) <= max(self.axes) < _MAX_AXES:
+            raise ValueError(
+                f"RotaryEmbedding: expected axes in [0, {_MAX_AXES}), got {list(self.axes)}"
+            )
         if self.layout not in ("bshd", "bhsd", "sbhd", "thd"):
             raise ValueError(
                 f"RotaryEmbedding: expected layout bshd, bhsd, sbhd or thd, got {self.layout!r}"
+            )
+        if self.precision not in ("fp32", "model"):
+            raise ValueError(
+                f"RotaryEmbedding: expected precision fp32 or model, got {self.precision!r}"
+            )
+        self._check_rotary_factor()
+
+    def _check_rotary_factor(self) -> None:
+        """Raises if a partial_rotary_factor of scaling contradicts rotary_dim."""
+        part = (self.scaling or {}).get("partial_rotary_factor")
+        if part is None or rope_type(self.scaling or {}) == "proportional":
+            return  # proportional scaling reads it
+        if self.rotary_dim != int(self.head_dim * part):
+            raise ValueError(
+                f"RotaryEmbedding: scaling has partial_rotary_factor={part}, but rotary_dim is "
+                f"{self.rotary_dim}: pass rotary_dim={int(self.head_dim * part)}"
             )
 
     def _axes_of(self, positions: Tensor | None, q: Tensor) -> tuple[int, ...] | None:
@@ -430,6 +475,17 @@ class RotaryEmbedding(torch.nn.Module):
         if device != self._tables.device:
             self._tables.move(device)
         return self
+
+
+def _int(name: str, value: Any) -> int:
+    return whole_number("RotaryEmbedding", name, value)
+
+
+def _rows(name: str, value: Any) -> int:
+    rows = _int(name, value)
+    if not 0 <= rows <= MAX_ROWS:
+        raise ValueError(f"RotaryEmbedding: expected {name} in [0, {MAX_ROWS}], got {rows}")
+    return rows
 
 
 def _positions(

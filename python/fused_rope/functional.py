@@ -811,6 +811,15 @@ def cos_sin_table(
             f"cos_sin_table: expected inv_freq to be a tensor [P], got {inv_freq!r}: pass "
             "fused_rope.inv_freq(head_dim, base)"
         )
+    for name, value, expected, fits in (
+        ("rows", rows, "an int", isinstance(rows, int) or hasattr(rows, "__index__")),
+        ("first", first, "an int", isinstance(first, int) or hasattr(first, "__index__")),
+        ("scale", scale, "a number", not isinstance(scale, str) and hasattr(scale, "__float__")),
+        ("dtype", dtype, "a torch.dtype", isinstance(dtype, torch.dtype)),
+    ):
+        if not fits:
+            got = type(value).__name__
+            raise TypeError(f"cos_sin_table: expected {name} to be {expected}, got {got}")
     target = None if device is None else torch.device(device)
     table: tuple[Tensor, Tensor] = _ops.cos_sin_table(inv_freq, rows, first, scale, dtype, target)
     return table
@@ -834,8 +843,10 @@ def _(
 
 def check_pair(operator: str, out: tuple[Tensor, Tensor]) -> None:
     """Raises TypeError unless `out` is a pair."""
-    if isinstance(out, Tensor) or len(out) != 2:
-        got = "one tensor" if isinstance(out, Tensor) else f"{len(out)} tensors"
+    listed = isinstance(out, Sequence) and not isinstance(out, str)
+    if not listed or len(out) != 2:
+        one = "one tensor" if isinstance(out, Tensor) else type(out).__name__
+        got = f"{len(out)} tensors" if listed else one
         raise TypeError(f"{operator}: expected out to be a pair of tensors, got {got}")
 
 

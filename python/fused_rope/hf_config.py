@@ -8,41 +8,24 @@ models' own modules. What neither the config nor `_FAMILIES` states is a ValueEr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .frequencies import mrope_axes
+from .frequencies import COMMON_KEYS, KEYS, mrope_axes
 
 __all__ = ["buffer_order", "config_arguments"]
 
 _MAX_DEFAULT_ROWS = 2048
-_KEYS = {
-    "default": (),
-    "linear": ("factor",),
-    "dynamic": ("factor",),
-    "yarn": (
-        "factor",
-        "attention_factor",
-        "beta_fast",
-        "beta_slow",
-        "mscale",
-        "mscale_all_dim",
-        "truncate",
-    ),
-    "longrope": ("factor", "attention_factor", "short_factor", "long_factor"),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-    "proportional": ("factor",),
-}
-# Read for every rope_type, or by attention and not by the rotation.
-_COMMON_KEYS = (
-    "rope_type",
-    "type",
-    "rope_theta",
-    "partial_rotary_factor",
-    "original_max_position_embeddings",
-    "max_position_embeddings",
-    "llama_4_scaling_beta",
+_KINDS: tuple[str, ...] = (
+    "default",
+    "linear",
+    "dynamic",
+    "yarn",
+    "longrope",
+    "llama3",
+    "proportional",
 )
 _BASE_NAMES = (
     "rope_theta",
@@ -81,6 +64,7 @@ def config_arguments(
     Raises:
         ValueError: the config lacks an entry, or has an unknown one.
     """
+    _refuse_what_is_no_config(config)
     reader = _Reader(config)
     family = _find_family(reader, interleaved)
     stated = _rope_parameters(reader, family, layer_type)
@@ -310,6 +294,20 @@ _FAMILIES: dict[str, _Family] = {
 }
 
 
+def _refuse_what_is_no_config(config: Any) -> None:
+    if isinstance(config, type):
+        got, advice = f"the class {config.__name__}", "pass an instance"
+    elif isinstance(config, str):
+        got, advice = f"the str {config!r}", "load it first, by AutoConfig.from_pretrained"
+    elif hasattr(config, "parameters") and hasattr(config, "config"):
+        got, advice = f"the model {type(config).__name__}", "pass model.config"
+    elif isinstance(config, (type(None), int, float, bytes, list, tuple)):
+        got, advice = repr(config), "pass that of the model"
+    else:
+        return
+    raise ValueError(f"from_config: expected a config or its to_dict(), got {got}: {advice}")
+
+
 def _find_family(reader: _Reader, interleaved: bool | None) -> _Family:
     parts = reader.sub_configs()
     model_type = reader.model_type
@@ -384,7 +382,11 @@ class _Reader:
     def checked(self, name: str, value: Any) -> float | None:
         if value is None:
             return None
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float))
+            or not 0 < value < math.inf
+        ):
             raise self.error(f"has {name}={value!r}, expected a number > 0")
         return value
 
@@ -402,8 +404,7 @@ class _Reader:
         found = []
         for name, value in entries.items():
             inner = value if isinstance(value, Mapping) else getattr(value, "__dict__", {})
-            model_type = inner.get("model_type") or getattr(value, "model_type", None)
-            if str(name).endswith("_config") and model_type:
+            if inner.get("model_type") or getattr(value, "model_type", None):
                 found.append(str(name))
         return tuple(sorted(found, key=lambda name: ("text" not in name, name)))
 
@@ -479,7 +480,7 @@ def _kind(reader: _Reader, family: _Family, stated: Mapping[str, Any]) -> str:
     kind = stated.get("rope_type", stated.get("type", "default"))
     kind = {"mrope": "default", "su": "longrope"}.get(str(kind), str(kind))
     planar = family.axes in _PLANES
-    known = ("default", "axial") if planar else tuple(_KEYS)
+    known = ("default", "axial") if planar else _KINDS
     if family.mscale:
         known = ("default", "longrope")
     version = "5" if reader.get("rope_parameters") else "4"
@@ -496,7 +497,7 @@ def _refuse_unknown_keys(
     reader: _Reader, family: _Family, kind: str, stated: Mapping[str, Any]
 ) -> None:
     """Raises for keys that no known model of this kind reads: they may change its numbers."""
-    read = {*_KEYS[kind], *_COMMON_KEYS, *family.ignored}
+    read = {*KEYS[kind], *COMMON_KEYS, *family.ignored}
     if family.axes or family is _ANY:
         read |= {"mrope_section", "mrope_interleaved", "interleaved"}
     if family.mscale and kind == "longrope":
@@ -557,7 +558,7 @@ def _scaling(reader: _Reader, kind: str, stated: Mapping[str, Any]) -> dict[str,
     """The keys of `frequencies`; lengths that the scaling does not state are the config's."""
     if kind == "default":
         return {}
-    scaling = {key: stated[key] for key in _KEYS[kind] if key in stated}
+    scaling = {key: stated[key] for key in KEYS[kind] if key in stated}
     for key, value in scaling.items():
         if key.endswith("_factor") and isinstance(value, Sequence):
             for number in value:
@@ -566,11 +567,12 @@ def _scaling(reader: _Reader, kind: str, stated: Mapping[str, Any]) -> dict[str,
             reader.checked(key, value)
     if kind in ("dynamic", "yarn", "longrope", "llama3"):
         length = reader.number("max_position_embeddings")
-        trained = reader.checked("length", stated.get("original_max_position_embeddings"))
+        name = "original_max_position_embeddings"
+        trained = reader.checked(name, stated.get(name))
         trained = length if kind == "dynamic" else trained or length
         if trained is None:
             raise reader.error(f"has rope_type {kind!r} and no max_position_embeddings")
-        scaling["original_max_position_embeddings"] = trained
+        scaling[name] = trained
         if kind in ("yarn", "longrope") and length:
             scaling.setdefault("factor", length / trained)
     if kind == "proportional":

@@ -16,8 +16,9 @@ from torch import Tensor
 from .functional import cos_sin_table
 from .tracing import fake_mode_of, is_capturing, outside_modes
 
-__all__ = ["DeviceCopies", "Pair", "Table", "shared_table"]
+__all__ = ["MAX_ROWS", "DeviceCopies", "Pair", "Table", "shared_table"]
 
+MAX_ROWS = 2**31 + 1  # of `cos_sin_table`, which is exact up to row 2^31
 _CPU = torch.device("cpu")
 
 
@@ -67,6 +68,12 @@ class DeviceCopies:
     def replace_host(self, *host: Tensor) -> None:
         """Replaces the host tensors by equal ones."""
         self._copies[_CPU] = host
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DeviceCopies:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return DeviceCopies, self._copies[_CPU]
 
     def _copy(self, device: torch.device) -> tuple[Tensor, ...]:
         if is_capturing(device):

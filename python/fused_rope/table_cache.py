@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .functional import cos_sin_table
 from .scaled_frequencies import ScaledFrequencies
-from .table import Pair
+from .table import MAX_ROWS, Pair
 from .tracing import in_dynamo, is_strictly_fake, is_traced
 
 __all__ = ["TableCache"]
@@ -81,12 +81,16 @@ class TableCache:
             self._take(0, self.device)
 
     def _take(self, rows: int, device: torch.device) -> Pair | None:
+        if rows > MAX_ROWS:
+            raise ValueError(
+                f"RotaryEmbedding: expected positions in [0, {MAX_ROWS}), got offset + S = {rows}"
+            )
         span = self.frequencies.span(rows)
         if span is None:
             return None
         M, low = max(self.min_rows, 1), -math.inf
         while rows > M:
-            M, low = 2 * M, M
+            M, low = min(2 * M, MAX_ROWS), M
         pair = span.table.pair(M, device)
         if span.table.is_complete(M, device):
             self._recent = Recent(device, max(low, span.low), min(M, span.high), pair)

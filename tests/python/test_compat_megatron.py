@@ -253,3 +253,38 @@ def test_original(batch, mla, dtype, original):
     megatron.patch()
     for x, y in zip(routed(), want, strict=True):
         same(x, y)
+
+
+def test_a_single_row_is_that_of_all_tokens(device):
+    """As in the original, where angles broadcast."""
+    t = torch.randn(S, B, H, D, device=device)
+    for batch in (1, B):
+        freqs = angles(batch=batch, rows=1, device=device)[0] + 0.5
+        got = apply_rotary_pos_emb_bshd(t, freqs)
+        same(got, apply_rotary_pos_emb_bshd(t, freqs.expand(S, -1, -1, -1).contiguous()))
+
+
+def test_patch_leaves_what_other_code_bound(modules):
+    """Neither reported as bound nor overwritten."""
+    rope_utils, _ = modules
+    megatron.patch()
+    theirs = rope_utils.fused_apply_rotary_pos_emb = lambda t, freqs: t
+    names = megatron.patch()
+    assert rope_utils.fused_apply_rotary_pos_emb is theirs and len(names) == 5
+    assert not any(name.endswith(".fused_apply_rotary_pos_emb") for name in names)
+    megatron.unpatch()
+    assert rope_utils.fused_apply_rotary_pos_emb is theirs
+    assert rope_utils._apply_rotary_pos_emb_bshd is None
+
+
+def test_patch_of_a_module_that_is_imported_again(modules, monkeypatch):
+    rope_utils, _ = modules
+    first = megatron.patch()
+    again = ModuleType(rope_utils.__name__)
+    vars(again).update({name: None for name in megatron._IN_ROPE_UTILS})
+    monkeypatch.setitem(sys.modules, again.__name__, again)
+    assert megatron.patch() == first
+    assert again.fused_apply_rotary_pos_emb is fused_apply_rotary_pos_emb
+    megatron.unpatch()
+    assert again.fused_apply_rotary_pos_emb is None
+    assert rope_utils.fused_apply_rotary_pos_emb is None

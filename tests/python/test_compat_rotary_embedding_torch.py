@@ -530,3 +530,28 @@ def test_original_function(name, device):
     axial = [m(R, freqs_for="pixel").get_axial_freqs(4, 5, offsets=(1, 2))
              for m in (RotaryEmbedding, original.RotaryEmbedding)]  # fmt: skip
     torch.testing.assert_close(*axial, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["trace", "export"])
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace")
+def test_xpos_of_other_lengths_than_the_traced_one(how):
+    """The middle of the sequence, where the scale is 1, is that of each call."""
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rotary = RotaryEmbedding(R, use_xpos=True)
+
+        def forward(self, q, k):
+            return self.rotary.rotate_queries_and_keys(q, k)
+
+    q, net = torch.randn(B, H, S, D), Net()
+    if how == "trace":
+        traced = torch.jit.trace(net, (q, q))
+    else:
+        length = torch.export.Dim("S", min=2, max=64)
+        traced = torch.export.export(net, (q, q), dynamic_shapes=({2: length},) * 2).module()
+    for length in (4, S, 40):
+        x = torch.randn(B, H, length, D)
+        for got, want in zip(traced(x, x), net(x, x), strict=True):
+            same(got, want)

@@ -105,6 +105,16 @@ def test_patch(rope):
     assert MRoPE().apply_rotary_emb(q, q, tables[1])[0] is q
 
 
+def test_patch_leaves_what_other_code_bound(rope):
+    torchtitan.patch()
+    theirs = staticmethod(lambda query, key, rope_cache: (key, query))
+    rope.ComplexRoPE.apply_rotary_emb = theirs
+    assert torchtitan.patch() == ["torchtitan.models.common.rope.CosSinRoPE.apply_rotary_emb"]
+    torchtitan.unpatch()
+    assert vars(rope.ComplexRoPE)["apply_rotary_emb"] is theirs
+    assert rope.CosSinRoPE.apply_rotary_emb is not apply_rotary_emb
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_original(dtype):
     """Bitwise on the CPU, forward and backward, through its modules."""

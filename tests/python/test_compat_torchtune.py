@@ -1,6 +1,8 @@
 """torchtune's modules: text with each of its pairings and roundings, and the 2-D one of vision."""
 
+import copy
 import inspect
+import pickle
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from fused_rope.compat.torchtune import (
     VisionRotaryPositionalEmbeddings,
 )
 from oracle import DTYPES, bits, same
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 B, S, H, D, M = 2, 7, 4, 32, 64
 
@@ -191,3 +194,16 @@ def test_original():
             sizes.update(max_num_tiles=2, dim=D // 2)
         got, want = (m(**sizes)(x) for m in (VisionRotaryPositionalEmbeddings, Vision))
         torch.testing.assert_close(got, want, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("allowed", [False, True], ids=["strict", "non-fake inputs allowed"])
+def test_vision_rotates_after_fake_calls(allowed):
+    """A memory estimate under FakeTensorMode, then a real step."""
+    x = torch.randn(2, 2 * 10, 4, 32)
+    want = VisionRotaryPositionalEmbeddings(10, 30, 32)(x)
+    with FakeTensorMode(allow_non_fake_inputs=allowed):
+        made = VisionRotaryPositionalEmbeddings(10, 30, 32)
+        assert made(torch.empty(2, 20, 4, 32)).shape == want.shape
+    same(made(x), want)
+    same(copy.deepcopy(made)(x), want)
+    same(pickle.loads(pickle.dumps(made))(x), want)

@@ -243,14 +243,96 @@ def test_compiled_decode_does_not_recompile():
         ("blocks", {"blocks": 0}),
         ("blocks", {"blocks": 2, "interleaved": True}),
         ("axes", {"axes": [0, 1]}),
+        (r"axes in \[0, 8\)", {"axes": [8] * 32}),
+        (r"axes in \[0, 8\)", {"axes": [-1] * 32}),
+        ("max_seq_len", {"max_seq_len": -1}),
+        ("max_seq_len", {"max_seq_len": 2**40}),
+        ("precision", {"precision": "fp16"}),
         ("layout", {"layout": "shbd"}),
         ("rope_type", {"scaling": {"rope_type": "spiral"}}),
         ("factor", {"scaling": {"rope_type": "linear"}}),
+        ("base=500000.0", {"scaling": {"rope_type": "default", "rope_theta": 5e5}}),
+        ("rotary_dim=32", {"scaling": {"rope_type": "default", "partial_rotary_factor": 0.5}}),
     ],
 )
 def test_errors(word, options):
     with pytest.raises(ValueError, match=word):
         RotaryEmbedding(64, **options)
+
+
+@pytest.mark.parametrize(
+    "name,options",
+    [
+        ("head_dim", {"head_dim": 64.0}),
+        ("head_dim", {"head_dim": None}),
+        ("rotary_dim", {"rotary_dim": 0.5}),
+        ("rotary_offset", {"rotary_offset": "2"}),
+        ("blocks", {"blocks": 1.0}),
+        ("max_seq_len", {"max_seq_len": 2048.0}),
+        ("max_seq_len", {"max_seq_len": None}),
+        ("axes", {"axes": [0.5] * 32}),
+    ],
+)
+def test_sizes_are_ints(name, options):
+    with pytest.raises(TypeError, match=f"^RotaryEmbedding: .*{name} to be an int"):
+        RotaryEmbedding(**{"head_dim": 64} | options)
+
+
+X = torch.ones(1, 5, 2, 64)
+LATE = torch.full((5,), 2**40)
+WRONG_CALLS = {
+    "no tensor": (TypeError, "q to be a Tensor, got NoneType", (None,), {}),
+    "array": (TypeError, "q to be a Tensor, got ndarray", (X.numpy(),), {}),
+    "number": (ValueError, "q of 4 dimensions .*got \\(\\)", (torch.ones(()),), {}),
+    "one head": (ValueError, "q of 4 dimensions .*got \\(64,\\)", (X[0, 0, 0],), {}),
+    "no batch": (ValueError, "q of 4 dimensions .*got \\(5, 2, 64\\)", (X[0],), {}),
+    "far offset": (ValueError, "offset \\+ S = 1099511627781", (X,), {"offset": 2**40}),
+    "farther offset": (ValueError, "offset \\+ S = ", (X,), {"offset": 2**70}),
+    "weight without eps": (ValueError, "eps with q_weight", (X,), {"q_weight": torch.ones(64)}),
+    "option without eps": (ValueError, "eps with zero_centered", (X,), {"zero_centered": True}),
+    "cast without eps": (ValueError, "eps with cast", (X,), {"cast": "after"}),
+    "order without eps": (ValueError, "eps with after", (X,), {"after": True}),
+    "weight without k": (
+        ValueError,
+        "k with k_weight",
+        (X,),
+        {"k_weight": torch.ones(64), "eps": 1e-6},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_CALLS)
+def test_wrong_calls(name):
+    error, message, args, options = WRONG_CALLS[name]
+    with pytest.raises(error, match=f"^RotaryEmbedding: .*{message}"):
+        RotaryEmbedding(64)(*args, **options)
+
+
+@pytest.mark.parametrize("offset", [None, "3", 1.5, [1]], ids=str)
+def test_an_offset_that_is_no_int(offset):
+    with pytest.raises(TypeError, match=r"^rotate: expected offset to be an int"):
+        RotaryEmbedding(64)(X, offset=offset)
+
+
+def test_no_advice_to_reserve_impossible_rows():
+    with pytest.raises(IndexError, match=f"got {2**40} at b=0, s=0$"):
+        RotaryEmbedding(64)(X, positions=LATE)
+
+
+@pytest.mark.parametrize(
+    "error,rows", [(TypeError, 4096.0), (TypeError, None), (ValueError, -1), (ValueError, 2**40)]
+)
+def test_reserve_refuses(error, rows):
+    rope = RotaryEmbedding(64)
+    with pytest.raises(error, match=r"^RotaryEmbedding: expected rows"):
+        rope.reserve(rows)
+    assert rope.max_seq_len == 2048
+
+
+def test_reserve_of_a_tensor_keeps_an_int():
+    rope = RotaryEmbedding(64)
+    rope.reserve(torch.tensor(4096))
+    assert type(rope.max_seq_len) is int and rope.max_seq_len == 4096
 
 
 def test_another_head_dim_is_an_error():

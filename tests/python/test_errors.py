@@ -203,6 +203,20 @@ def test_wrong_types(message, wrong):
     assert str(error.value) == f"{name}: expected {message}"
 
 
+@pytest.mark.parametrize(
+    "message,wrong",
+    [
+        ("rows to be an int, got float", {"rows": 4.0}),
+        ("first to be an int, got float", {"first": 1.0}),
+        ("scale to be a number, got str", {"scale": "1"}),
+        ("dtype to be a torch.dtype, got str", {"dtype": "float32"}),
+    ],
+)
+def test_wrong_types_of_a_table(message, wrong):
+    with pytest.raises(TypeError, match=f"^cos_sin_table: expected {message}$"):
+        fused_rope.cos_sin_table(fused_rope.inv_freq(16), **{"rows": 4} | wrong)
+
+
 @pytest.mark.parametrize("name", ["offset", "rotary_offset", "blocks"])
 @pytest.mark.parametrize("number", [2**63, -(2**63) - 1])
 def test_numbers_too_large_for_the_operator(name, number):

@@ -177,3 +177,71 @@ def test_pair_order():
             frequencies(8, scaling={"pair_order": order})
     with pytest.raises(ValueError, match="pair_order"):
         frequencies(R, scaling={**SCALINGS[5], "pair_order": list(range(R // 2))})
+
+
+TRAINED = {"original_max_position_embeddings": 32}
+YARN = {"rope_type": "yarn", "factor": 4.0, **TRAINED}
+LONGROPE = {"rope_type": "longrope", "factor": 4.0, **TRAINED, **LISTS}
+WRONG_SCALINGS = {
+    "unhashable kind": ({"rope_type": ["yarn"]}, "rope_type .*yarn"),
+    "no kind": ({"factor": 4.0}, "'default' does not read factor"),
+    "key of another kind": ({**YARN, "low_freq_factor": 1.0}, "'yarn' does not read low_freq"),
+    "misspelled key": ({**YARN, "mscal": 1.0}, "does not read mscal"),
+    "zero factor": ({"rope_type": "linear", "factor": 0}, "factor to be a number > 0, got 0"),
+    "negative factor": ({**YARN, "factor": -4.0}, "factor to be a number > 0, got -4.0"),
+    "infinite factor": ({**YARN, "factor": math.inf}, "factor to be a number > 0, got inf"),
+    "factor of text": ({"rope_type": "linear", "factor": "4"}, "factor to be a number .*'4'"),
+    "factor of truth": ({"rope_type": "linear", "factor": True}, "factor to be a number .*True"),
+    "no trained length": ({**YARN, "original_max_position_embeddings": 0}, "original_max.* > 0"),
+    "trained length of 1": ({**LONGROPE, "original_max_position_embeddings": 1}, "> 1, got 1"),
+    "length of text": (
+        {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": "32"},
+        "original_max_position_embeddings to be a number > 0, got '32'",
+    ),
+    "beta of text": ({**YARN, "beta_fast": "32"}, "beta_fast to be a number"),
+    "truncate of text": ({**YARN, "truncate": "no"}, "truncate to be True or False, got 'no'"),
+    "one number for a list": ({**LONGROPE, "short_factor": 2.0}, "short_factor to be a list"),
+    "text for a list": ({**LONGROPE, "long_factor": "abc"}, "long_factor to be a list"),
+    "zero in a list": ({**LONGROPE, "long_factor": [0.0] * (R // 2)}, "long_factor to be a number"),
+    "more than all": ({"rope_type": "proportional", "partial_rotary_factor": 2.0}, "<= 1, got 2"),
+    "order of text": ({"rope_type": "default", "pair_order": "a" * (R // 2)}, "pair_order"),
+    "another base": ({"rope_type": "default", "rope_theta": 5e5}, "base=500000.0"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_SCALINGS)
+def test_wrong_scalings(name):
+    scaling, message = WRONG_SCALINGS[name]
+    with pytest.raises(ValueError, match=f"^frequencies: .*{message}"):
+        frequencies(R, scaling=scaling)
+
+
+@pytest.mark.parametrize(
+    "error,message,arguments",
+    [
+        (TypeError, "rotary_dim to be an int, got float", {"rotary_dim": 64.0}),
+        (TypeError, "base to be a number, got str", {"base": "10000"}),
+        (ValueError, "base > 0, got 0", {"base": 0}),
+        (ValueError, "base > 0, got nan", {"base": math.nan}),
+        (ValueError, "another base than 1", {"base": 1, "scaling": YARN}),
+        (TypeError, "a mapping with rope_type, got str", {"scaling": "yarn"}),
+        (TypeError, "a mapping with rope_type, got list", {"scaling": [4.0]}),
+    ],
+)
+def test_wrong_arguments(error, message, arguments):
+    with pytest.raises(error, match=f"^frequencies: .*{message}"):
+        frequencies(**{"rotary_dim": R} | arguments)
+
+
+@pytest.mark.parametrize("sections,got", [(3, "int"), ("ab", "str"), ([1.5, 1], "float")])
+def test_sections_are_ints(sections, got):
+    with pytest.raises(TypeError, match=f"^mrope_axes: .*, got {got}"):
+        mrope_axes(sections)
+
+
+def test_keys_that_change_no_number():
+    """A config's rope_parameters are a scaling as they are."""
+    given = {**YARN, "rope_theta": 5e5, "partial_rotary_factor": 1.0, "max_position_embeddings": 64}
+    assert frequencies(R, 5e5, given)[0].equal(frequencies(R, 5e5, YARN)[0])
+    sections = {"type": "mrope", "mrope_section": [8, 12, 12], "mrope_interleaved": True}
+    assert frequencies(R, scaling=sections)[0].equal(frequencies(R)[0])

@@ -129,6 +129,21 @@ def test_tables_without_a_batch(unsqueeze_dim):
         same(a, b)
 
 
+@pytest.mark.parametrize(
+    "shape,unsqueeze_dim",
+    [((1, 1, 16), 1), ((2, 1, 16), 1), ((1, 1, 16), 2), ((1, 16), 0), ((1, 16), 1)],
+    ids=str,
+)
+def test_a_single_row_is_that_of_all_tokens(shape, unsqueeze_dim, device):
+    q, k = torch.randn(2, 9, 9, 16, device=device), torch.randn(2, 9, 9, 16, device=device)
+    angle = torch.rand(*shape[:-1], 8, device=device)
+    cos, sin = (torch.cat([t, t], -1) for t in (angle.cos(), angle.sin()))
+    want = modeling("llama").apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim)
+    got = apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim)
+    for a, b in zip(got, want, strict=True):
+        same(a, b)
+
+
 # --- models -------------------------------------------------------------------------------------
 
 
@@ -257,6 +272,16 @@ def test_one_precision_for_a_family():
             patch(model, precision="model")
     finally:
         unpatch(model)
+
+
+@pytest.mark.parametrize(
+    "error,rows", [(TypeError, 1.5), (TypeError, "64"), (ValueError, 0), (ValueError, -1)]
+)
+def test_rows_are_an_int_above_0(error, rows):
+    model = build("llama")
+    with pytest.raises(error, match=r"^patch: expected rows"):
+        patch(model, rows=rows)
+    assert modeling("llama").apply_rotary_pos_emb.__module__.startswith("transformers")
 
 
 def test_precision_of_the_patch_reaches_the_operator():

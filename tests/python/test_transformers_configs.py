@@ -419,7 +419,6 @@ def test_ernie_vl_rotates_as_its_module():
 UNKNOWN = {
     "no rotary parameters": (plain(model_type="bert", rope_theta=None), "no rotary parameters"),
     "nothing": ({}, "no rotary parameters"),
-    "none": (None, "no rotary parameters"),
     "remote code": (plain(model_type="remote"), "interleaved="),
     "no model_type": (plain(), "interleaved="),
     "composed": (
@@ -470,6 +469,29 @@ UNKNOWN = {
         plain(model_type="llama", rope_scaling={"type": "linear", "factor": 0}),
         "factor=0",
     ),
+    "one number for a list": (
+        plain(
+            model_type="llama",
+            rope_scaling={"type": "longrope", "short_factor": 2.0, "long_factor": HALVES},
+        ),
+        "short_factor to be a list",
+    ),
+    "trained length of text": (
+        plain(
+            model_type="llama",
+            rope_scaling={
+                "type": "yarn",
+                "factor": 2.0,
+                "original_max_position_embeddings": "64",
+            },
+        ),
+        "original_max_position_embeddings='64'",
+    ),
+    "truncate of text": (
+        plain(model_type="llama", rope_scaling={"type": "yarn", "factor": 2.0, "truncate": "no"}),
+        "truncate",
+    ),
+    "infinite base": (plain(model_type="llama", rope_theta=float("inf")), "rope_theta=inf"),
     "no factor": (plain(model_type="llama", rope_scaling={"type": "linear"}), "factor"),
     "scaling that is a word": (plain(model_type="llama", rope_scaling="linear"), "mapping"),
     "no base": (plain(model_type="llama", rope_theta=None), "rope_theta"),
@@ -502,11 +524,41 @@ UNKNOWN = {
 @pytest.mark.parametrize("form", ["dict", "object"])
 def test_what_is_unknown_is_said(case, form):
     config, word = UNKNOWN[case]
-    if form == "object" and config is not None:
+    if form == "object":
         config = SimpleNamespace(**config)
     with pytest.raises(ValueError, match=re.escape(word)) as error:
         RotaryEmbedding.from_config(config)
-    assert re.match("(from_config|frequencies): ", str(error.value))
+    assert str(error.value).startswith("from_config: ")
+
+
+@pytest.mark.parametrize(
+    "source,words",
+    [
+        (None, "got None"),
+        ("meta-llama/Llama-2-7b", "AutoConfig.from_pretrained"),
+        (transformers.LlamaConfig, "the class LlamaConfig: pass an instance"),
+        ([{}], r"got \[\{\}\]"),
+    ],
+    ids=["none", "name", "class", "list"],
+)
+def test_what_is_no_config(source, words):
+    with pytest.raises(ValueError, match=f"^from_config: expected a config .*{words}"):
+        RotaryEmbedding.from_config(source)
+
+
+def test_a_model_is_no_config():
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": 8}
+    model = transformers.LlamaModel(transformers.LlamaConfig(**sizes, intermediate_size=32))
+    with pytest.raises(ValueError, match=r"^from_config: .*LlamaModel: pass model\.config"):
+        RotaryEmbedding.from_config(model)
+
+
+def test_parts_that_are_not_called_configs():
+    parts = transformers.BertConfig(), transformers.LlamaConfig()
+    config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(*parts)
+    for source in (config, config.to_dict()):
+        with pytest.raises(ValueError, match=r"config\.decoder or config\.encoder"):
+            RotaryEmbedding.from_config(source)
 
 
 def test_a_composed_config_names_its_parts():

@@ -290,6 +290,45 @@ def apply_rotary_pos_emb(q, k, cos, sin, {parameters}):
         assert report.patched
 
 
+# Bodies whose calls differ from a rotation that returns new tensors only where the name says.
+SPECIAL = {
+    "one token": "if q.shape[-2] == 1: sin = -sin",
+    "one sequence": "if q.shape[0] == 1: sin = -sin",
+    "wide heads": "cos, sin = cos.clone(), sin.clone(); cos[..., 64:], sin[..., 64:] = 1, 0",
+    "in place": "a, b = rotate(q, k, cos, sin); q.copy_(a); k.copy_(b); return q, k",
+    "key in place": "a, b = rotate(q, k, cos, sin); k.copy_(b); return a, k",
+    "widened": "q, k = q.float(), k.float()",
+}
+
+
+@pytest.mark.parametrize("name", SPECIAL)
+def test_what_functions_do_to_special_calls(name, remote):
+    _, model = remote(
+        f"""
+def apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1):
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    {SPECIAL[name]}
+    return rotate(q, k, cos, sin)
+"""
+    )
+    wide, many = tables(9, 160), tables()
+    calls = {
+        "usual": (*queries(), *many),
+        "one token": (*queries(1), *(t[:, 5:6] for t in many)),
+        "one sequence": (*(x[:1] for x in queries()), *many),
+        "wide": (*queries(9, 160), *wide),
+        "bfloat16": tuple(t.bfloat16() for t in (*queries(), *many)),
+    }
+    given = {key: [t.clone() for t in call] for key, call in calls.items()}
+    want = {key: model(*call) for key, call in given.items()}
+    report = patch(model)
+    assert report.left_alone and not report.patched
+    for key, call in calls.items():
+        results = *model(*call), *call[:2]
+        for a, b in zip(results, (*want[key], *given[key][:2]), strict=True):
+            same(a, b)
+
+
 def test_keywords_that_a_form_ignores_are_the_original_s(remote):
     _, model = remote(
         """

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..functional import nested_error
+
 __all__ = ["look_up"]
 
 
@@ -36,6 +38,13 @@ def look_up(
     """
     shared = freqs.dim() == 4 and freqs.shape[1] == 1
     own = not shared and layout != "thd" and start_positions is None
+    if t.is_nested:
+        raise nested_error(operator)
+    if t.dim() != len(layout):
+        raise ValueError(
+            f"{operator}: expected a tensor of {len(layout)} dimensions for {layout!r}, got "
+            f"{list(t.shape)}"
+        )
     if freqs.dim() != 4 or freqs.shape[2] != 1 or not (shared or own):
         raise ValueError(
             f"{operator}: expected freqs of [M, 1, 1, R], or [M, B, 1, R] with neither "

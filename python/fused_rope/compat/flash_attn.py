@@ -286,6 +286,8 @@ class RotaryEmbedding(torch.nn.Module):
         >>> q, kv = rotary(torch.randn(2, 1, 4, 64), torch.randn(2, 1, 2, 4, 64), seqlen_offset=16)
     """
 
+    __prepare_scriptable__ = functional.refuse_scripting
+
     def __init__(
         self,
         dim: int,
@@ -340,6 +342,13 @@ class RotaryEmbedding(torch.nn.Module):
         Raises:
             ValueError, IndexError, RuntimeError: as `apply_rotary_emb`.
         """
+        if qkv.is_nested:
+            raise functional.nested_error("RotaryEmbedding")
+        if qkv.dim() not in (4, 5):
+            raise ValueError(
+                "RotaryEmbedding: expected qkv of [B, S, 3, H, D] or 4 dimensions, got "
+                f"{list(qkv.shape)}"
+            )
         rows = max_seqlen
         if rows is None and not isinstance(seqlen_offset, Tensor):
             rows = qkv.shape[1] + seqlen_offset

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from contextlib import suppress
 from importlib import import_module
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -30,6 +29,8 @@ from torch import Tensor
 from .. import functional
 from . import transformer_engine
 from ._angles import look_up
+from ._bindings import Bindings
+from ._tables import for_all_tokens
 
 __all__ = [
     "apply_rotary_pos_emb_bshd",
@@ -130,7 +131,8 @@ def apply_rotary_pos_emb_bshd(
 
     Args:
         t: [S, B, H, D] or [S, B, D]; any float dtype.
-        freqs: angles [S, 1, 1, R], each twice, or [S, B, 1, R], angles per sequence (M-RoPE).
+        freqs: angles [S, 1, 1, R], each twice, or [S, B, 1, R], angles per sequence (M-RoPE). A
+            single row is that of all tokens.
         rotary_interleaved: pairs are adjacent elements instead of halves.
         mla_rotary_interleaved: pairs are adjacent elements, while the angles are repeated in
             halves; the result has the first elements of all pairs before the second ones.
@@ -152,9 +154,10 @@ def apply_rotary_pos_emb_bshd(
         >>> t = apply_rotary_pos_emb_bshd(torch.randn(9, 2, 4, 64), freqs)
     """
     name = "apply_rotary_pos_emb_bshd"
-    heads = t if t.dim() == 4 else t.unsqueeze(2)
-    freqs = freqs if freqs.dim() == 4 else freqs.unsqueeze(2)
+    heads = t.unsqueeze(2) if t.dim() == 3 else t
+    freqs = freqs.unsqueeze(2) if freqs.dim() == 3 else freqs
     angle, rows = look_up(name, heads, freqs, "sbhd", None, None, 1, 0)
+    angle = for_all_tokens(angle, heads.shape[0])
     rotated = _rotate(
         name,
         heads,
@@ -274,8 +277,7 @@ _IN_ATTENTION: dict[str, Any] = {
     "apply_fused_qkv_rotary_pos_emb": transformer_engine.apply_fused_qkv_rotary_pos_emb,
     "HAVE_FUSED_QKV_ROPE": True,
 }
-_MISSING = object()
-_originals: list[tuple[ModuleType, str, Any]] = []
+_bindings = Bindings()
 
 
 def patch() -> list[str]:
@@ -285,32 +287,22 @@ def patch() -> list[str]:
     before a TransformerConfig is made. A second call changes nothing.
 
     Returns:
-        The names that are bound, four of them in rope_utils. TransformerEngine's function for
-        packed qkv is bound in `megatron.core.transformer.attention`, if this version calls it.
+        The names that are bound now, up to four of them in rope_utils. TransformerEngine's function
+        for packed qkv is bound in `megatron.core.transformer.attention`, if this version calls it.
 
     Raises:
         ImportError: Megatron-LM is not installed.
     """
     root = "megatron.core"
     rope_utils = import_module(f"{root}.models.common.embeddings.rope_utils")
-    bindings = {rope_utils: _IN_ROPE_UTILS}
+    wanted = {rope_utils: _IN_ROPE_UTILS}
     with suppress(ImportError):  # it needs Triton
         attention = import_module(f"{root}.transformer.attention")
         if hasattr(attention, "HAVE_FUSED_QKV_ROPE"):
-            bindings[attention] = _IN_ATTENTION
-    if not _originals:
-        for module, ours in bindings.items():
-            for name, value in ours.items():
-                _originals.append((module, name, vars(module).get(name, _MISSING)))
-                setattr(module, name, value)
-    return [f"{module.__name__}.{name}" for module, ours in bindings.items() for name in ours]
+            wanted[attention] = _IN_ATTENTION
+    return _bindings.bind(wanted)
 
 
 def unpatch() -> None:
-    """Restores what `patch` replaced."""
-    while _originals:
-        module, name, original = _originals.pop()
-        if original is _MISSING:
-            delattr(module, name)
-        else:
-            setattr(module, name, original)
+    """Restores what `patch` replaced, where no other code has replaced it since."""
+    _bindings.restore()

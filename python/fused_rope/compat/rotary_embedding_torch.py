@@ -61,6 +61,10 @@ def apply_rotary_emb(
         >>> freqs = RotaryEmbedding(16, freqs_for="pixel").get_axial_freqs(8, 9)
         >>> t = apply_rotary_emb(freqs, torch.randn(2, 4, 8, 9, 64))
     """
+    if t.is_nested:
+        raise functional.nested_error("apply_rotary_emb")
+    if t.dim() < 2:
+        raise ValueError(f"apply_rotary_emb: expected t of [..., S, D], got {list(t.shape)}")
     if freqs_seq_dim is None and (freqs.dim() == 2 or t.dim() == 3):
         freqs_seq_dim = 0
     if freqs_seq_dim is not None:
@@ -148,6 +152,7 @@ class RotaryEmbedding(torch.nn.Module):
     """
 
     apply_rotary_emb = staticmethod(apply_rotary_emb)
+    __prepare_scriptable__ = functional.refuse_scripting
 
     def __init__(
         self,
@@ -254,7 +259,7 @@ class RotaryEmbedding(torch.nn.Module):
         if not self.use_xpos:
             raise ValueError("RotaryEmbedding.get_scale: expected use_xpos=True, got False")
         scale = self.scale
-        power = (t.to(scale.dtype) - len(t) // 2) / self.scale_base
+        power = (t.to(scale.dtype) - t.shape[0] // 2) / self.scale_base
         return (scale ** power[:, None]).repeat_interleave(2, -1)
 
     def get_axial_freqs(
@@ -414,6 +419,13 @@ class RotaryEmbedding(torch.nn.Module):
     def _seq_dim(self, t: Tensor, seq_dim: int | None) -> int:
         """The sequence dimension, counted from the end."""
         dim = self.default_seq_dim if seq_dim is None else seq_dim
+        if t.is_nested:
+            raise functional.nested_error("RotaryEmbedding")
+        if not -t.dim() <= dim < t.dim() - 1 or dim == -1:
+            raise ValueError(
+                f"RotaryEmbedding: expected a tensor with dimension seq_dim={dim} before its last, "
+                f"got {list(t.shape)}"
+            )
         return dim - t.dim() if dim >= 0 else dim
 
 

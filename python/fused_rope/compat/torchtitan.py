@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .. import functional
 from ..types import Precision
+from ._bindings import Bindings
 from ._tables import real_and_imaginary
 
 __all__ = ["apply_rotary_emb", "override", "patch", "unpatch"]
@@ -101,7 +102,8 @@ def _halves(operator: str, rope_cache: Tensor, D: int) -> tuple[Tensor, Tensor]:
     return cos, sin
 
 
-_originals: list[tuple[Any, Any]] = []
+_bindings = Bindings()
+_static = staticmethod(apply_rotary_emb)
 
 
 def patch() -> list[str]:
@@ -112,25 +114,22 @@ def patch() -> list[str]:
     assign `apply_rotary_emb` to it.
 
     Returns:
-        The names that are bound.
+        The names that are bound now.
 
     Raises:
         ImportError: torchtitan 0.3 or later is not installed.
     """
     rope = import_module("torchtitan.models.common.rope")
-    classes = (rope.ComplexRoPE, rope.CosSinRoPE)
-    if not _originals:
-        for module in classes:
-            _originals.append((module, vars(module)["apply_rotary_emb"]))
-            module.apply_rotary_emb = staticmethod(apply_rotary_emb)
-    return [f"{module.__module__}.{module.__name__}.apply_rotary_emb" for module in classes]
+    ours = {"apply_rotary_emb": _static}
+    return _bindings.bind({rope.ComplexRoPE: ours, rope.CosSinRoPE: ours})
 
 
 def unpatch() -> None:
-    """Restores what `patch` replaced, in modules and in models that are built from then on."""
-    while _originals:
-        module, original = _originals.pop()
-        module.apply_rotary_emb = original
+    """Restores what `patch` replaced, in modules and in models that are built from then on.
+
+    What other code has replaced since stays.
+    """
+    _bindings.restore()
 
 
 def override(config: Any) -> Any:

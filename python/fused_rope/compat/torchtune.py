@@ -8,13 +8,15 @@ float64, casts of the model do not change the table, and it grows if the host kn
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import embedding
+from ..functional import nested_error
+from ..table import DeviceCopies
+from ..tracing import fake_mode_of, is_traced, outside_modes
 
 __all__ = [
     "Llama3ScaledRoPE",
@@ -185,8 +187,6 @@ class VisionRotaryPositionalEmbeddings(_Module):
         >>> x = rope(torch.randn(2, 4 * (9 + 1), 4, 32))  # 4 tiles
     """
 
-    positions: Tensor
-
     def __init__(
         self,
         patch_size: int,
@@ -210,28 +210,23 @@ class VisionRotaryPositionalEmbeddings(_Module):
         self.patch_grid_size = grid
         self.seq_len = grid**2 + 1
         self.append_cls_token = append_cls_token
-        self.rope_init()
+        with outside_modes():
+            self._positions = DeviceCopies(self._tile_positions(torch.device("cpu")))
 
-    def rope_init(self) -> None:
-        """Makes the table and the positions on the default device."""
-        super().rope_init()
-        self._make_positions(torch.get_default_device())
-
-    @torch.inference_mode(False)
-    def _make_positions(self, device: torch.device) -> None:
+    def _tile_positions(self, device: torch.device) -> Tensor:
+        """[2, 1, tokens of a tile]."""
         count = torch.arange(1, self.patch_grid_size + 1, device=device)
         patches = torch.stack(torch.meshgrid(count, count, indexing="xy")).flatten(1)
         cls_token = patches.new_full((2, 1), -1)
         tile = [patches, cls_token] if self.append_cls_token else [cls_token, patches]
-        self.register_buffer("positions", torch.cat(tile, 1)[:, None], persistent=False)
+        return torch.cat(tile, 1)[:, None]
 
-    def _apply(
-        self, fn: Callable[[Tensor], Tensor], recurse: bool = True
-    ) -> VisionRotaryPositionalEmbeddings:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        # `to_empty` leaves the memory of buffers uninitialized.
-        self._make_positions(self.positions.device)
-        return self
+    def _tile_positions_with(self, x: Tensor) -> Tensor:
+        """The positions on x's device, and in its fake mode."""
+        if not is_traced(x):
+            return self._positions.on(x.device)[0]
+        with fake_mode_of(x):
+            return self._tile_positions(x.device)
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
         """Rotates x out of place.
@@ -247,6 +242,11 @@ class VisionRotaryPositionalEmbeddings(_Module):
             ValueError: shapes do not match.
             TypeError: an unsupported dtype.
         """
+        if x.is_nested:
+            raise nested_error("RotaryEmbedding")
+        if x.dim() != 4:
+            raise ValueError(f"RotaryEmbedding: expected x of [B, S, H, D], got {list(x.shape)}")
         tiles = x.shape[1] // self.seq_len
-        rotated: Tensor = self.rope(x, positions=self.positions.repeat(1, 1, tiles))
+        positions = self._tile_positions_with(x).repeat(1, 1, tiles)
+        rotated: Tensor = self.rope(x, positions=positions)
         return rotated.contiguous()

@@ -164,16 +164,26 @@ class Form:
                 continue
             # A function that ignores its position_ids takes any; one that gathers fails for some.
             others = [_result(original, call) for call in calls[1:]]
-            if not all(a is not None and self._same(a, ours, exact) for a in (theirs, *others)):
-                return False
+            for found in (theirs, *others):
+                if found is None or not self._same(found[0], ours[0], exact, dtype == table_dtype):
+                    return False
+                # A caller may use the arguments that a function writes to, and not its results.
+                if not _all_equal(found[1], ours[1]):
+                    return False
         return True
 
-    def _same(self, theirs: tuple[Any, ...], ours: tuple[Any, ...], exact: bool) -> bool:
+    def _same(
+        self, theirs: tuple[Any, ...], ours: tuple[Any, ...], exact: bool, one_dtype: bool
+    ) -> bool:
+        """Whether results are equal, and of one dtype where all arguments have one."""
         if len(theirs) != len(ours) or not all(isinstance(t, Tensor) for t in theirs):
             return False
         if self.order is not None:
             ours = tuple(map(self.order.theirs, ours))
-        return all(_equal(a.to(b.dtype), b, exact) for a, b in zip(theirs, ours, strict=True))
+        pairs = list(zip(theirs, ours, strict=True))
+        if one_dtype and any(a.dtype != b.dtype for a, b in pairs):
+            return False
+        return all(_equal(a.to(b.dtype), b, exact) for a, b in pairs)
 
 
 def _equal(theirs: Tensor, ours: Tensor, exact: bool) -> bool:
@@ -217,15 +227,27 @@ def _without(values: list[Any], index: int) -> list[Any]:
     return [*values[:index], *values[index + 1 :]]
 
 
-def _result(function: Callable[..., Any], arguments: list[Any]) -> tuple[Any, ...] | None:
-    """The results of the function for copies of the arguments, or None if it raises."""
+def _all_equal(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(map(torch.equal, a, b))
+
+
+def _result(
+    function: Callable[..., Any], arguments: list[Any]
+) -> tuple[tuple[Any, ...], list[Tensor]] | None:
+    """The results of the function for copies of the arguments, and those copies but the indices.
+
+    None if it raises.
+    """
     copies = [a.clone() if isinstance(a, Tensor) else a for a in arguments]
     try:
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             result = function(*copies)
     except Exception:  # of any kind: the function does not take these arguments
         return None
-    return tuple(result) if isinstance(result, (tuple, list)) else (result,)
+    after = [
+        c for c in copies if isinstance(c, Tensor) and (c.is_floating_point() or c.is_complex())
+    ]
+    return tuple(result) if isinstance(result, (tuple, list)) else (result,), after
 
 
 def find_form(name: str, original: Any, known: Sequence[Form]) -> tuple[Form, Adapter] | str:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 
+from ...frequencies import whole_number
 from ...tracing import is_recorded
 from ...types import Compiled, Precision
 from .._patching import functions, replacements
@@ -278,7 +279,7 @@ def patch(
         code replaced ours warns.
 
     Raises:
-        TypeError: the model is a name, a config or a class.
+        TypeError: the model is a name, a config or a class, or rows is not an int.
         ValueError: an unknown option, `table="float64"` without `rows`, or options that differ from
             those of a patched model of the family. Nothing is replaced then.
 
@@ -426,6 +427,7 @@ def _options(
     precision: str, compiled: str | None, rows: int | None, table: str, norms: str
 ) -> Options:
     compiled = replacements.check_choices(precision, compiled, norms)
+    rows = None if rows is None else whole_number("patch", "rows", rows)
     if rows is not None and rows < 1:
         raise ValueError(f"patch: expected rows >= 1 or None, got {rows}")
     if table not in ("original", "float64"):

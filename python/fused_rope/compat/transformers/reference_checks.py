@@ -27,6 +27,9 @@ def pairs(width: str, partial_heads: bool = True) -> tuple[Check, ...]:
     def partial(draw: Draw) -> Arguments:
         return draw.x(2, 3, 5, 8), draw.x(2, 1, 5, 8), *draw.tables(width, 2, 5, 3)
 
+    def one_token(draw: Draw) -> Arguments:
+        return draw.x(1, 3, 1, 160), draw.x(1, 1, 1, 160), *draw.tables(width, 1, 1, 80)
+
     # As many heads as tokens: the wrong layout raises no error but returns other numbers.
     def without_batch(draw: Draw) -> Arguments:
         return draw.x(2, 5, 5, 8), draw.x(2, 5, 5, 8), *draw.tables(width, 5, 4)
@@ -39,6 +42,7 @@ def pairs(width: str, partial_heads: bool = True) -> tuple[Check, ...]:
         heads_first_from_the_end,
         tokens_first,
         tokens_first_from_the_end,
+        one_token,
         without_batch,
         heads_first_without_batch,
         *([partial] if partial_heads else []),
