@@ -100,16 +100,78 @@ def test_gradients(inplace, interleaved, device):
 
 
 def test_in_place_is_seen_by_autograd(device):
-    """The version is counted, and a leaf is refused (both go unnoticed in the original)."""
+    """The version is counted (which goes unnoticed in the original)."""
     cos, sin = angles(M, D // 2, device)
     x = torch.randn(B, S, HQ, D, device=device, requires_grad=True)
-    with pytest.raises(RuntimeError, match="leaf"):
-        apply_rotary_emb(x, cos, sin, inplace=True)
     y = x * 1
     squared = y**2
     apply_rotary_emb(y, cos, sin, inplace=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         squared.sum().backward()
+
+
+LEAVES = {
+    "x": ((B, S, HQ, D), lambda x, *table, **kw: apply_rotary_emb(x, *table, inplace=True, **kw)),
+    "qkv": ((B, S, 3, HQ, D), apply_rotary_emb_qkv_),
+    "qkv, own k": (
+        (B, S, 3, HQ, D),
+        lambda x, cos, sin, **kw: apply_rotary_emb_qkv_(x, cos, sin, cos * 1.5, sin * 1.5, **kw),
+    ),
+    "kv": ((B, S, 2, HQ, D), apply_rotary_emb_kv_),
+}
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("form", LEAVES)
+def test_leaf_in_place(form, interleaved, compiled, device):
+    """As in the original a leaf is overwritten, and the result has its gradient."""
+    shape, rotate_ = LEAVES[form]
+    cos, sin = angles(M, R // 2, device)
+    options = {"interleaved": interleaved, "seqlen_offsets": offsets(device)[2]}
+    leaf = torch.randn(shape, device=device, requires_grad=True)
+    other = leaf.detach().clone().requires_grad_()
+    want = rotate_(other * 1, cos, sin, **options)
+    version = leaf._version
+    function = torch.compile(rotate_, fullgraph=True) if compiled else rotate_
+    got = function(leaf, cos, sin, **options)
+    same(got, want)
+    same(leaf, want)
+    assert leaf.is_leaf and leaf._version > version
+    given = torch.randn_like(got)
+    before = given.clone()
+    same(torch.autograd.grad(got, leaf, given)[0], torch.autograd.grad(want, other, given)[0])
+    same(given, before)
+
+
+def test_leaf_in_place_beyond_its_gradient(device):
+    """Nothing is recorded under no_grad, an error leaves the leaf, and tables have gradients."""
+    cos, sin = angles(M, D // 2, device)
+    leaf = torch.randn(B, S, HQ, D, device=device, requires_grad=True)
+    want = apply_rotary_emb(leaf.detach(), cos, sin)
+    with torch.no_grad():
+        assert apply_rotary_emb(leaf, cos, sin, inplace=True) is leaf
+    same(leaf, want)
+    with pytest.raises(ValueError, match="rows"):
+        apply_rotary_emb(leaf, cos, sin, inplace=True, seqlen_offsets=M)
+    with pytest.raises(RuntimeError, match="leaf"):
+        apply_rotary_emb(leaf[:, :, :2], cos, sin, inplace=True)
+    same(leaf, want)
+    cos.requires_grad_()
+    other = leaf.detach().clone()
+    y = apply_rotary_emb(leaf, cos, sin, inplace=True)
+    got = torch.autograd.grad(y.sum(), cos)[0]
+    same(got, torch.autograd.grad(apply_rotary_emb(other, cos, sin).sum(), cos)[0])
+
+
+def test_gradient_of_a_leaf_in_place_is_differentiable(device):
+    cos, sin = angles(M, D // 2, device)
+    x = torch.randn(B, S, HQ, D, device=device, dtype=torch.float64, requires_grad=True)
+    given = torch.randn_like(x, requires_grad=True)
+    y = apply_rotary_emb(x, cos, sin, inplace=True)
+    (grad,) = torch.autograd.grad(y, x, given, create_graph=True)
+    (again,) = torch.autograd.grad(grad, given, torch.ones_like(grad))
+    same(again, apply_rotary_emb(torch.ones_like(grad), cos, sin))
 
 
 def test_large_heads(device):

@@ -91,6 +91,27 @@ def test_partial_rotation(device):
         same(y[..., 24:], x[..., 24:])
 
 
+@pytest.mark.parametrize("rows", [1, B])
+def test_odd_head_dim(rows, device):
+    """Hugging Face's tables then have D + 1 columns; the original leaves the last element."""
+    q, k = (torch.randn(B, H, S, 9, device=device, requires_grad=True) for H in (HQ, HK))
+    cos, sin = tables(rows, S, 5, device=device)
+    results = [
+        liger_rotary_pos_emb(q, k, full(cos), full(sin)),
+        LigerRopeFunction.apply(q, k, full(cos), full(sin)),
+        rope_forward(q, k, full(cos), full(sin))[:2],
+    ]
+    c, s = (t[:, None, :, :4] for t in (cos, sin))
+    for got in results:
+        for y, x in zip(got, (q, k), strict=True):
+            close(y[..., :8].detach(), rotate_reference(x[..., :8].detach(), c, s))
+            same(y[..., 8], x[..., 8])
+    given = [torch.randn_like(y) for y in results[0]]
+    want = torch.autograd.grad(results[0], (q, k), given)
+    for x, y in zip(rope_backward(*given, full(cos), full(sin)), want, strict=True):
+        same(x, y)
+
+
 def test_half_width_tables_are_never_guessed(device):
     """D/2 columns are half width (gpt-oss) or half of the elements: the caller says which."""
     q, k = inputs(device)

@@ -4,13 +4,15 @@
 
 `apply_rotary` is that of flash_attn/ops/triton/rotary.py.
 
-The arguments and numbers are the same. Differences: autograd records in-place calls (so that they
-refuse a leaf that requires grad), incoming gradients are not overwritten, a row outside the table
-is an error, tokens past cu_seqlens[-1] are copied, and headdim may exceed 256.
+The arguments and numbers are the same. Differences: autograd records in-place calls, incoming
+gradients are not overwritten, a row outside the table is an error, tokens past cu_seqlens[-1] are
+copied, and headdim may exceed 256. Autograd forbids to record a call in place on a leaf that
+requires grad: the leaf is overwritten, as in the original, and a copy with the gradient returned.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -72,17 +74,16 @@ def apply_rotary(
         >>> y = apply_rotary(x, angle.cos(), angle.sin(), 3)
         >>> x_again = apply_rotary(y, angle.cos(), angle.sin(), 3, conjugate=True)
     """
-    rotate = functional.rotate_ if inplace else functional.rotate
-    return rotate(
-        x,
-        cos,
-        sin,
-        layout="bshd" if cu_seqlens is None else "thd",
-        offset=seqlen_offsets,
-        cu_seqlens=cu_seqlens,
-        interleaved=interleaved,
-        inverse=conjugate,
-    )
+    options: dict[str, Any] = {
+        "layout": "bshd" if cu_seqlens is None else "thd",
+        "offset": seqlen_offsets,
+        "cu_seqlens": cu_seqlens,
+        "interleaved": interleaved,
+        "inverse": conjugate,
+    }
+    if not inplace:
+        return functional.rotate(x, cos, sin, **options)
+    return _in_place(x, lambda x: functional.rotate_(x, cos, sin, **options))
 
 
 def apply_rotary_emb(
@@ -114,7 +115,7 @@ def apply_rotary_emb(
         ValueError: shapes do not match, or the table has too few rows.
         TypeError: an unsupported dtype.
         IndexError: the table lacks a row that an offset asks for (on CUDA a device-side assertion).
-        RuntimeError: inplace with an x that autograd forbids.
+        RuntimeError: inplace with an x that autograd forbids, such as a view of a leaf.
 
     Example:
         >>> angle = torch.arange(20.0)[:, None] / 10000 ** (torch.arange(0, 64, 2) / 64)
@@ -200,15 +201,18 @@ def apply_rotary_emb_qkv_(
         >>> qkv = torch.randn(2, 16, 4 + 2 * 2, 64)
         >>> qkv = apply_rotary_emb_qkv_(qkv, angle.cos(), angle.sin(), num_heads_q=4)
     """
-    q, k = _queries_and_keys(qkv, num_heads_q)
     options: dict[str, Any] = {"offset": seqlen_offsets, "interleaved": interleaved}
-    if cos_k is None and sin_k is None:
-        functional.rotate_qk_(q, k, cos, sin, **options)
-    else:
-        functional.rotate_(q, cos, sin, **options)
-        cos_k, sin_k = cos if cos_k is None else cos_k, sin if sin_k is None else sin_k
-        functional.rotate_(k, cos_k, sin_k, **options)
-    return qkv
+
+    def rotate_(qkv: Tensor) -> None:
+        q, k = _queries_and_keys(qkv, num_heads_q)
+        if cos_k is None and sin_k is None:
+            functional.rotate_qk_(q, k, cos, sin, **options)
+        else:
+            functional.rotate_(q, cos, sin, **options)
+            k_tables = cos if cos_k is None else cos_k, sin if sin_k is None else sin_k
+            functional.rotate_(k, *k_tables, **options)
+
+    return _in_place(qkv, rotate_)
 
 
 def apply_rotary_emb_kv_(
@@ -239,8 +243,8 @@ def apply_rotary_emb_kv_(
         raise ValueError(
             f"apply_rotary_emb_kv_: expected kv of [B, S, 2, H, D], got {list(kv.shape)}"
         )
-    functional.rotate_(kv[:, :, 0], cos, sin, offset=seqlen_offsets, interleaved=interleaved)
-    return kv
+    options: dict[str, Any] = {"offset": seqlen_offsets, "interleaved": interleaved}
+    return _in_place(kv, lambda kv: functional.rotate_(kv[:, :, 0], cos, sin, **options))
 
 
 class ApplyRotaryEmb:
@@ -446,6 +450,21 @@ class RotaryEmbedding(torch.nn.Module):
 # Bounds the XPos tables that are kept: each step of a decode loop has another length.
 _XPOS_TABLES = 8
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _in_place(x: Tensor, rotate_: Callable[[Tensor], object]) -> Tensor:
+    """Calls rotate_ on x, or for a leaf that requires grad on a copy, and returns what it rotated.
+
+    The leaf then gets the values of the copy.
+    """
+    if not (x.is_leaf and x.requires_grad and torch.is_grad_enabled()):
+        rotate_(x)
+        return x
+    rotated = x.clone()
+    rotate_(rotated)
+    with torch.no_grad():
+        x.copy_(rotated)
+    return rotated
 
 
 def _queries_and_keys(qkv: Tensor, num_heads_q: int | None) -> tuple[Tensor, Tensor]:

@@ -59,7 +59,8 @@ def liger_rotary_pos_emb(
         q, k: [B, Hq, S, D] and [B, Hk, S, D]; with unsqueeze_dim=2 [B, S, Hq, D] and [B, S, Hk, D].
             Any float dtype.
         cos, sin: [B or 1, S, R] or [S, R], the second half a copy of the first; if R < D, the first
-            R elements are rotated. With rotary_dim=R also half of that width.
+            R elements are rotated. With rotary_dim=R also half of that width. For an odd D they
+            have D + 1 columns, and the last element of each head is copied.
         position_ids: no effect, as in the original: the tables are already per token.
         unsqueeze_dim: the dimension of the heads, 1 or 2.
         rotary_dim: R. Required only for tables of D/2 columns, which may be full width for R = D/2
@@ -80,7 +81,7 @@ def liger_rotary_pos_emb(
         >>> q, k = liger_rotary_pos_emb(q, k, angle.cos(), angle.sin())
     """
     layout = _layout("liger_rotary_pos_emb", unsqueeze_dim)
-    table_layout = _table_layout(cos, q.shape[-1], rotary_dim)
+    cos, sin, table_layout = _tables(cos, sin, q.shape[-1], rotary_dim)
     return functional.rotate_qk(q, k, cos, sin, layout=layout, table_layout=table_layout)
 
 
@@ -296,7 +297,7 @@ def rope_backward(dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor) -> tuple[Ten
         >>> cos, sin = (torch.cat([t, t], -1) for t in (angle.cos(), angle.sin()))
         >>> dq, dk = rope_backward(dq, dk, cos, sin)
     """
-    table_layout = _table_layout(cos, dq.shape[-1], None)
+    cos, sin, table_layout = _tables(cos, sin, dq.shape[-1], None)
     return functional.rotate_qk(
         dq, dk, cos, sin, layout="bhsd", table_layout=table_layout, inverse=True
     )
@@ -308,9 +309,14 @@ def _layout(operator: str, unsqueeze_dim: int) -> Layout:
     return _LAYOUTS[unsqueeze_dim]
 
 
-def _table_layout(cos: Tensor, D: int, rotary_dim: int | None) -> TableLayout:
+def _tables(
+    cos: Tensor, sin: Tensor, D: int, rotary_dim: int | None
+) -> tuple[Tensor, Tensor, TableLayout]:
     """Tables have full width, or half of it if rotary_dim says so."""
     width = cos.shape[-1]
+    if rotary_dim is None and D % 2 and width == D + 1:
+        P = D // 2
+        return cos[..., :P], sin[..., :P], "half"
     if rotary_dim is None and 2 * width == D:
         raise ValueError(
             f"liger_rotary_pos_emb: expected rotary_dim, as cos {list(cos.shape)} has D/2={width} "
@@ -321,4 +327,4 @@ def _table_layout(cos: Tensor, D: int, rotary_dim: int | None) -> TableLayout:
             f"liger_rotary_pos_emb: expected cos of R={rotary_dim} or R/2 columns, got "
             f"{list(cos.shape)}"
         )
-    return "half" if rotary_dim is not None and 2 * width == rotary_dim else "tiled"
+    return cos, sin, "half" if rotary_dim is not None and 2 * width == rotary_dim else "tiled"
