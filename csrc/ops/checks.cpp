@@ -214,10 +214,14 @@ void check_shared(const Call& call, const Sizes<int64_t>& x) {
   if (!are_rows_known(a)) return;
   const int64_t offset = a.offset.guard_int(__FILE__, __LINE__);
   TORCH_CHECK_VALUE(offset >= 0, call.op, ": expected offset >= 0 without positions, got ", offset);
-  TORCH_CHECK_VALUE(offset <= call.cos.size(0) && x.S <= call.cos.size(0) - offset, call.op,
-                    ": expected cos with at least ", offset ? "offset + " : "",
-                    "S=", offset ? c10::str(offset, " + ") : "", x.S, " rows, got ",
-                    call.cos.sizes());
+  const int64_t M = call.cos.size(0);
+  const auto needed = [&] {
+    if (offset == 0) return c10::str("S (", x.S, ") are needed");
+    const uint64_t sum = static_cast<uint64_t>(offset) + static_cast<uint64_t>(x.S);
+    return c10::str("offset (", offset, ") + S (", x.S, ") = ", sum, " are needed");
+  };
+  TORCH_CHECK_VALUE(offset <= M && x.S <= M - offset, call.op, ": cos has ", M, " rows, but ",
+                    needed());
 }
 
 // The offsets of packed sequences on the host. Kernels check the rows that follow from others.

@@ -418,7 +418,7 @@ def gather(cos: Tensor, sin: Tensor, S: int, **rows: Any) -> tuple[Tensor, Tenso
         M = cos.shape[0]
         if not 0 <= offset <= M - S:
             raise ValueError(
-                f"expected cos with at least offset + S = {offset} + {S} rows, got {M}"
+                f"cos has {M} rows, but offset ({offset}) + S ({S}) = {offset + S} are needed"
             )
         here = slice(offset, offset + S)
         return cos[here].unsqueeze(1), sin[here].unsqueeze(1), None

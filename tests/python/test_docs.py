@@ -58,7 +58,7 @@ class Block(NamedTuple):
             self.text, names, self.page, str(ROOT / self.page), self.line
         )
         output: list[str] = []
-        doctest.DocTestRunner(optionflags=flags).run(test, output.append, clear_globs=False)
+        doctest.DocTestRunner(optionflags=flags).run(test, out=output.append, clear_globs=False)
         names.update(test.globs)
         assert not output, "".join(output)
 

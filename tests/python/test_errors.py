@@ -37,7 +37,7 @@ def bad_calls():
     yield "cos of shape", V, x_ok | dict(cos=c[0], sin=s[0])
     yield "cos of shape", V, x_ok | dict(cos=c[None, None, None], sin=s[None, None, None])
     yield "cos with P <= D/2", V, x_ok | dict(cos=torch.randn(8, 9), sin=torch.randn(8, 9))
-    yield "cos with at least S=5 rows", V, x_ok | dict(cos=c[:4], sin=s[:4])
+    yield r"cos has 4 rows, but S \(5\) are needed", V, x_ok | dict(cos=c[:4], sin=s[:4])
     yield "cos of shape .*B=2", V, x_ok | dict(cos=torch.randn(3, 5, 8), sin=torch.randn(3, 5, 8))
     yield "cos of shape .*S=5", V, x_ok | dict(cos=token[:, :4], sin=token[:, :4])
     yield "cos of shape .*H=4", V, x_ok | dict(cos=head[:, :, :3], sin=head[:, :, :3])
@@ -72,8 +72,9 @@ def bad_calls():
     yield "positions", IndexError, x_ok | dict(positions=p + 4)
     yield "positions", IndexError, x_ok | dict(positions=p - 2)
 
-    yield "cos with at least offset .* rows", V, x_ok | dict(offset=4)
-    yield "cos with at least offset .* rows", V, x_ok | dict(offset=2**63 - 1)
+    words = r"cos has 8 rows, but offset \({}\) \+ S \(5\) = {} are needed"
+    for offset in (4, 2**63 - 1):
+        yield words.format(offset, offset + 5), V, x_ok | dict(offset=offset)
     yield "offset >= 0", V, x_ok | dict(offset=-1)
     yield "offset of shape", V, x_ok | dict(offset=torch.zeros(3, dtype=torch.int64))
     yield "offset of shape", V, x_ok | dict(offset=torch.zeros(2, 1, dtype=torch.int64))
@@ -130,7 +131,7 @@ def test_bad_call(call, form, grad):
     tensors = {n: t for n, t in arguments.items() if isinstance(t, torch.Tensor) and not t.is_meta}
     before = {n: (t.detach().clone(), t._version) for n, t in tensors.items()}
     operator = name + {"new tensor": "", "in place": "_", "out": "_out"}[form]
-    expected = rf"(?s)^{operator}: expected {word}.*got"
+    expected = rf"(?s)^{operator}: " + (word if "needed" in word else f"expected {word}.*got")
     with torch.set_grad_enabled(form != "out"), pytest.raises(kind, match=expected):
         function(**arguments)
     for n, (value, version) in before.items():
@@ -143,7 +144,7 @@ def test_wording():
     with pytest.raises(ValueError) as error:
         fused_rope.rotate(x, cos, sin)
     # Nothing follows, such as a C++ stack.
-    want = "rotate: expected cos with at least S=128 rows, got [100, 32]"
+    want = "rotate: cos has 100 rows, but S (128) are needed"
     assert str(error.value) == want
 
 
@@ -319,7 +320,7 @@ def test_errors_reach_callers_of_the_operators():
     """The checks are in the operators, not in the Python functions."""
     x, (cos, sin) = torch.randn(2, 5, 4, 16), angles(3, 8)
     for name in ("rotate", "rotate_"):
-        with pytest.raises(ValueError, match=f"{name}: expected cos"):
+        with pytest.raises(ValueError, match=f"{name}: cos has 3 rows"):
             getattr(torch.ops.fused_rope, name)(x, cos, sin)
 
 
