@@ -5,7 +5,9 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstring>
+#include <iterator>
 #include <utility>
 #include <vector>
 
@@ -18,6 +20,7 @@ namespace fused_rope::kernels::testing {
 
 constexpr int64_t kRows = 24;           // M
 constexpr int64_t kMaxPackedHeads = 3;  // heads of k that follow q's in memory
+constexpr int64_t kNoIndex = 1 << 30;   // between indices
 constexpr int64_t kGuard = 16;          // elements around every tensor that must not change
 
 // Random numbers in memory aligned to 64 bytes.
@@ -26,8 +29,12 @@ class Memory {
  public:
   Memory() = default;
   explicit Memory(int64_t size) : lines_(size * sizeof(T) / 64 + 2) {}
-  Memory(int64_t size, Random& random) : lines_(size * sizeof(T) / 64 + 2) {
-    for (int64_t i = 0; i < size; ++i) data()[i] = narrow<T>(static_cast<Wide<T>>(random.normal()));
+  // `magnitude` may make them subnormal in T; one in 64 is a zero of either sign.
+  Memory(int64_t size, Random& random, double magnitude = 1) : Memory(size) {
+    for (int64_t i = 0; i < size; ++i) {
+      const double factor = random.below(64) == 0 ? 0 : magnitude;
+      data()[i] = narrow<T>(static_cast<Wide<T>>(random.normal() * factor));
+    }
   }
   T* data() { return reinterpret_cast<T*>(lines_.data()); }
   bool operator==(const Memory& other) const {
@@ -61,6 +68,8 @@ class Call {
     draw_rows();
     for (int i = 0; i < p_.count; ++i) draw_tensor(i);
     if (kind != CallKind::kRotation && (kind != CallKind::kCache || chance(2))) draw_norm();
+    for (int i = 0; i < p_.count && p_.norm == nullptr && chance(4); ++i)
+      draw_bits(in_[i], p_.tensors[i], p_.D, p_.pairing.offset, p_.pairing.end());
     if (kind == CallKind::kCache) draw_cache();
     p_.dtype = kDType<T>;
     p_.table_dtype = kDType<Table>;
@@ -144,10 +153,15 @@ class Call {
     constexpr int64_t kVector = kVectorBytes / sizeof(T);
     p_.B = 1 + random_.below(3);
     p_.S = 1 + random_.below(6);
+    if (chance(8)) {  // decode
+      p_.B = 1 + random_.below(40);
+      p_.S = 1;
+    }
     p_.D = chance(4) ? 2 + random_.below(24) : kVector * (2 + random_.below(chance(8) ? 63 : 5));
+    if (chance(40)) p_.D = 1024 - (chance(2) ? 0 : random_.below(100));
     p_.count = kind_ != CallKind::kCache && chance(3) ? 1 : 2;
     const int64_t widest = p_.D / 2;
-    int64_t P = chance(3) ? random_.below(widest + 1) : widest;
+    int64_t P = chance(3) ? random_.below(widest + 1) : chance(8) ? 1 : widest;
     if (chance(2)) P = std::max<int64_t>(P / kVector * kVector, std::min(kVector, widest));
     int64_t distance = P;
     const int64_t style = random_.below(4);
@@ -168,9 +182,9 @@ class Call {
     for (int i = 0; i < p_.count; ++i) {
       WeightParams& weight = norm_.weights[i];
       const bool is_wide = chance(3);
-      weight.stride = !simple_ && chance(6) ? 2 : 1;
+      weight.stride = !simple_ && chance(6) ? 2 * random_.below(2) : 1;
       const int64_t first = !simple_ && chance(6) ? 1 : 0;
-      const int64_t size = weight.stride * p_.D + first;
+      const int64_t size = 2 * p_.D + first;
       weights_[i] = Memory<T>(size, random_);
       wide_weights_[i] = Memory<float>(size, random_);
       weight.dtype = is_wide ? DType::kFloat32 : kDType<T>;
@@ -207,9 +221,7 @@ class Call {
     for (size_t i = slots.size() - 1; i > 0; --i) std::swap(slots[i], slots[random_.below(i + 1)]);
     slots.resize(tokens);
     for (int64_t& slot : slots) slot = chance(5) ? -1 : slot;
-    p_.rows.out_rows = integers(slots);
-    p_.rows.out_rows_b = p_.S;
-    p_.rows.out_rows_s = 1;
+    set_out_rows(slots);
     const int64_t H = p_.tensors[1].H;
     const int64_t D = p_.D;
     draw_slots(cache_.k, 0, pages, H);
@@ -221,6 +233,7 @@ class Call {
     cache_.values.in_strides = draw_strides(p_.B, p_.S, std::max<int64_t>(H, 1), &size);
     cache_.values.H = H;
     values_ = {add(size), kGuard};
+    if (chance(4)) draw_bits(values_, cache_.values, cache_.values_D, 0, 0);
     p_.D = D;
     has_values_ = !chance(5);
     if (!chance(3)) cache_.k.data = &cache_;  // k_out is wanted, too
@@ -237,14 +250,18 @@ class Call {
     caches_[i] = {add(size), kGuard};
     if (cache_.storage == Storage::kOwn) return;
     scales_[i].resize(2 * std::max<int64_t>(H, 1));
-    for (float& scale : scales_[i]) scale = static_cast<float>(0.002 + random_.below(50) / 1000.0);
+    constexpr float kScales[] = {0, -0.3f, 1, 0x1p-70f, 0x1p-149f, 0x1p90f, INFINITY};
+    for (float& scale : scales_[i]) {
+      scale = static_cast<float>(0.002 + random_.below(50) / 1000.0);
+      if (chance(20)) scale = kScales[random_.below(std::size(kScales))];
+    }
     t.scale = scales_[i].data();
     t.scale_stride = random_.below(3);
   }
 
   // Tables whose rows are aligned to vectors, or slightly misaligned.
   void draw_tables() {
-    const int64_t step = !simple_ && chance(5) ? 2 : 1;
+    const int64_t step = !simple_ && chance(5) ? 2 * random_.below(2) : 1;  // 0: expanded columns
     const int64_t P = p_.pairing.P;
     const int64_t row =
         simple_ || chance(2) ? (P + 15) / 16 * 16 * step : P * step + random_.below(3);
@@ -252,14 +269,14 @@ class Call {
     const int64_t form = std::max<int64_t>(random_.below(5) - 2, 0);  // shared, per token, per head
     int64_t H = 1;
     if (form == 0) {
-      t.m = row;
+      t.m = chance(12) ? 0 : row;
     } else {
       p_.per_head = form == 2;
       heads_ = 1 + random_.below(5);
       H = p_.per_head ? heads_ : 1;
       t.h = p_.per_head ? row : 0;
-      t.s = H * row;
-      t.b = chance(2) ? 0 : p_.S * t.s;
+      t.s = chance(12) ? 0 : H * row;
+      t.b = chance(2) ? 0 : p_.S * H * row;
     }
     p_.rows.gathered = form != 0;
     const int64_t size = form == 0 ? kRows * row : p_.B * p_.S * H * row;
@@ -289,10 +306,7 @@ class Call {
       p_.axes = axes_.data();
     }
     if (axes > 0 || only_positions || chance(3)) {
-      rows.positions = positions(std::max<int64_t>(axes, 1));
-      rows.positions_a = p_.B * p_.S;
-      rows.positions_b = chance(4) ? 0 : p_.S;
-      rows.positions_s = 1;
+      rows.positions = positions(std::max<int64_t>(axes, 1), rows);
     }
     if (only_positions) return;
     if (p_.B == 1 && !chance(3)) {
@@ -301,39 +315,62 @@ class Call {
       for (int64_t& start : starts) start = random_.below(p_.S + 1);
       std::sort(starts.begin(), starts.end());
       if (rows.N > 0) starts[0] = 0;
-      rows.cu_seqlens = integers(starts);
-      rows.cu_seqlens_stride = 1;
+      rows.cu_seqlens_stride = chance(4) ? 3 : 1;
+      rows.cu_seqlens = integers(starts, rows.cu_seqlens_stride);
     }
     if (chance(3)) {
-      rows.offsets = integers(std::max<int64_t>(p_.B, rows.N), 0, 5);
-      rows.offsets_stride = 1;
+      std::vector<int64_t> offsets(std::max<int64_t>(p_.B, rows.N));
+      for (int64_t& offset : offsets) offset = random_.below(5);
+      rows.offsets_stride = chance(4) ? 2 * random_.below(2) : 1;
+      rows.offsets = integers(offsets, rows.offsets_stride);
     }
   }
 
-  // [axes, B, S]. An axis that no pair has may be out of range.
-  IndexParams positions(int64_t axes) {
-    std::vector<int64_t> values;
-    for (int64_t i = 0; i < axes * p_.B * p_.S; ++i) {
-      const int64_t axis = i / (p_.B * p_.S);
+  // [axes, B, S], in this order or the reverse. An axis that no pair has may be out of range. Far
+  // positions come with an offset that brings them back.
+  IndexParams positions(int64_t axes, RowParams& rows) {
+    const int64_t far = chance(4) ? int64_t{1} << (24 + random_.below(39)) : 0;
+    const int64_t shift = chance(2) ? far : -far;
+    rows.offset -= shift;
+    const bool reversed = chance(4);
+    rows.positions_a = reversed ? 1 : p_.B * p_.S;
+    rows.positions_b = reversed ? axes : p_.S;
+    rows.positions_s = reversed ? axes * p_.B : 1;
+    std::vector<int64_t> values(axes * p_.B * p_.S);
+    for (size_t i = 0; i < values.size(); ++i) {
+      const auto at = static_cast<int64_t>(i);
+      const int64_t axis = reversed ? at % axes : at / (p_.B * p_.S);
       const bool unused = !axes_.empty() && std::count(axes_.begin(), axes_.end(), axis) == 0;
-      values.push_back(unused ? 2 * kRows : random_.below(13) - 1);
+      const int64_t row = random_.below(13) - 1;
+      values[i] = row == -1 ? -1 : shift + (unused ? 2 * kRows : row);
     }
-    return integers(values);
+    if (chance(4)) rows.positions_b = 0;
+    if (chance(8)) rows.positions_s = 0;
+    return integers(values, 1, far > INT32_MAX / 2);
   }
 
-  IndexParams integers(int64_t count, int64_t low, int64_t high) {
-    std::vector<int64_t> values;
-    for (int64_t i = 0; i < count; ++i) values.push_back(low + random_.below(high - low));
-    return integers(values);
-  }
-
-  IndexParams integers(const std::vector<int64_t>& values) {
-    if (chance(2)) {
-      longs_.push_back(values);
+  // In memory `stride` apart, or all the first one for 0.
+  IndexParams integers(const std::vector<int64_t>& values, int64_t stride = 1,
+                       bool is_long = false) {
+    const auto step = static_cast<size_t>(std::max<int64_t>(stride, 1));
+    std::vector<int64_t> spread(values.size() * step, kNoIndex);
+    for (size_t i = 0; i < values.size(); ++i) spread[i * step] = values[i];
+    if (is_long || chance(2)) {
+      longs_.push_back(std::move(spread));
       return {longs_.back().data(), true};
     }
-    ints_.emplace_back(values.begin(), values.end());
+    ints_.emplace_back(spread.begin(), spread.end());
     return {ints_.back().data(), false};
+  }
+
+  // Sets the output rows or slots [B, S].
+  void set_out_rows(const std::vector<int64_t>& out_rows) {
+    RowParams& rows = p_.rows;
+    const int64_t stride = chance(4) ? 2 : 1;
+    const bool transposed = chance(4);
+    rows.out_rows_b = (transposed ? 1 : p_.S) * stride;
+    rows.out_rows_s = (transposed ? p_.B : 1) * stride;
+    rows.out_rows = integers(out_rows, stride);
   }
 
   // Strides of [B, S, H, D] in a random order of the first three, elements contiguous or strided.
@@ -361,9 +398,26 @@ class Call {
     if (chance(2) && !packed_) strides.h = 0;
   }
 
+  // Now and then with numbers that are subnormal in float16, in bfloat16 or in all types.
   size_t add(int64_t size) {
-    memory_.emplace_back(size + 2 * kGuard, random_);
+    constexpr double kTiny[] = {0x1p-22, 0x1p-132, 0x1p-148};
+    const double magnitude = chance(10) ? kTiny[random_.below(3)] : 1;
+    memory_.emplace_back(size + 2 * kGuard, random_, magnitude);
     return memory_.size() - 1;
+  }
+
+  // Gives the elements of each head that are not in [first, end) any bits, those of NaNs too.
+  void draw_bits(const Location& at, const TensorParams& t, int64_t D, int64_t first, int64_t end) {
+    const Strides& strides = t.in_strides;
+    for (int64_t head = 0; head < p_.B * p_.S * t.H; ++head) {
+      const int64_t h = head % t.H, s = head / t.H % p_.S, b = head / t.H / p_.S;
+      T* const x =
+          memory_[at.memory].data() + at.first + b * strides.b + s * strides.s + h * strides.h;
+      for (int64_t d = 0; d < D; ++d) {
+        const uint64_t bits = random_.bits();
+        if (d < first || d >= end) std::memcpy(x + d * strides.d, &bits, sizeof(T));
+      }
+    }
   }
 
   // Heads that a tensor's memory holds: its own, and k's after q's in a packed tensor.
@@ -373,7 +427,7 @@ class Call {
 
   void draw_tensor(int i) {
     TensorParams& t = p_.tensors[i];
-    t.H = p_.per_head ? heads_ : random_.below(5);
+    t.H = p_.per_head ? heads_ : random_.below(chance(16) ? 40 : 5);
     const bool follows = i == 1 && p_.tensors[0].H > 0 && packed_;
     int64_t size = 0;
     if (follows) {  // k's heads follow q's
@@ -397,9 +451,7 @@ class Call {
       std::vector<int64_t> slots(p_.B * p_.S);
       for (size_t j = 0; j < slots.size(); ++j)
         slots[j] = chance(4) ? -1 : static_cast<int64_t>(2 * j);
-      p_.rows.out_rows = integers(slots);
-      p_.rows.out_rows_b = p_.S;
-      p_.rows.out_rows_s = 1;
+      set_out_rows(slots);
       p_.rows.out_rows_limit = 2 * p_.B * p_.S;
       t.out_strides = draw_strides(1, p_.rows.out_rows_limit, std::max<int64_t>(t.H, 1), &size);
     } else {

@@ -77,7 +77,7 @@ TEST_P(Errors, NameTheOperatorAndLeaveTensorsUnchanged) {
     } catch (const c10::Error& error) {
       const std::string message = error.what_without_backtrace();
       EXPECT_STREQ(typeid(error).name(), c().type.name()) << message;
-      const std::string op = std::string(form.op) + ": expected ";
+      const std::string op = std::string(form.op) + ": ";
       EXPECT_TRUE(c().type == typeid(c10::Error) || message.rfind(op, 0) == 0) << message;
       for (const std::string& word : c().words) {
         EXPECT_NE(message.find(word), std::string::npos) << "no '" << word << "' in: " << message;
@@ -99,7 +99,7 @@ const ErrorCase kErrors[] = {
      }},
     {"ShortTable",
      typeid(c10::ValueError),
-     {"cos", "S=5", "[4, 8]"},
+     {"cos has 4 rows", "S (5)"},
      [](Call& c) { c.cos = c.cos.slice(0, 0, 4), c.sin = c.sin.slice(0, 0, 4); }},
     {"TwoOffsets",
      typeid(c10::ValueError),

@@ -27,6 +27,7 @@ import torch
 from fused_rope import reference
 from oracle import (
     DTYPES,
+    HALF,
     LAYOUTS,
     as_bshd,
     bits,
@@ -108,9 +109,16 @@ class Memory:
         return block.as_strided(list(sizes), strides, offset)
 
     def floats(self, sizes: Sequence[int], dtype: torch.dtype, expand: bool = False) -> Tensor:
+        # Now and then zeros of either sign, or subnormal numbers. The bounds do not hold for
+        # subnormal float32 and float64, whose products lose bits.
+        has_zeros = self.rng.random() < 0.1
+        tiny = self.rng.random() < 0.1 and dtype in HALF
+
         def normal(n: int) -> Tensor:
             device = self.generator.device
-            return torch.randn(n, generator=self.generator, device=device).to(dtype)
+            x = torch.randn(n, generator=self.generator, device=device)
+            x = (x.sign() * torch.relu(x.abs() - 0.5 * has_zeros)).to(dtype)
+            return x * torch.finfo(dtype).tiny if tiny else x
 
         return self.place(sizes, expand, normal)
 
@@ -186,6 +194,12 @@ class Case:
         self.B = 1 if self.layout == "thd" else rng.choice((1, 2, 3, rng.randint(0, 4)))
         self.S = rng.choice((1, 2, 5, 7, rng.randint(0, 13)))
         self.H = [rng.choice((1, 2, 4, rng.randint(0, 9))) for _ in range(2 if self.pair else 1)]
+        if rng.random() < 0.05:
+            self.D = rng.choice((256, 512, 1024, rng.randint(141, 1024)))
+        elif rng.random() < 0.1 and self.layout != "thd":  # decode
+            self.B, self.S = rng.randint(5, 40), 1
+        elif rng.random() < 0.1:
+            self.H = [rng.randint(10, 40) for _ in self.H]
         if large:
             self.B = 1 if self.layout == "thd" else 4
             self.S, self.D, self.H = LARGE_TOKENS // self.B, 128, [32, 8][: len(self.H)]
@@ -258,6 +272,10 @@ class Case:
             return
         if offset == "int" and rng.random() < 0.3:
             kw["offset"] = shift = -shift
+        far = 0
+        if offset == "int" and rng.random() < 0.2:  # the sum of both is near
+            far = rng.choice((-1, 1)) * 2 ** rng.randint(20, 62)
+            kw["offset"] -= far
         sizes = rng.choice(((S,), (1, S), (B, S)))
         unused: set[int] = set()
         if rng.random() < 0.4:
@@ -267,12 +285,12 @@ class Case:
             sizes = (A, *sizes)
         low, high = max(0, -shift), self.cos.shape[0] - max(0, shift)
         generator = torch.Generator().manual_seed(rng.getrandbits(60))
-        values = torch.randint(low, max(high, low + 1), sizes, generator=generator)
+        values = torch.randint(low, max(high, low + 1), sizes, generator=generator) + far
         skipped = torch.rand(sizes, generator=generator)
         values[skipped < rng.choice((0, 0.1, 0.6))] = -1
         for axis in unused:
             values[axis] = rng.choice((0, -7, 10**6))
-        values = values.to(rng.choice(INTEGERS))
+        values = values.to(rng.choice(INTEGERS) if abs(far) < 2**30 else torch.int64)
         kw["positions"] = self.memory.integers(values, expand=not unused)
 
     def integers(self, values: list[int]) -> Tensor:
