@@ -99,7 +99,7 @@ const ErrorCase kErrors[] = {
      }},
     {"ShortTable",
      typeid(c10::ValueError),
-     {"cos has 4 rows", "S (5)"},
+     {"cos has 4 rows", "S = 5 are needed"},
      [](Call& c) { c.cos = c.cos.slice(0, 0, 4), c.sin = c.sin.slice(0, 0, 4); }},
     {"TwoOffsets",
      typeid(c10::ValueError),
