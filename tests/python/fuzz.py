@@ -45,6 +45,7 @@ EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
 GUARD = 16  # elements before and after every tensor; whole vectors, so that alignment is random
 ALIGNMENT = 64  # elements, of every tensor's block of memory: more than any vector
 FAR = 8  # largest offset; tables have as many rows to spare
+FAR_SHARE = 0.2  # of positions and offsets of which only the sum is near
 INTEGERS = (torch.int32, torch.int64)
 LARGE_TOKENS = 8192  # of 32 heads with D=128: more than the caches hold
 
@@ -108,10 +109,12 @@ class Memory:
         self.bytes += block.nbytes
         return block.as_strided(list(sizes), strides, offset)
 
-    def floats(self, sizes: Sequence[int], dtype: torch.dtype, expand: bool = False) -> Tensor:
+    def floats(
+        self, sizes: Sequence[int], dtype: torch.dtype, expand: bool = False, zeros: bool = True
+    ) -> Tensor:
         # Now and then zeros of either sign, or subnormal numbers. The bounds do not hold for
         # subnormal float32 and float64, whose products lose bits.
-        has_zeros = self.rng.random() < 0.1
+        has_zeros = zeros and self.rng.random() < 0.1
         tiny = self.rng.random() < 0.1 and dtype in HALF
 
         def normal(n: int) -> Tensor:
@@ -273,7 +276,7 @@ class Case:
         if offset == "int" and rng.random() < 0.3:
             kw["offset"] = shift = -shift
         far = 0
-        if offset == "int" and rng.random() < 0.2:  # the sum of both is near
+        if offset == "int" and rng.random() < FAR_SHARE:  # the sum of both is near
             far = rng.choice((-1, 1)) * 2 ** rng.randint(20, 62)
             kw["offset"] -= far
         sizes = rng.choice(((S,), (1, S), (B, S)))
@@ -515,7 +518,9 @@ class Case:
         found = {f"{name}_cache": self.memory.floats((*rows, Hk, D), dtype)}
         if dtype in EIGHT_BITS:
             per_head = self.rng.random() < 0.5
-            scale = self.memory.floats((Hk if per_head else 1,), torch.float32, expand=True)
+            # 0 / 0 is a NaN of either sign.
+            heads = (Hk if per_head else 1,)
+            scale = self.memory.floats(heads, torch.float32, expand=True, zeros=False)
             found[f"{name}_scale"] = scale = scale if per_head else scale[0]
             tokens = quantized(tokens, scale, dtype)
         kept = slots >= 0
