@@ -291,6 +291,17 @@ def test_patch_knows_the_kind(name):
     assert not found.weighted or found.mixed == ("float32" in kind.weights)
 
 
+@pytest.mark.parametrize("name", ["torch", "torch, no weight", "rounded before"])
+def test_autocast(name):
+    """On CUDA it makes the results of torch.nn.functional.rms_norm float32; they stay so."""
+    kind = module_of(name, KINDS[name].formula, KINDS[name].weights == NONE)
+    [found] = norms.learn(kind)
+    norm, x = kind() if KINDS[name].weights == NONE else kind(64), torch.randn(2, 3, 4, 64)
+    assert found.fits(norm, x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert found.fits(norm, x) == (name == "rounded before")
+
+
 def rounded_root(x: Tensor, w: Any, eps: float) -> Tensor:
     """DeepSeek V4's."""
     root = torch.rsqrt(widen(x).pow(2).mean(-1, keepdim=True) + eps)

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.modules import module as _hooks
+from torch.overrides import TorchFunctionMode
 
 from ... import functional
 from ...tracing import outside_modes
@@ -66,6 +67,7 @@ class Kind:
         weighted: whether it has a weight.
         zero_centered, cast: as in `norm_rotate`.
         mixed: whether the weight may be float32 if x is narrower.
+        autocasts: whether autocast makes its results float32, as it may with F.rms_norm.
         attributes: other attributes of an instance, which must not differ.
     """
 
@@ -76,6 +78,7 @@ class Kind:
     zero_centered: bool
     cast: str
     mixed: bool
+    autocasts: bool
     attributes: dict[str, Any]
 
     def __str__(self) -> str:
@@ -85,6 +88,8 @@ class Kind:
     def fits(self, norm: torch.nn.Module, x: Any) -> bool:
         """Whether the operator returns what a call of this module with x returns."""
         if not (type(x) is Tensor and x.dtype in _DTYPES and x.dim() > 2 and _is_bare(norm)):
+            return False
+        if self.autocasts and torch.is_autocast_enabled(x.device.type):
             return False
         weight = norm._parameters.get("weight")
         if weight is None or not self.weighted:  # FSDP and others move parameters elsewhere
@@ -254,11 +259,28 @@ def _check(norm: torch.nn.Module) -> Kind | None:
     if weighted:
         arithmetic = [(centered, cast) for centered in (False, True) for cast in _CASTS]
     for zero_centered, cast in arithmetic:
-        kind = Kind(type(norm), forward, eps, weighted, zero_centered, cast, False, attributes)
-        if _agrees(norm, kind, torch.float32) and _agrees(norm, kind, torch.bfloat16):
+        flags = zero_centered, cast, False, False
+        kind = Kind(type(norm), forward, eps, weighted, *flags, attributes)
+        with torch._C._EnableTorchFunction(), _Calls() as calls:
+            agrees = _agrees(norm, kind, torch.float32) and _agrees(norm, kind, torch.bfloat16)
+        if agrees:
             mixed = cast == "after" and _agrees(norm, kind, torch.bfloat16, torch.float32)
-            return replace(kind, mixed=mixed)
+            return replace(kind, mixed=mixed, autocasts="rms_norm" in calls.names)
     return None
+
+
+class _Calls(TorchFunctionMode):
+    """Names the functions of PyTorch that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.names.add(getattr(function, "__name__", ""))
+        return function(*args, **(kwargs or {}))
 
 
 def _agrees(
