@@ -47,7 +47,7 @@ def test_stray_writes_are_detected(large, seed, device, monkeypatch):
     def stray(call, find):
         error = perform(call, find)
         view = call.tables[0]
-        find(view._replace(size=(1,), stride=(1,), offset=view.offset - 1)).zero_()
+        find(view._replace(size=(1,), stride=(1,), offset=view.offset - 1)).fill_(1000)
         return error
 
     monkeypatch.setattr(fuzz, "perform", stray)
