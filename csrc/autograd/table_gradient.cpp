@@ -67,7 +67,8 @@ struct PairRows {
 };
 
 // Sums [B, S, P] over the tokens that read each row of a shared table, in a fixed order. On the CPU
-// only embedding's backward has one, on CUDA only an accumulating index_put.
+// only embedding's backward has one, on CUDA only an accumulating index_put. The former is not
+// differentiable without tokens.
 at::Tensor sum_rows(const at::Tensor& terms, const at::Tensor& index, const c10::SymInt& M) {
   const c10::SymInt P = terms.sym_size(-1);
   const bool by_row = index.sym_size(-1) == 1;
@@ -78,7 +79,7 @@ at::Tensor sum_rows(const at::Tensor& terms, const at::Tensor& index, const c10:
     sums = terms.reshape({-1, 1});
   }
   const c10::SymInt entries = by_row ? M : M * P;
-  if (terms.is_cuda()) {
+  if (terms.is_cuda() || TORCH_GUARD_OR_FALSE(rows.sym_numel().sym_eq(0))) {
     const at::Tensor zeros = at::zeros_symint({entries, sums.sym_size(1)}, terms.options());
     sums = at::index_put(zeros, {rows}, sums, /*accumulate=*/true);
   } else {

@@ -888,7 +888,9 @@ def _dispatch(
     """The call of an operator that the C++ entry does not serve."""
     if not _in_dynamo():
         transform = torch._C._functorch.peek_interpreter_stack()
-        if transform is not None and transform.key() != TransformType.Functionalize:
+        if transform is not None and (
+            name == "rotate_and_cache" or transform.key() != TransformType.Functionalize
+        ):
             rows = (positions, offset, cu_seqlens)
             names = (*Options._fields, *NORM_OPTIONS)
             filled = (*options, *Options()[len(options) :])

@@ -63,6 +63,27 @@ void rotate_and_store(const RotateParams& p) {
   if (v.in != nullptr) store<T>(p, p.cache->v, v.in, v.in_strides, v.H, p.cache->values_D);
 }
 
+TEST(SlotArgs, FindsSlotsInPagesOfAnySize) {
+  constexpr int64_t kFar = int64_t{1} << 32;
+  for (const int64_t page_size :
+       {int64_t{1}, int64_t{17}, int64_t{INT32_MAX}, kFar / 2, kFar, kFar + 5}) {
+    SCOPED_TRACE(::testing::Message() << "page size " << page_size);
+    CacheParams cache = {};
+    cache.storage = Storage::kInt8;
+    cache.page_size = page_size;
+    cache.k = {nullptr, 1000, 8, 0, 1, nullptr, 0};
+    RotateParams p = {};
+    p.B = p.S = 1;
+    p.cache = &cache;
+    p.rows.out_rows_limit = 3 * page_size;
+    p.tensors[1].H = 1;
+    const SlotArgs args(p, cache.k, 1, ByteStrides{}, whole_tile(p, p.tensors[1]));
+    for (const int64_t slot :
+         {int64_t{0}, page_size / 2, page_size - 1, page_size, 3 * page_size - 1})
+      EXPECT_EQ(args.offset_of(slot), slot / page_size * 1000 + slot % page_size * 8) << slot;
+  }
+}
+
 // x / scale by reciprocals, against a division: all must round to the same 8 bits.
 TEST(DivisionByScale, RoundsToTheSameEightBitsAsADivision) {
   constexpr float kInfinity = std::numeric_limits<float>::infinity();

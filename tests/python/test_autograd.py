@@ -284,6 +284,24 @@ def test_gradient_of_the_table_has_its_dtype(dtype, table, device):
         torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=10 * tolerance)
 
 
+@pytest.mark.parametrize("sizes", [(0, 5, 3, 16), (2, 0, 3, 16), (2, 5, 0, 16)], ids=str)
+@pytest.mark.parametrize("rows", ["consecutive", "positions", "axes"])
+def test_empty_tensors_and_the_table(sizes, rows, device):
+    """Gradients to the second order are empty or zero."""
+    x, cos, sin = (torch.randn(n, device=device).requires_grad_() for n in (sizes, (9, 8), (9, 8)))
+    positions = torch.zeros(2, sizes[1], dtype=torch.int64, device=device)
+    kw = {
+        "positions": dict(positions=positions[0]),
+        "axes": dict(positions=positions, axes=[0, 1] * 4),
+    }
+    out = fused_rope.rotate(x, cos, sin, **kw.get(rows, {}))
+    first = torch.autograd.grad(out, (x, cos, sin), torch.ones_like(out), create_graph=True)
+    gs = [torch.ones_like(g) for g in first]
+    second = torch.autograd.grad(first, (x, cos, sin), gs, allow_unused=True)
+    for g in (*first, *second):
+        assert g is None or (g == 0).all()
+
+
 @pytest.mark.parametrize("S", [64, 2048])
 @pytest.mark.parametrize("axes", [None, [0, 1] * 16], ids=["one axis", "two axes"])
 def test_gradient_of_the_table_is_deterministic(S, axes, device):

@@ -571,7 +571,7 @@ def test_there_is_no_out(keyword, device):
         fused_rope.rotate_and_cache(**arguments(device), **{keyword: None})
 
 
-@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.vmap])
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.vmap, torch.func.functionalize])
 def test_torch_func_is_refused(transform, device):
     kw = arguments(device)
     q = kw.pop("q")

@@ -174,6 +174,21 @@ def test_readme_is_short_and_its_links_exist() -> None:
         assert "://" in link or (ROOT / link).exists(), link
 
 
+@pytest.mark.parametrize(
+    "generated,pages",
+    [
+        ("docs/transformers.md", ["README.md", "docs/guides/huggingface.md"]),
+        ("docs/diffusers.md", ["README.md", "docs/guides/diffusers.md"]),
+    ],
+)
+def test_counts_are_those_of_the_generated_page(generated: str, pages: list[str]) -> None:
+    """How many models a patch covers."""
+    count = re.search(r"\*\*(\d+ of \d+) ", (ROOT / generated).read_text())
+    assert count
+    for page in pages:
+        assert count[1] in (ROOT / page).read_text(), page
+
+
 # --- docs/numerics.md -----------------------------------------------------------------------------
 
 NUMERICS = (ROOT / "docs" / "numerics.md").read_text()

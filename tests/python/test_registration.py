@@ -1,6 +1,10 @@
 """What the dispatcher knows: schemas, kernels, Meta, and PyTorch's own checks of an operator."""
 
+import doctest
+import importlib
 import inspect
+import pkgutil
+import re
 from typing import ClassVar
 
 import fused_rope
@@ -326,13 +330,20 @@ def test_documentation():
     assert set(fused_rope.__all__) <= set(dir(fused_rope))
 
 
-def test_examples_of_the_documentation():
+# The examples of these need another package or a process group.
+NEEDS_MORE = ("fused_rope.compat.transformers.kernel_layers", "fused_rope.distributed")
+MODULES = [m.name for m in pkgutil.walk_packages(fused_rope.__path__, "fused_rope.")]
+MODULES = [m for m in MODULES if m not in (*NEEDS_MORE, "fused_rope._C", "fused_rope.__main__")]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_of_the_documentation(name):
     """The docstrings' examples run."""
-    import doctest
-
-    import fused_rope.functional
-
-    result = doctest.testmod(
-        fused_rope.functional, extraglobs={"torch": torch, "fused_rope": fused_rope}
-    )
-    assert result.attempted > 10 and result.failed == 0
+    if package := re.search("transformers|diffusers", name):
+        pytest.importorskip(package[0])
+    module = importlib.import_module(name)
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    names = {"torch": torch, "fused_rope": fused_rope}
+    result = doctest.testmod(module, extraglobs=names, optionflags=flags)
+    assert result.failed == 0
+    assert (result.attempted > 0) == (">>> " in inspect.getsource(module))

@@ -227,7 +227,6 @@ inline void copy_bytes(const std::byte* from, std::byte* to, int64_t n) {
     std::memcpy(to + n - kBytes, from + n - kBytes, kBytes);
   };
   if (n == 0) return;
-  if (n == 0) return;
   if (n >= 64) return move.template operator()<64>();
   if (n >= 32) return move.template operator()<32>();
   if (n >= 16) return move.template operator()<16>();

@@ -22,7 +22,7 @@ struct SlotArgs {
   int64_t page, place;
   int64_t limit;  // slots
   int64_t page_size;
-  FastDivmod per_page;
+  FastDivmod per_page;  // where is_short
   Storage storage;
   bool is_int64;
   bool is_short;  // pages, slots and strides fit 32 bits
@@ -40,7 +40,7 @@ struct SlotArgs {
         place(cache.place * size_of(p.cache->storage, p.dtype)),
         limit(p.rows.out_rows_limit),
         page_size(p.cache->page_size),
-        per_page(page_size),
+        per_page(std::min<int64_t>(page_size, INT32_MAX)),
         storage(p.cache->storage),
         is_int64(p.rows.out_rows.is_int64),
         is_short(std::max({limit, page_size, std::abs(page), std::abs(place)}) <= INT32_MAX) {}
