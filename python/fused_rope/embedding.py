@@ -167,6 +167,7 @@ class RotaryEmbedding(torch.nn.Module):
             ValueError: as the constructor; the config has no rotary parameters, or has several
                 models or layer types and none is named; an unknown model_type, rope_type or key of
                 the rotary parameters; a rotation that this module does not compute.
+            TypeError: hf_config is the name of a model.
 
         Example:
             >>> from transformers import LlamaConfig

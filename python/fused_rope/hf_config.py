@@ -80,7 +80,13 @@ def config_arguments(
 
     Raises:
         ValueError: the config lacks an entry, or has an unknown one.
+        TypeError: config is the name of a model.
     """
+    if isinstance(config, str):
+        raise TypeError(
+            f"from_config: expected a config of transformers, got the str {config!r}: load it "
+            "first, such as by AutoConfig.from_pretrained"
+        )
     reader = _Reader(config)
     family = _find_family(reader, interleaved)
     stated = _rope_parameters(reader, family, layer_type)
