@@ -66,6 +66,8 @@ def mistakes():
     words = r"expected inv_freq to be a tensor .*got 64: pass fused_rope.inv_freq\(head_dim, base\)"
     yield "head_dim for inv_freq", words, lambda: fused_rope.cos_sin_table(64, 4096)
     yield "odd head_dim", "even", lambda: fused_rope.inv_freq(63)
+    words = "got the str 'gpt2': load it first, by AutoConfig.*"
+    yield "name for a config", words, lambda: fused_rope.RotaryEmbedding.from_config("gpt2")
 
 
 MISTAKES = list(mistakes())
