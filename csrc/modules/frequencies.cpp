@@ -32,11 +32,19 @@ const T& need(const std::optional<T>& value, const RopeScaling& scaling, const c
   return *value;
 }
 
-double need_factor(const RopeScaling& scaling) { return need(scaling.factor(), scaling, "factor"); }
+double positive(double value, const char* key) {
+  TORCH_CHECK_VALUE(value > 0 && std::isfinite(value), "frequencies: expected ", key,
+                    " to be a number > 0, got ", value);
+  return value;
+}
+
+double need_factor(const RopeScaling& scaling) {
+  return positive(need(scaling.factor(), scaling, "factor"), "factor");
+}
 
 double need_trained(const RopeScaling& scaling) {
-  return need(scaling.original_max_position_embeddings(), scaling,
-              "original_max_position_embeddings");
+  constexpr const char* kKey = "original_max_position_embeddings";
+  return positive(need(scaling.original_max_position_embeddings(), scaling, kKey), kKey);
 }
 
 // RoFormer (Su et al., 2021).
@@ -69,12 +77,13 @@ Series dynamic(int64_t R, double base, const RopeScaling& scaling, int64_t rows)
 // between.
 Series yarn(int64_t rotary_dim, double base, const RopeScaling& scaling) {
   const double factor = need_factor(scaling), trained = need_trained(scaling);
+  TORCH_CHECK_VALUE(base != 1, "frequencies: expected another base than 1 with rope_type yarn");
   const auto R = static_cast<double>(rotary_dim);
   const auto pair_with_rotations = [&](double times) {
     return R * std::log(trained / (times * 2 * std::numbers::pi)) / (2 * std::log(base));
   };
-  double low = pair_with_rotations(scaling.beta_fast());
-  double high = pair_with_rotations(scaling.beta_slow());
+  double low = pair_with_rotations(positive(scaling.beta_fast(), "beta_fast"));
+  double high = pair_with_rotations(positive(scaling.beta_slow(), "beta_slow"));
   if (scaling.truncate()) low = std::floor(low), high = std::ceil(high);
   low = std::max(low, 0.0);
   high = std::min(high, R - 1);
@@ -105,6 +114,7 @@ Series longrope(int64_t R, double base, const RopeScaling& scaling, int64_t rows
     const Series& found = need(values, scaling, key);
     TORCH_CHECK_VALUE(static_cast<int64_t>(found.size()) == R / 2, "frequencies: expected ", R / 2,
                       " values in ", key, ", got ", found.size());
+    for (const double value : found) positive(value, key);
     return found;
   };
   const bool is_long = static_cast<double>(rows) > need_trained(scaling);
@@ -118,15 +128,19 @@ Series longrope(int64_t R, double base, const RopeScaling& scaling, int64_t rows
 }
 
 double longrope_attention_factor(const RopeScaling& scaling) {
-  const double factor = std::max(need_factor(scaling), 1.0);
-  return std::sqrt(1 + std::log(factor) / std::log(need_trained(scaling)));
+  const double factor = std::max(need_factor(scaling), 1.0), trained = need_trained(scaling);
+  TORCH_CHECK_VALUE(trained > 1, "frequencies: expected original_max_position_embeddings > 1, got ",
+                    trained);
+  return std::sqrt(1 + std::log(factor) / std::log(trained));
 }
 
 // Llama 3.1: interpolates long wavelengths, keeps short ones, and blends between.
 Series llama3(int64_t R, double base, const RopeScaling& scaling) {
   const double factor = need_factor(scaling), trained = need_trained(scaling);
-  const double slow = need(scaling.low_freq_factor(), scaling, "low_freq_factor");
-  const double fast = need(scaling.high_freq_factor(), scaling, "high_freq_factor");
+  const double slow =
+      positive(need(scaling.low_freq_factor(), scaling, "low_freq_factor"), "low_freq_factor");
+  const double fast =
+      positive(need(scaling.high_freq_factor(), scaling, "high_freq_factor"), "high_freq_factor");
   Series inv_freq = series(R, base);
   for (double& f : inv_freq) {
     const double rotations = trained * f / (2 * std::numbers::pi);
@@ -139,11 +153,13 @@ Series llama3(int64_t R, double base, const RopeScaling& scaling) {
 
 // p-RoPE (Gemma 4): rotates only the pairs of highest frequency, with the series of all R elements.
 Series proportional(int64_t R, double base, const RopeScaling& scaling) {
-  const auto rotated =
-      static_cast<size_t>(std::floor(scaling.partial_rotary_factor() * static_cast<double>(R) / 2));
+  const double part = positive(scaling.partial_rotary_factor(), "partial_rotary_factor");
+  TORCH_CHECK_VALUE(part <= 1, "frequencies: expected partial_rotary_factor <= 1, got ", part);
+  const double factor = positive(scaling.factor().value_or(1), "factor");
+  const auto rotated = static_cast<size_t>(std::floor(part * static_cast<double>(R) / 2));
   Series inv_freq = series(R, base);
   for (size_t j = 0; j < inv_freq.size(); ++j) {
-    inv_freq[j] = j < rotated ? inv_freq[j] / scaling.factor().value_or(1) : 0;
+    inv_freq[j] = j < rotated ? inv_freq[j] / factor : 0;
   }
   return inv_freq;
 }
@@ -201,7 +217,9 @@ Series inverse_frequencies(int64_t R, double base, const RopeScaling& scaling, i
 double attention_factor(const RopeScaling& scaling) {
   const RopeType kind = scaling.rope_type();
   if (kind != RopeType::kYarn && kind != RopeType::kLongRope) return 1;
-  if (scaling.attention_factor().has_value()) return *scaling.attention_factor();
+  if (scaling.attention_factor().has_value()) {
+    return positive(*scaling.attention_factor(), "attention_factor");
+  }
   return kind == RopeType::kYarn ? yarn_attention_factor(scaling)
                                  : longrope_attention_factor(scaling);
 }
@@ -212,6 +230,8 @@ std::tuple<at::Tensor, double> frequencies(int64_t rotary_dim, double base,
                                            const RopeScaling& scaling, int64_t rows) {
   TORCH_CHECK_VALUE(rotary_dim >= 0 && rotary_dim % 2 == 0,
                     "frequencies: expected an even rotary_dim R >= 0, got ", rotary_dim);
+  TORCH_CHECK_VALUE(base > 0 && std::isfinite(base),
+                    "frequencies: expected a finite base > 0, got ", base);
   const Series inv_freq = inverse_frequencies(rotary_dim, base, scaling, rows);
   const c10::InferenceMode no_inference_tensors(false);
   const at::Tensor result = at::empty({static_cast<int64_t>(inv_freq.size())},

@@ -33,6 +33,11 @@ void check(const RotaryEmbeddingOptions& o) {
     TORCH_CHECK_VALUE(static_cast<int64_t>(o.axes()->size()) == R / 2,
                       "RotaryEmbedding: expected axes of P=", R / 2, " ints, got ",
                       o.axes()->size());
+    for (const int64_t axis : *o.axes()) {
+      TORCH_CHECK_VALUE(axis >= 0 && axis < kernels::kMaxAxes,
+                        "RotaryEmbedding: expected axes in [0, ", kernels::kMaxAxes, "), got ",
+                        axis);
+    }
   }
 }
 

@@ -31,6 +31,7 @@ _DEFAULTS = {
 }
 
 
+_FIXED = ("rotary_dim", "base", "scaling", "blocks")
 _MAX_AXES = 8
 
 
@@ -73,6 +74,9 @@ class RotaryEmbedding(torch.nn.Module):
         cos: float32 [M, P], the cosines of the longest table that a call has used so far.
         sin: the sines.
         max_seq_len: the minimum number of rows M of a table; `reserve` raises it.
+
+    The other arguments are attributes, too. Those that determine the table (rotary_dim, base,
+    scaling, blocks) cannot be changed.
 
     Raises:
         ValueError: sizes do not match, a number is out of range, the layout, precision or rope_type
@@ -126,12 +130,22 @@ class RotaryEmbedding(torch.nn.Module):
         self.precision = precision
         max_seq_len = _rows("max_seq_len", max_seq_len)
         self._check()
-        self._dims = len(layout)
-        self._sequence_dim = layout.index("t" if layout == "thd" else "s")
-        self._batch_dim = None if layout == "thd" else layout.index("b")
         frequencies = ScaledFrequencies(self.rotary_dim, base, self.scaling, blocks)
         self._tables = TableCache(frequencies, max_seq_len)
         self._tables.move(torch.get_default_device() if device is None else device)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _FIXED and name in vars(self):
+            raise AttributeError(
+                f"RotaryEmbedding: {name} determines the table and cannot be changed: make another "
+                "module"
+            )
+        super().__setattr__(name, value)
+        if name == "layout":
+            self._check_layout()
+            self._dims = len(self.layout)
+            self._sequence_dim = self.layout.index("t" if self.layout == "thd" else "s")
+            self._batch_dim = None if self.layout == "thd" else self.layout.index("b")
 
     @property
     def max_seq_len(self) -> int:
@@ -291,6 +305,10 @@ class RotaryEmbedding(torch.nn.Module):
         pair = self._tables.pair(rows, q)
         if pair is None and (q.numel() == 0 or (cu_seqlens is not None and self.layout != "thd")):
             pair = self._tables.longest()  # the operator returns or raises without reading it
+            if rows is not None and rows >= shape[self._sequence_dim]:  # a row that exists
+                tokens = shape[self._sequence_dim]
+                positions = torch.zeros(tokens, dtype=torch.int64, device=q.device)
+                offset = 0
         if pair is None:
             with fake_mode_of(q):
                 tokens = shape[self._sequence_dim]
@@ -436,15 +454,17 @@ class RotaryEmbedding(torch.nn.Module):
             raise ValueError(
                 f"RotaryEmbedding: expected axes in [0, {_MAX_AXES}), got {list(self.axes)}"
             )
-        if self.layout not in ("bshd", "bhsd", "sbhd", "thd"):
-            raise ValueError(
-                f"RotaryEmbedding: expected layout bshd, bhsd, sbhd or thd, got {self.layout!r}"
-            )
         if self.precision not in ("fp32", "model"):
             raise ValueError(
                 f"RotaryEmbedding: expected precision fp32 or model, got {self.precision!r}"
             )
         self._check_rotary_factor()
+
+    def _check_layout(self) -> None:
+        if self.layout not in ("bshd", "bhsd", "sbhd", "thd"):
+            raise ValueError(
+                f"RotaryEmbedding: expected layout bshd, bhsd, sbhd or thd, got {self.layout!r}"
+            )
 
     def _check_rotary_factor(self) -> None:
         """Raises if a partial_rotary_factor of scaling contradicts rotary_dim."""

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .frequencies import frequencies, rope_type
+from .frequencies import frequencies, rope_type, whole_number
 from .table import DeviceCopies, Pair, Table, shared_table
 from .tracing import is_strictly_fake, is_traced, outside_modes
 
@@ -55,6 +55,7 @@ class ScaledFrequencies:
         blocks: int = 1,
         dtype: torch.dtype = torch.float32,
     ) -> None:
+        rotary_dim = whole_number("frequencies", "rotary_dim", rotary_dim)
         self._arguments = rotary_dim, base, scaling, blocks, dtype
         self._spans: tuple[Span, ...]
         kind = rope_type(scaling or {})

@@ -8,6 +8,7 @@
 #include <torch/serialize.h>
 
 #include <cmath>
+#include <limits>
 #include <numbers>
 #include <sstream>
 
@@ -157,6 +158,31 @@ TEST(Frequencies, OfLlama3StepWhereLowAndHighFactorsMeet) {
   const double once = 8192 / (2 * std::numbers::pi);
   const RopeScaling exact = llama3().low_freq_factor(once).high_freq_factor(once);
   EXPECT_EQ(std::get<0>(frequencies(2, 1e4, exact)).item<double>(), 1);
+}
+
+TEST(Frequencies, RefuseNumbersOutOfRange) {
+  const auto linear = RopeScaling(RopeType::kLinear);
+  const RopeScaling wrong[] = {
+      RopeScaling(linear).factor(0),
+      RopeScaling(linear).factor(-4),
+      RopeScaling(linear).factor(std::numeric_limits<double>::infinity()),
+      yarn().original_max_position_embeddings(0),
+      yarn().beta_slow(-1),
+      yarn().attention_factor(-1),
+      longrope().original_max_position_embeddings(1),
+      longrope().long_factor(std::vector<double>(16, 0)),
+      RopeScaling(RopeType::kProportional).partial_rotary_factor(2),
+  };
+  for (const RopeScaling& scaling : wrong) {
+    EXPECT_THROW(frequencies(32, 1e4, scaling), c10::ValueError);
+  }
+  for (const double base : {0.0, -1.0, std::nan("")}) {
+    EXPECT_THROW(frequencies(32, base), c10::ValueError);
+  }
+  EXPECT_THROW(frequencies(32, 1, yarn()), c10::ValueError);
+  for (const int64_t axis : {-1, 8}) {
+    EXPECT_THROW(RotaryEmbedding(Options(16).axes(std::vector<int64_t>(8, axis))), c10::ValueError);
+  }
 }
 
 TEST(Frequencies, NameTheMissingParameter) {

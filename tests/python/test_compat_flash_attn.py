@@ -481,3 +481,22 @@ def test_original(dtype, interleaved, device):
             for module in (RotaryEmbedding, original.RotaryEmbedding)
         )
         close(got, want.double(), ulps=4)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace")
+def test_xpos_of_other_lengths_than_the_traced_one():
+    """The middle of the call, where the scale is 1, is that of each call."""
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rotary = RotaryEmbedding(R, scale_base=512.0)
+
+        def forward(self, qkv):
+            return self.rotary(qkv.clone())
+
+    net, qkv = Net(), torch.randn(B, S, 3, HQ, D)
+    traced = torch.jit.trace(net, qkv)
+    for length in (3, S, 40):
+        qkv = torch.randn(B, length, 3, HQ, D)
+        same(traced(qkv), net(qkv))

@@ -1,6 +1,8 @@
 """FlashInfer's functions: ragged and per-token positions, both families of frequencies, caches."""
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -315,6 +317,35 @@ def test_errors():
     with pytest.raises(ValueError, match="apply_rope_with_cos_sin_cache_inplace: expected key"):
         flashinfer.apply_rope_with_cos_sin_cache_inplace(pos_ids, q, k[..., 1:], D, cache)
     same(q, before)
+
+
+@pytest.mark.parametrize(
+    "error,message,options",
+    [
+        (TypeError, "rotary_dim to be an int, got str", {"rotary_dim": "8"}),
+        (TypeError, "max_seq_len to be an int, got float", {"max_seq_len": 1e3}),
+        (ValueError, "max_seq_len >= 1, got -1", {"max_seq_len": -1}),
+        (ValueError, "base > 0, got 0", {"rope_theta": 0}),
+        (ValueError, "factor to be a number > 0, got 0", {"rope_scale": 0}),
+    ],
+)
+def test_wrong_options(error, message, options):
+    q, k = inputs(torch.float32, "cpu")
+    with pytest.raises(error, match=message):
+        flashinfer.apply_rope_pos_ids(q, k, torch.arange(len(POSITIONS)), **options)
+
+
+def test_few_tables_are_kept():
+    """Dynamic scaling passes another theta for each length."""
+    flashinfer._cache.cache_clear()
+    q, k = inputs(torch.float32, "cpu")
+    tables = []
+    for step in range(40):
+        options = {"rope_theta": 1e4 + step, "max_seq_len": ROWS}
+        flashinfer.apply_rope_pos_ids(q, k, torch.arange(len(POSITIONS)), **options)
+        tables.append(weakref.ref(flashinfer._cache(D, 1e4 + step, ROWS, 1).pair(None, q).cos))
+    gc.collect()
+    assert sum(table() is not None for table in tables) <= 16
 
 
 @pytest.mark.parametrize("family", ["rope", "llama31_rope"])

@@ -215,6 +215,9 @@ def test_errors():
         apply_rotary_pos_emb(t, freqs[:, 0])
     with pytest.raises(TypeError):
         apply_rotary_pos_emb(t, freqs, start_positions=torch.zeros(B))
+    for cp_size, cp_rank in ((2, 2), (2, -1), (0, 0), (1, 1)):
+        with pytest.raises(ValueError, match=f"cp_rank in .*cp_size={cp_size}.*got cp_rank="):
+            apply_rotary_pos_emb(t, freqs, cp_size=cp_size, cp_rank=cp_rank)
 
 
 @pytest.mark.parametrize("cp_size", [1, 2])

@@ -126,6 +126,8 @@ def test_errors():
         rotary_embedding(positions, q, k, D, cache, True, 2)
     with pytest.raises(TypeError, match="positions"):
         rotary_embedding(positions.float(), q, k, D, cache, True)
+    with pytest.raises(ValueError, match=r"query .*H\*0"):
+        rotary_embedding(positions, q, k, 0, cache, True)
     same(q, before)
 
 

@@ -609,3 +609,44 @@ def test_length_dependent_frequencies_do_not_synchronize_cuda(kind):
         rope(x, offset=lengths)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+EMPTY = {"bshd": (0, 9, 2, 64), "bhsd": (0, 2, 9, 64), "sbhd": (9, 0, 2, 64), "thd": (9, 0, 64)}
+
+
+@pytest.mark.parametrize("kind", ["default", "dynamic", "longrope"])
+@pytest.mark.parametrize("layout", EMPTY)
+def test_empty_inputs_of_more_tokens_than_rows(kind, layout, device):
+    factors = {"short_factor": [1.0] * 32, "long_factor": [2.0] * 32}
+    scaling = {"rope_type": kind, "factor": 2.0, "original_max_position_embeddings": 4, **factors}
+    read = {"default": (), "dynamic": ("factor",), "longrope": ("factor", *factors)}[kind]
+    keys = ("rope_type", "original_max_position_embeddings", *read)
+    rope = RotaryEmbedding(
+        64, layout=layout, scaling={key: scaling[key] for key in keys}, max_seq_len=4
+    )
+    q = torch.randn(EMPTY[layout], device=device, requires_grad=True)
+    for offset in (0, 7):
+        rotated = rope(q, offset=offset)
+        assert rotated.shape == q.shape
+        rotated.sum().backward()
+        assert rope(q, q, offset=offset)[1].shape == q.shape
+    with pytest.raises((ValueError, IndexError), match="-7"):
+        rope(q, offset=-7)
+
+
+def test_a_layout_that_changes_later():
+    """The length, on which dynamic frequencies depend, is that of the new layout."""
+    scaling = {"rope_type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 8}
+    rope, q = RotaryEmbedding(64, scaling=scaling), torch.randn(1, 2, 40, 64)
+    want = RotaryEmbedding(64, scaling=scaling, layout="bhsd")(q)
+    rope.layout = "bhsd"
+    same(rope(q), want)
+    with pytest.raises(ValueError, match="layout"):
+        rope.layout = "hbsd"
+
+
+@pytest.mark.parametrize("name", ["rotary_dim", "base", "scaling", "blocks"])
+def test_what_determines_the_table_cannot_be_changed(name):
+    rope = RotaryEmbedding(64)
+    with pytest.raises(AttributeError, match=f"^RotaryEmbedding: {name} determines the table"):
+        setattr(rope, name, getattr(rope, name))

@@ -324,3 +324,64 @@ def test_a_bad_row_with_gradients_changes_neither_tensor(device):
     with pytest.raises(IndexError, match=r"^rotate_qk_: .*got 9"):
         fused_rope.rotate_qk_(qkv[:, :, :4], qkv[:, :, 4:], *angles(5, 8), positions=positions)
     same(qkv.detach(), before)
+
+
+def negative(x):
+    """A view whose negative bit is set, of memory that holds -x: the values are x's."""
+    memory = torch.complex(torch.zeros_like(x), -x)
+    view = memory.conj().imag
+    assert view.is_neg() and view.equal(x)
+    return view, memory
+
+
+NORM = {"eps": 1e-6}
+WRITES = {
+    "rotate_": lambda q, k, cs: fused_rope.rotate_(q, *cs),
+    "rotate_qk_": lambda q, k, cs: fused_rope.rotate_qk_(q, k, *cs),
+    "norm_rotate_": lambda q, k, cs: fused_rope.norm_rotate_(q, *cs, **NORM),
+    "norm_rotate_qk_": lambda q, k, cs: fused_rope.norm_rotate_qk_(q, k, *cs, **NORM),
+    "rotate out": lambda q, k, cs: fused_rope.rotate(k, *cs, out=q),
+    "rotate_qk out": lambda q, k, cs: fused_rope.rotate_qk(q.clone(), k.clone(), *cs, out=(q, k)),
+    "norm_rotate out": lambda q, k, cs: fused_rope.norm_rotate(k, *cs, **NORM, out=q),
+    "norm_rotate_qk out": lambda q, k, cs: fused_rope.norm_rotate_qk(
+        q.clone(), k.clone(), *cs, **NORM, out=(q, k)
+    ),
+    "cache": lambda q, k, cs: fused_rope.rotate_and_cache(
+        *(k.clone() for _ in range(3)),
+        *cs,
+        q.view(10, 2, 16),
+        k.view(10, 2, 16),
+        torch.arange(10, device=k.device)[None],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+@pytest.mark.parametrize("which", ["one", "both"])
+@pytest.mark.parametrize("grad", [False, True], ids=["", "grad mode"])
+def test_views_with_the_negative_bit(name, which, grad, device):
+    """PyTorch's own fallback reads a result that these operators do not return."""
+    q, k = torch.randn(1, 10, 2, 16, device=device), torch.randn(1, 10, 2, 16, device=device)
+    cos, sin = angles(10, 8, device)
+    want_q, want_k = q.clone(), k.clone()
+    with torch.set_grad_enabled(grad):
+        WRITES[name](want_q, want_k, (cos, sin))
+        written, memory = negative(q)
+        other = negative(k)[0] if which == "both" else k
+        version = written._version
+        WRITES[name](written, other, (cos, sin))
+    same(written.clone(), want_q)
+    same(other.clone(), want_k)
+    same(memory.imag, -want_q)
+    assert written._version > version
+
+
+def test_gradients_of_a_view_with_the_negative_bit():
+    x = torch.randn(1, 5, 2, 16, requires_grad=True)
+    cos, sin = angles(5, 8)
+    view = torch.complex(torch.zeros_like(x), -x).conj().imag
+    assert view.is_neg()
+    fused_rope.rotate_(view, cos, sin)
+    view.sum().backward()
+    want = fused_rope.rotate(torch.ones_like(x), cos, sin, inverse=True)
+    torch.testing.assert_close(x.grad, want)

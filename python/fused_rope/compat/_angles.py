@@ -34,7 +34,8 @@ def look_up(
         freqs: [M, 1, 1, R]; or [M, B, 1, R], without start_positions and not with "thd".
 
     Raises:
-        ValueError: another shape of freqs, "thd" without cu_seqlens, or an odd S with cp_size > 1.
+        ValueError: another shape of t or freqs, "thd" without cu_seqlens, a cp_rank that is not in
+            [0, cp_size), or an odd S with cp_size > 1. TypeError: t is a nested tensor.
     """
     shared = freqs.dim() == 4 and freqs.shape[1] == 1
     own = not shared and layout != "thd" and start_positions is None
@@ -49,6 +50,10 @@ def look_up(
         raise ValueError(
             f"{operator}: expected freqs of [M, 1, 1, R], or [M, B, 1, R] with neither "
             f"start_positions nor 'thd', got {list(freqs.shape)}"
+        )
+    if not 0 <= cp_rank < cp_size:
+        raise ValueError(
+            f"{operator}: expected cp_rank in [0, cp_size={cp_size}), got cp_rank={cp_rank}"
         )
     angle = freqs[:, :, 0]
     positions = None

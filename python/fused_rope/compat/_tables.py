@@ -35,7 +35,7 @@ def split_heads(
         ValueError: x is neither.
     """
     dims = len(tokens)
-    if x.dim() == dims + 1 and x.shape[-1] % head_size == 0:
+    if x.dim() == dims + 1 and head_size > 0 and x.shape[-1] % head_size == 0:
         return x.view(*x.shape[:-1], x.shape[-1] // head_size, head_size)
     if x.dim() == dims + 2 and x.shape[-1] == head_size:
         return x

@@ -435,9 +435,10 @@ class RotaryEmbedding(torch.nn.Module):
 
     def _xpos_rows(self, rows: int, scale_base: float, dtype: torch.dtype) -> tuple[Tensor, ...]:
         inv_freq = torch.tensor(self._numbers, dtype=torch.float64, device="cpu")
-        cos, sin = functional.cos_sin_table(inv_freq, rows, dtype=torch.float64)
         element = torch.arange(0, self.dim, 2, dtype=torch.float64, device="cpu")
         row = torch.arange(rows, dtype=torch.float64, device="cpu")
+        angle = row[:, None] * inv_freq  # `cos_sin_table` would keep the rows of a trace
+        cos, sin = angle.cos(), angle.sin()
         scale = (element + 0.4 * self.dim) / (1.4 * self.dim)
         scale = scale ** ((row - rows // 2) / scale_base)[:, None]
         tables = (cos * scale, sin * scale, cos / scale, sin / scale)

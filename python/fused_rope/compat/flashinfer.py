@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import functional
+from ..frequencies import whole_number
 from ..scaled_frequencies import ScaledFrequencies
 from ..table_cache import TableCache
 from ..tracing import in_dynamo
@@ -670,9 +671,13 @@ def _constant(
 _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-@functools.lru_cache
+# A table of the default length takes 64 MiB for R = 128, and callers with dynamic scaling pass
+# another theta for each length.
+@functools.lru_cache(maxsize=16)
 def _cache(R: int, theta: float, rows: int, *factors: float) -> TableCache:
     """The table of linear scaling, which has one factor, or of Llama 3.1's, which has four."""
+    if whole_number("apply_rope", "max_seq_len", rows) < 1:
+        raise ValueError(f"apply_rope: expected max_seq_len >= 1, got {rows}")
     scaling: dict[str, Any] = dict(zip(_FACTORS, factors, strict=False))
     scaling["rope_type"] = "linear" if len(factors) == 1 else "llama3"
     return TableCache(ScaledFrequencies(R, theta, scaling), rows)

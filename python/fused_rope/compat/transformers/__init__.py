@@ -32,6 +32,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...types import Precision
+from .._tables import for_all_tokens
 from . import adapters
 from .forms import FORMS, Form
 from .patching import Report, is_patched, patch, patched, unpatch
@@ -65,7 +66,7 @@ def apply_rotary_pos_emb(
         q, k: [B, Hq, S, D] and [B, Hk, S, D]; with unsqueeze_dim=2 [B, S, Hq, D] and [B, S, Hk, D].
         cos, sin: [B or 1, S, R], full width: the second half is a copy of the first and not read.
             If R < D, the first R elements are rotated. [S, R] with unsqueeze_dim 0 or 1, as in
-            vision towers.
+            vision towers. A single row is that of all tokens.
         unsqueeze_dim: the dimension at which tables are unsqueezed for the heads.
         precision: "model" for results bitwise identical to eager Hugging Face; "fp32" to compute in
             float32 and round once.
@@ -84,5 +85,13 @@ def apply_rotary_pos_emb(
         >>> angle = torch.cat([angle, angle], -1).expand(2, 9, 64)
         >>> q, k = apply_rotary_pos_emb(q, k, angle.cos(), angle.sin())
     """
-    rotated: tuple[Tensor, Tensor] = _half(q, k, cos, sin, unsqueeze_dim, precision=precision)
+    rotated: tuple[Tensor, Tensor]
+    try:
+        rotated = _half(q, k, cos, sin, unsqueeze_dim, precision=precision)
+    except ValueError:  # no cost to the usual call
+        S = q.shape[-2 if adapters.layout_of(q, cos, unsqueeze_dim) == "bhsd" else -3]
+        if not cos.shape[-2] == sin.shape[-2] == 1 != S:
+            raise
+        cos, sin = for_all_tokens(cos, S), for_all_tokens(sin, S)
+        rotated = _half(q, k, cos, sin, unsqueeze_dim, precision=precision)
     return rotated

@@ -15,7 +15,6 @@ from torch import Tensor
 from ... import functional
 from .._patching.norms import Norm
 from .._patching.style import Adapter, Pair, Style, parts
-from .._tables import for_all_tokens
 
 HALF = Style()
 HALF_FLOAT32 = Style(float32=True)
@@ -52,16 +51,11 @@ def layout_of(x: Tensor, cos: Tensor, unsqueeze_dim: int) -> str:
 def per_token(cos: Tensor, sin: Tensor, x: Tensor, layout: str) -> Pair:
     """The operator's tables for [B or 1, S, R] or [S, R].
 
-    [S, R] is a shared table of the operator. A single row is that of all tokens. Another number of
-    rows becomes [1, M, R], so that the operator refuses it, as the models do, instead of reading
-    the first S rows.
+    [S, R] is a shared table of the operator. Another number of rows becomes [1, M, R], so that the
+    operator refuses it, as the models do, instead of reading the first S rows.
     """
-    S = x.shape[-2 if layout == "bhsd" else -3]
-    if cos.shape[-2] != S:
-        if cos.shape[-2] == sin.shape[-2] == 1:
-            return for_all_tokens(cos, S), for_all_tokens(sin, S)
-        if cos.dim() == 2:
-            return cos[None], sin[None]
+    if cos.dim() == 2 and cos.shape[0] != x.shape[-2 if layout == "bhsd" else -3]:
+        return cos[None], sin[None]
     return cos, sin
 
 
