@@ -87,6 +87,22 @@ def test_rope_init_after_meta(device):
     same(vision(x), VisionRotaryPositionalEmbeddings(10, 30, D).to(device)(x))
 
 
+@pytest.mark.parametrize("module", TEXT)
+def test_cache_can_be_read(module, device):
+    """torchtune's buffer of this name: [M, P, 2], after rope_init on the module's new device."""
+    with torch.device("meta"):
+        rope = module(D, M)
+    assert rope.cache.is_meta
+    with torch.device(device):
+        rope.rope_init()
+    freq, _ = TEXT[module]
+    angle = torch.arange(M)[:, None] * freq
+    want = torch.stack([angle.cos(), angle.sin()], -1)
+    assert rope.cache.device.type == device
+    torch.testing.assert_close(rope.cache.cpu(), want.float(), rtol=0, atol=2e-7)
+    assert not list(rope.buffers()) and not rope.state_dict()
+
+
 def test_casts_leave_the_table_alone():
     x = torch.randn(B, S, H, D)
     rope = RotaryPositionalEmbeddings(D, M)

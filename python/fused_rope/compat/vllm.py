@@ -185,7 +185,9 @@ def register(precision: Precision = "fp32") -> list[str]:
 
     Args:
         precision: "fp32" rounds once, as vLLM's kernels do. "model" gives the bits of
-            `forward_native`, which rounds each product.
+            `forward_native`, which rounds each product. vLLM's tests compare the two in bfloat16
+            more closely than either rounding allows (test_pos_encoding.py, test_mrope.py): they
+            pass with "model" only.
 
     Returns:
         The names of the replaced classes, those in this list that the installed vLLM has. The
