@@ -335,7 +335,13 @@ class RotaryEmbedding(torch.nn.Module):
             name = f"norm_{name}"
             tensors += (q_weight,) if k is None else (q_weight, k_weight)
             options += (eps, zero_centered, cast, after)
-        else:
+        elif (
+            q_weight is not None
+            or k_weight is not None
+            or zero_centered
+            or after
+            or cast != "never"
+        ):
             self._refuse_norm_options(q_weight, k_weight, zero_centered, cast, after)
         rotated: Tensor | tuple[Tensor, Tensor]
         try:
