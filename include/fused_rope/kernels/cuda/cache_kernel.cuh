@@ -340,7 +340,8 @@ __device__ __forceinline__ bool rotate_part(const KernelParams& params,
 }
 
 template <typename Traits>
-__global__ void __launch_bounds__(Traits::kMaxThreads, Traits::kNorm ? 7 : 5)
+__global__ void __launch_bounds__(Traits::kMaxThreads,
+                                  fitting_blocks(Traits::kNorm ? 7 : 5, Traits::kMaxThreads))
     cache_kernel(const __grid_constant__ KernelParams params,
                  const __grid_constant__ CacheArgs<Traits> cache) {
   SlotPart<Traits> part;

@@ -33,6 +33,19 @@ struct Variant {
   int heads = 1;      // of a token, that a thread with a norm takes one after another
 };
 
+// The most blocks, up to `blocks`, that fit on a multiprocessor.
+constexpr int fitting_blocks(int blocks, int threads) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 750
+  constexpr int kThreads = 1024;
+#elif defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 870 || \
+                                 __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1100)
+  constexpr int kThreads = 1536;
+#else
+  constexpr int kThreads = 2048;
+#endif
+  return std::min(blocks, kThreads / threads);
+}
+
 template <typename T, typename TableT, Variant kVariant>
 struct KernelTraits {
   using Element = T;
@@ -61,9 +74,11 @@ struct KernelTraits {
   // Blocks that must fit on a multiprocessor. This limits registers, so that enough loads of x are
   // in flight.
   static constexpr int kMaxThreads = kNorm ? kSmallBlockThreads : kMaxBlockThreads;
-  static constexpr int kMinBlocks = !kNorm       ? kResidentThreads / kMaxBlockThreads
-                                    : kHeads > 1 ? 7  // with 8, registers are spilled
-                                                 : 8;
+  static constexpr int kMinBlocks =
+      fitting_blocks(!kNorm       ? kResidentThreads / kMaxBlockThreads
+                     : kHeads > 1 ? 7  // with 8, registers are spilled
+                                  : 8,
+                     kMaxThreads);
 };
 
 // Widens one element. The upper bfloat16 of a register needs only a mask.

@@ -230,7 +230,7 @@ __device__ __forceinline__ void rotate_span(const KernelParams& params, const Te
 // it back. Without look-ups, all vectors are whole and pass through registers: 0.95 to 1.00 of a
 // clone instead of 0.83 to 0.99 with asynchronous copies.
 template <typename Traits>
-__global__ void __launch_bounds__(kStagedThreads, kMinStagedBlocks)
+__global__ void __launch_bounds__(kStagedThreads, fitting_blocks(kMinStagedBlocks, kStagedThreads))
     rotate_staged_kernel(const __grid_constant__ KernelParams params,
                          const __grid_constant__ AxesOf<Traits::kLookup> axes) {
   using T = typename Traits::Element;
