@@ -186,7 +186,7 @@ def _sweep(axis: Axes, rows: list[Row]) -> None:
 
 def _save(figure: Figure, path: Path) -> Path:
     figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=120)
     plt.close(figure)
     return path
 

@@ -467,11 +467,11 @@ def _find_attention(
 ) -> Replacement | str | None:
     """The replacement of an attention class's forward, or why none; None if it has no norms."""
     rewritten = find_norms(site, forms)
-    if rewritten is None:
-        return None
+    if rewritten is None or isinstance(rewritten, str):  # also where it had another norm before
+        return rewritten
 
     def make(site: Site, options: Options) -> Replacement | str:
-        return rewritten if isinstance(rewritten, str) else _Attention(site, *rewritten, options)
+        return _Attention(site, *rewritten, options)
 
     return replacements.find_replacement(site, options, make)
 
