@@ -333,8 +333,6 @@ class RotaryEmbedding(torch.nn.Module):
             name = f"norm_{name}"
             tensors += (q_weight,) if k is None else (q_weight, k_weight)
             options += (eps, zero_centered, cast, after)
-            if k is None and k_weight is not None:
-                raise ValueError("RotaryEmbedding: expected k with k_weight, got k=None")
         elif not (q_weight is k_weight is None and cast == "never") or zero_centered or after:
             flags = {"zero_centered": zero_centered, "after": after, "cast": cast != "never"}
             weights = {"q_weight": q_weight is not None, "k_weight": k_weight is not None}
