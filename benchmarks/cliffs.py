@@ -6,7 +6,8 @@
 
 Each sweep varies one property of case `train` (on the CPU: case `cpu`): head_dim, rotary_dim, the
 storage offset in elements, the number of packed sequences, or the order of the M-RoPE axes. Every
-point is verified before it is timed. NOTES.md describes the measurement.
+point is verified before it is timed. A run that is interrupted writes what it has. NOTES.md
+describes the measurement.
 """
 
 from __future__ import annotations
@@ -119,8 +120,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     every = 8 if args.quick else 1
     points = [point for name in args.sweeps for point in list(SWEEPS[name](base))[::every]]
     rows: list[Row] = []
-    for point in tqdm(points, unit="point", mininterval=1):
-        rows += measured(point, args, runner)
+    try:
+        for point in tqdm(points, unit="point", mininterval=1):
+            rows += measured(point, args, runner)
+    except KeyboardInterrupt:
+        print("interrupted: what was measured is written")
     out = args.out or HERE / "results" / f"cliffs_{slug(device)}.json"
     notes = {"skipped": skipped, "refused": runner.refused, "slowed": runner.slowed}
     write(out, meta_of(device, args.commit) | notes, rows)

@@ -891,6 +891,24 @@ def test_a_sweep_of_a_peer_that_is_not_installed_has_no_picture(tmp_path):
     assert json.loads(out.read_text())["meta"]["skipped"].keys() == {"liger"}
 
 
+def test_an_interrupted_sweep_is_written_and_drawn(tmp_path, monkeypatch):
+    pytest.importorskip("fused_rope")
+    calls = []
+
+    def measured(*given):
+        calls.append(given)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        return original(*given)
+
+    original = cliffs.measured
+    monkeypatch.setattr(cliffs, "measured", measured)
+    out = tmp_path / "cliffs_cpu.json"
+    assert cliffs.main([*CLIFFS, "--sweeps", "storage_offset", "--out", str(out)]) == 0
+    assert {row["x"] for row in json.loads(out.read_text())["rows"]} == {0}
+    assert out.with_suffix(".png").exists()
+
+
 def test_documents_show_the_figures():
     """`make figures` writes them."""
     for document, text in table.updated(ROOT).items():
