@@ -570,7 +570,7 @@ TEST_P(ChunksInPlace, StayInTheCacheUnlessTheySplitAtoms) {
 INSTANTIATE_TEST_SUITE_P(
     Of, ChunksInPlace,
     ::testing::Values(ChunkCase{"Pythia1B", 32, 128, Eviction::kLast},
-                      ChunkCase{"Pythia3B", 20, 80, Eviction::kNormal, 24832},
+                      ChunkCase{"Pythia3B", 20, 80, Eviction::kLast, 24832},
                       ChunkCase{"Pythia3BAtOnce", 20, 80, Eviction::kNormal, 0, 64},
                       ChunkCase{"NeoX20B", 24, 96, Eviction::kLast},
                       ChunkCase{"NeoX20BAtOnce", 24, 96, Eviction::kNormal, 0, 64},

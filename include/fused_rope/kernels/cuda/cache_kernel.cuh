@@ -283,7 +283,7 @@ __device__ __forceinline__ bool load_value(const KernelParams& params,
   for (int v = 0; v < Traits::kVectors; ++v) {
     const uint32_t start = (index + v * cache.value_threads) * kSize;
     part.start[v] = start < cache.value_elements ? start : index * kSize;
-    part.x[v] = load<kSize>(head + part.start[v], params.x_policy, true);
+    part.x[v] = load<kSize>(head + part.start[v], params.load_policy, true);
   }
   return true;
 }

@@ -166,7 +166,7 @@ struct ThreadTile {
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       x[i] = load<kVectorSize>(reinterpret_cast<const T*>(head) + offset_of(start[i], stride),
-                               params.x_policy, wanted);
+                               params.load_policy, wanted);
     }
   }
 
@@ -174,7 +174,8 @@ struct ThreadTile {
                                                  int64_t stride, const Vectors& x) const {
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      store(reinterpret_cast<T*>(head) + offset_of(start[i], stride), x[i], params.x_policy, true);
+      store(reinterpret_cast<T*>(head) + offset_of(start[i], stride), x[i], params.store_policy,
+            true);
     }
   }
 

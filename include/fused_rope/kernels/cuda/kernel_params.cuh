@@ -186,14 +186,21 @@ inline uint64_t policy_of(Eviction eviction) {
   }
 }
 
+// What loads keep in L2 leaves it like all else once it is written: stores that keep it, too, leave
+// less room for the next loads.
+inline uint64_t policy_of_stores(Eviction eviction) {
+  return policy_of(eviction == Eviction::kLast ? Eviction::kNormal : eviction);
+}
+
 // One launch: up to two tiles, one of q and one of k, or both of one tensor.
 struct KernelParams {
   uint32_t second_block;            // the first block of the second tile
   uint32_t head_threads, distance;  // threads of a head; elements between those of a pair
   FastDivmod per_head, per_distance;
   uint32_t first_element, to_partner;  // of pair 0; kPair: from an element to its partner
-  uint64_t x_policy, table_policy;     // L2 eviction policies
-  bool inverse;                        // in kPair, first_element and to_partner invert
+  uint64_t load_policy, store_policy;  // L2 eviction policies of x
+  uint64_t table_policy;
+  bool inverse;  // in kPair, first_element and to_partner invert
   bool in_place;
   uint8_t alternate;           // kPerHead, 1: odd blocks process the second tile
   uint8_t row_flags;           // RowFlags
@@ -217,7 +224,8 @@ struct KernelParams {
         per_distance(distance),
         first_element(static_cast<uint32_t>(p.pairing.offset)),
         to_partner(static_cast<uint32_t>(p.pairing.distance)),
-        x_policy(policy_of(plan.eviction)),
+        load_policy(policy_of(plan.eviction)),
+        store_policy(policy_of_stores(plan.eviction)),
         table_policy(plan.keeps_tables ? kEvictLast : kEvictUnchanged),
         inverse(p.inverse),
         in_place(p.in_place),

@@ -91,7 +91,7 @@ struct BlockSpan {
     const Piece piece(out, vector, bytes);
     if (piece.is_whole())
       store(reinterpret_cast<uint32_t*>(out + start), load_unaligned(shared + start),
-            params.x_policy, true);
+            params.store_policy, true);
     else
       piece.template copy<T>(shared + start, out + start);
   }
@@ -250,7 +250,7 @@ __global__ void __launch_bounds__(kStagedThreads, fitting_blocks(kMinStagedBlock
 #pragma unroll
     for (int i = 0; i < kStagedLoads; ++i) {
       const uint32_t vector = threadIdx.x + i * blockDim.x;
-      loaded[i] = load<kVectorBytes / 4>(from + vector * (kVectorBytes / 4), params.x_policy,
+      loaded[i] = load<kVectorBytes / 4>(from + vector * (kVectorBytes / 4), params.load_policy,
                                          vector < vectors);
     }
     rotate_span<Traits>(params, tensor, span, rows, reinterpret_cast<char*>(shared), [&] {
@@ -264,7 +264,7 @@ __global__ void __launch_bounds__(kStagedThreads, fitting_blocks(kMinStagedBlock
     });
     for (uint32_t i = threadIdx.x; i < vectors; i += blockDim.x) {
       const VectorBytes stored = shared[i];
-      store(reinterpret_cast<uint32_t*>(out) + i * (kVectorBytes / 4), stored, params.x_policy,
+      store(reinterpret_cast<uint32_t*>(out) + i * (kVectorBytes / 4), stored, params.store_policy,
             true);
     }
   } else {
