@@ -153,11 +153,11 @@ class RotaryEmbedding(torch.nn.Module):
 
     @property
     def cos(self) -> Tensor:
-        return self._tables.longest().cos
+        return self._tables.longest(self._tables.device).cos
 
     @property
     def sin(self) -> Tensor:
-        return self._tables.longest().sin
+        return self._tables.longest(self._tables.device).sin
 
     @classmethod
     def from_config(
@@ -304,7 +304,8 @@ class RotaryEmbedding(torch.nn.Module):
         axes = None if self.axes is None else self._axes_of(positions, q)
         pair = self._tables.pair(rows, q)
         if pair is None and (q.numel() == 0 or (cu_seqlens is not None and self.layout != "thd")):
-            pair = self._tables.longest()  # the operator returns or raises without reading it
+            # The operator returns or raises before it reads the table.
+            pair = self._tables.longest(q.device)
             if rows is not None and rows >= shape[self._sequence_dim]:  # a row that exists
                 tokens = shape[self._sequence_dim]
                 positions = torch.zeros(tokens, dtype=torch.int64, device=q.device)

@@ -61,11 +61,11 @@ class TableCache:
                 return pair
         return self._traced(rows, q) if is_traced(q) else self._take(rows, q.device)
 
-    def longest(self) -> Pair:
-        """The longest pair so far on the device of the last call."""
-        held = self._longest.get(self.device)
+    def longest(self, device: torch.device) -> Pair:
+        """The longest pair so far on `device`."""
+        held = self._longest.get(device)
         if held is None:
-            held = self._take(0, self.device)
+            held = self._take(0, device)
             assert held is not None
         return held
 

@@ -634,6 +634,13 @@ def test_empty_inputs_of_more_tokens_than_rows(kind, layout, device):
         rope(q, offset=-7)
 
 
+@pytest.mark.parametrize("kind", VARYING)
+def test_empty_inputs_on_another_device(kind):
+    rope, q = varying(kind), torch.empty(0, 200, 2, 32, device="meta")
+    for offset in (0, 7):
+        assert rope(q, offset=offset).device == q.device
+
+
 def test_a_layout_that_changes_later():
     """The length, on which dynamic frequencies depend, is that of the new layout."""
     scaling = {"rope_type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 8}
