@@ -157,7 +157,7 @@ def draw_cliffs(path: Path) -> Path:
     content = json.loads(path.read_text())
     rows = content["rows"]
     sweeps = [name for name in SWEEP_TITLES if any(row["sweep"] == name for row in rows)]
-    figure, axes = plt.subplots(len(sweeps), 1, figsize=(10, 2.6 * len(sweeps)), squeeze=False)
+    figure, axes = plt.subplots(len(sweeps), 1, figsize=(WIDTH, 2.2 * len(sweeps)), squeeze=False)
     for axis, name in zip(axes[:, 0], sweeps, strict=True):
         _sweep(axis, [row for row in rows if row["sweep"] == name])
         axis.set_xlabel(SWEEP_TITLES[name])
@@ -175,7 +175,8 @@ def _sweep(axis: Axes, rows: list[Row]) -> None:
         points = [
             row for row in rows if (row["provider"], row["direction"]) == (provider, direction)
         ]
-        x, y = [r["x"] for r in points], [r["baseline"] / r["median"] for r in points]
+        x = [str(r["x"]).removeprefix("mrope_") if r["sweep"] == "axes" else r["x"] for r in points]
+        y = [r["baseline"] / r["median"] for r in points]
         axis.plot(x, y, "o-" if direction == "forward" else "s:", markersize=3)
         axis.lines[-1].set_label(f"{provider}, {direction}")
     axis.axhline(1, color="black", linestyle="--", linewidth=1)
