@@ -273,13 +273,20 @@ void check_no_overlap(const Call& call, const char* name, const at::Tensor& tens
               " not to share memory, got overlapping tensors");
 }
 
-// The tables and weights, which a kernel reads while it writes `tensor`.
+// The tables, weights and indices, which a kernel reads while it writes `tensor`.
 void check_no_overlap_with_constants(const Call& call, const char* name, const at::Tensor& tensor) {
+  const Arguments& a = call.arguments;
   check_no_overlap(call, name, tensor, "cos", call.cos);
   check_no_overlap(call, name, tensor, "sin", call.sin);
   for (int i = 0; call.has_norm() && i < call.count(); ++i) {
     const OptionalTensor& weight = call.weight(i);
     if (weight.has_value()) check_no_overlap(call, name, tensor, call.weight_name(i), *weight);
+  }
+  for (const auto& [index_name, index] : {std::pair{"positions", &a.positions},
+                                          {"offset", &a.offsets},
+                                          {"cu_seqlens", &a.cu_seqlens},
+                                          {"out_rows", &a.out_rows}}) {
+    if (index->has_value()) check_no_overlap(call, name, tensor, index_name, **index);
   }
 }
 
