@@ -505,10 +505,8 @@ inline int64_t backward_leaves(const NormBackwardParams& p) {
 template <typename F>
 void visit(const RotateParams& p, const F& f) {
   visit(p.dtype, [&]<typename T>() {
-    if constexpr (sizeof(T) == 2) {  // in float32 and float64 the two precisions are equal
-      if (p.precision == Precision::kModel) return f.template operator()<T, Precision::kModel>();
-    }
-    f.template operator()<T, Precision::kFp32>();
+    visit_precision<T>(p.precision,
+                       [&]<Precision kPrecision>() { f.template operator()<T, kPrecision>(); });
   });
 }
 

@@ -64,19 +64,6 @@ cudaError_t visit_norm(const Plan& plan, const F& f) {
   });
 }
 
-// Calls f<Table, kPrecision>() with what a call reads and how it rounds.
-template <typename T, typename F>
-cudaError_t visit_table(const RotateParams& p, const F& f) {
-  const auto choose = [&]<Precision kPrecision>() {
-    return p.table_dtype == p.dtype ? f.template operator()<T, kPrecision>()
-                                    : f.template operator()<Wide<T>, kPrecision>();
-  };
-  if constexpr (sizeof(T) == 2) {  // in float32 and float64 the two precisions are equal
-    if (p.precision == Precision::kModel) return choose.template operator()<Precision::kModel>();
-  }
-  return choose.template operator()<Precision::kFp32>();
-}
-
 // plan: null for a warp for each head.
 template <typename T>
 cudaError_t launch_norm(const RotateParams& p, const std::optional<Plan>& plan,
