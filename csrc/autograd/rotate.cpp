@@ -194,15 +194,25 @@ void check_before_writing(const RawCall& raw) {
   }
   const Call call(raw);
   check_metadata(call);
-  if (call.inputs[0]->unsafeGetTensorImpl()->has_symbolic_sizes_strides()) return;
+  if (has_symbols(call)) return;
   check_sizes(call);
   check_in_place(call);
+}
+
+// The errors of a call with a norm that is composed of ATen operations, which would broadcast.
+void check_composed(const RawCall& raw, const OptionalTensors& grads = {&kNoTensor, &kNoTensor}) {
+  const Call call(raw);
+  check_metadata(call);
+  check_grads(call, grads);
+  if (!has_symbols(call)) check_sizes(call);
 }
 
 struct AutogradLayer {
   static TensorPair rotate(const RawCall& c) {
     if (any_of(c, has_tangent)) {
-      return c.has_norm() ? norm_rotate_duals(c, needs_grad(c)) : rotate_duals(c);
+      if (!c.has_norm()) return rotate_duals(c);
+      check_composed(c);
+      return norm_rotate_duals(c, needs_grad(c));
     }
     if (!needs_grad(c)) {
       const at::AutoDispatchBelowAutograd below;
@@ -267,6 +277,7 @@ struct AutogradLayer {
     const bool is_recorded =
         at::GradMode::is_enabled() && (any_of(c, requires_grad) || any_of(grads, requires_grad));
     if (is_recorded || any_of(c, has_tangent) || any_of(grads, has_tangent)) {
+      check_composed(c, grads);
       return compose_norm_backward(c, grads);
     }
     const at::AutoDispatchBelowAutograd below;

@@ -10,6 +10,14 @@
 namespace fused_rope {
 namespace {
 
+void check_launch(const Call& call, cudaError_t error) {
+  TORCH_CHECK_VALUE(error != cudaErrorLaunchOutOfResources, call.op,
+                    ": expected heads that fit in the shared memory of a block of this GPU, got D=",
+                    call.inputs[0]->sizes().back(),
+                    ": normalize, rotate and store in separate calls");
+  C10_CUDA_CHECK(error);
+}
+
 struct CudaBackend {
   using Guard = c10::cuda::CUDAGuard;
 
@@ -19,12 +27,13 @@ struct CudaBackend {
 
   static void launch(const Call& call, const kernels::RotateParams& params) {
     const c10::DeviceIndex device = call.inputs[0]->device().index();
-    C10_CUDA_CHECK(kernels::launch_rotate(params, c10::cuda::getCurrentCUDAStream(device)));
+    check_launch(call, kernels::launch_rotate(params, c10::cuda::getCurrentCUDAStream(device)));
   }
 
   static void launch_backward(const Call& call, const kernels::NormBackwardParams& params) {
     const c10::DeviceIndex device = call.inputs[0]->device().index();
-    C10_CUDA_CHECK(kernels::launch_norm_backward(params, c10::cuda::getCurrentCUDAStream(device)));
+    check_launch(call,
+                 kernels::launch_norm_backward(params, c10::cuda::getCurrentCUDAStream(device)));
   }
 };
 

@@ -222,22 +222,6 @@ void check_shared(const Call& call, const Sizes<int64_t>& x) {
                     " are needed");
 }
 
-// The offsets of packed sequences on the host. Kernels check the rows that follow from others.
-void check_cu_seqlens(const Call& call) {
-  const OptionalTensor& cu_seqlens = call.arguments.cu_seqlens;
-  if (!cu_seqlens.has_value() || !cu_seqlens->is_cpu()) return;
-  const at::Tensor starts = cu_seqlens->to(at::kLong).contiguous();
-  const int64_t* first = starts.const_data_ptr<int64_t>();
-  const int64_t* last = first + starts.numel();
-  if (last - first == 1) return;  // no sequence, all padding
-  TORCH_CHECK_VALUE(*first == 0 && std::is_sorted(first, last), call.op,
-                    ": expected cu_seqlens that start at 0 and do not descend, got ",
-                    at::IntArrayRef(first, std::min<int64_t>(last - first, 8)),
-                    last - first > 8 ? " and more" : "",
-                    "; if these are the lengths of the sequences, pass their cumulative sums, "
-                    "torch.nn.functional.pad(lengths.cumsum(0), (1, 0))");
-}
-
 void check_per_token(const Call& call, const at::Tensor& input) {
   const at::IntArrayRef sizes = call.cos.sizes();
   const bool per_head = is_per_head(call.cos);
@@ -289,13 +273,20 @@ void check_no_overlap(const Call& call, const char* name, const at::Tensor& tens
               " not to share memory, got overlapping tensors");
 }
 
-// The tables and weights, which a kernel reads while it writes `tensor`.
+// The tables, weights and indices, which a kernel reads while it writes `tensor`.
 void check_no_overlap_with_constants(const Call& call, const char* name, const at::Tensor& tensor) {
+  const Arguments& a = call.arguments;
   check_no_overlap(call, name, tensor, "cos", call.cos);
   check_no_overlap(call, name, tensor, "sin", call.sin);
   for (int i = 0; call.has_norm() && i < call.count(); ++i) {
     const OptionalTensor& weight = call.weight(i);
     if (weight.has_value()) check_no_overlap(call, name, tensor, call.weight_name(i), *weight);
+  }
+  for (const auto& [index_name, index] : {std::pair{"positions", &a.positions},
+                                          {"offset", &a.offsets},
+                                          {"cu_seqlens", &a.cu_seqlens},
+                                          {"out_rows", &a.out_rows}}) {
+    if (index->has_value()) check_no_overlap(call, name, tensor, index_name, **index);
   }
 }
 
@@ -423,6 +414,22 @@ void check_metadata(const Call& call) {
   if (!is_shared(call.cos)) check_no_row_selection(call);
 }
 
+bool has_symbols(const Call& call) {
+  const Arguments& a = call.arguments;
+  if (!a.offset.maybe_as_int().has_value()) return true;
+  const auto is_symbolic = [](const at::Tensor* tensor) {
+    return tensor != nullptr && tensor->unsafeGetTensorImpl()->has_symbolic_sizes_strides();
+  };
+  const std::array<const at::Tensor*, 7> tensors = {
+      call.inputs[0],     call.inputs[1],       &call.cos, &call.sin, pointer(a.positions),
+      pointer(a.offsets), pointer(a.cu_seqlens)};
+  const auto is_symbolic_weight = [&](const OptionalTensor* weight) {
+    return weight != nullptr && is_symbolic(pointer(*weight));
+  };
+  return std::any_of(tensors.begin(), tensors.end(), is_symbolic) ||
+         std::any_of(call.weights.begin(), call.weights.end(), is_symbolic_weight);
+}
+
 void check_sizes(const Call& call) {
   const Sizes<int64_t> x(call.inputs[0]->sizes(), call.layout);
   TORCH_CHECK_VALUE(call.sin.sizes() == call.cos.sizes(), call.op, ": expected sin of cos's shape ",
@@ -439,9 +446,23 @@ void check_sizes(const Call& call) {
                       advice_for_layout(call, fits));
     if (!is_shared(call.cos)) check_per_token(call, input);
   }
-  check_cu_seqlens(call);
   if (is_shared(call.cos)) check_shared(call, x);
   if (call.has_norm()) check_weight_sizes(call, x.D);
+}
+
+void check_cu_seqlens(const Call& call) {
+  const OptionalTensor& cu_seqlens = call.arguments.cu_seqlens;
+  if (!cu_seqlens.has_value() || !cu_seqlens->is_cpu()) return;
+  const at::Tensor starts = cu_seqlens->to(at::kLong).contiguous();
+  const int64_t* first = starts.const_data_ptr<int64_t>();
+  const int64_t* last = first + starts.numel();
+  if (last - first == 1) return;  // no sequence, all padding
+  TORCH_CHECK_VALUE(*first == 0 && std::is_sorted(first, last), call.op,
+                    ": expected cu_seqlens that start at 0 and do not descend, got ",
+                    at::IntArrayRef(first, std::min<int64_t>(last - first, 8)),
+                    last - first > 8 ? " and more" : "",
+                    "; if these are the lengths of the sequences, pass their cumulative sums, "
+                    "torch.nn.functional.pad(lengths.cumsum(0), (1, 0))");
 }
 
 void check_in_place(const Call& call) {
@@ -559,9 +580,10 @@ void check_grads(const Call& call, const OptionalTensors& grads) {
   check_grads_metadata(call, grads);
   for (int i = 0; i < call.count(); ++i) {
     if (!grads[i]->has_value()) continue;
-    const at::Tensor& x = *call.inputs[i];
-    TORCH_CHECK_VALUE((*grads[i])->sizes() == x.sizes(), call.op, ": expected the gradient of ",
-                      call.out_name(i), " of shape ", x.sizes(), ", got ", (*grads[i])->sizes());
+    const c10::SymIntArrayRef expected = call.inputs[i]->sym_sizes();
+    const c10::SymIntArrayRef got = (*grads[i])->sym_sizes();
+    TORCH_CHECK_VALUE(got == expected, call.op, ": expected the gradient of ", call.out_name(i),
+                      " of shape ", expected, ", got ", got);
   }
 }
 

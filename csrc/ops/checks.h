@@ -61,8 +61,14 @@ inline constexpr char kNestedAdvice[] =
 // Checks dtypes, ranks, devices and options: all that is known of meta tensors.
 void check_metadata(const Call& call);
 
+// Whether a size or the offset is a symbol of a tracer. Then the compiled code checks sizes.
+bool has_symbols(const Call& call);
+
 // Checks sizes, and rows that are known on the host. check_metadata must have passed.
 void check_sizes(const Call& call);
+
+// Checks the values of cu_seqlens on the host. Kernels check the rows that follow from others.
+void check_cu_seqlens(const Call& call);
 
 // In place: refuses tensors whose elements share memory, and inference tensors outside inference
 // mode.

@@ -190,7 +190,10 @@ class DeviceLayer {
 
   static void check(const Call& call) {
     check_metadata(call);
-    if constexpr (kHasData) check_sizes(call);
+    if constexpr (kHasData) {
+      check_sizes(call);
+      check_cu_seqlens(call);
+    }
   }
 
   static Gradients empty_gradients(const Call& call, const OptionalTensors& grads) {

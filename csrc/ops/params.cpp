@@ -72,7 +72,8 @@ void set_token_strides(const at::Tensor& index, int64_t leading, int64_t& b, int
 RowParams row_params(const Call& call, int64_t M) {
   const Arguments& a = call.arguments;
   RowParams rows = {};
-  rows.gathered = !is_shared(call.cos);
+  // Without pairs no row is read, so none is looked up: its index may be any.
+  rows.gathered = !is_shared(call.cos) || call.P() == 0;
   rows.M = M;
   rows.offset = a.offset.guard_int(__FILE__, __LINE__);
   rows.positions = index_params(a.positions);

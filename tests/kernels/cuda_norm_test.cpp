@@ -93,5 +93,69 @@ TYPED_TEST(CudaNorm, BackwardIsBitwiseIdenticalToTheCpuKernel) {
   expect_all<T>(seen);
 }
 
+// One head of D float32 elements, forward and backward.
+struct OneHead {
+  explicit OneHead(int64_t D) : x(D), gradient(D), out(D), dx(D), dw(D), table(D / 2) {
+    testing::Random random(D);
+    for (std::vector<float>* values : {&x, &gradient, &table}) {
+      for (float& value : *values) value = static_cast<float>(random.normal());
+    }
+    norm.eps = 1e-6;
+    RotateParams& p = backward.call;
+    p.B = p.S = p.rows.M = 1;
+    p.D = D;
+    p.count = 1;
+    p.tensors[0] = {x.data(), dx.data(), {D, D, D, 1}, {D, D, D, 1}, 1, false};
+    p.pairing = {D / 2, 0, D / 2};
+    p.cos = p.sin = {table.data(), D / 2, 0, 0, 0, 1};
+    p.dtype = p.table_dtype = DType::kFloat32;
+    p.norm = &norm;
+    workspace.resize(workspace_bytes(1, 1, 1, D, p.dtype) / sizeof(float));
+    backward.tensors[0] = {gradient.data(), {D, D, D, 1}, dw.data(), workspace.data()};
+    forward = p;
+    forward.tensors[0].out = out.data();
+  }
+
+  std::vector<float> x, gradient, out, dx, dw, table, workspace;
+  NormParams norm = {};
+  RotateParams forward;
+  NormBackwardParams backward = {};
+};
+
+// The most elements of which an array and a tree, or six arrays and a tree, fit in shared memory.
+constexpr int64_t kMaxForwardD = 32768;
+constexpr int64_t kMaxBackwardD = 8320;
+
+TEST(CudaNormOfLargeHeads, MatchesTheCpuKernelUpToTheSharedMemoryOfABlock) {
+  OneHead gpu(kMaxBackwardD), cpu(kMaxBackwardD);
+  EXPECT_EQ(launch_norm<float>(gpu.forward, std::nullopt, nullptr), cudaSuccess);
+  EXPECT_EQ(launch_backward<float>(gpu.backward, std::nullopt, nullptr), cudaSuccess);
+  rotate_tokens(cpu.forward, 0, 1);
+  norm_backward(cpu.backward, 0, backward_leaves(cpu.backward));
+  sum_weight_gradients(cpu.backward);
+  EXPECT_EQ(gpu.out, cpu.out);
+  EXPECT_EQ(gpu.dx, cpu.dx);
+  EXPECT_EQ(gpu.dw, cpu.dw);
+  OneHead largest(kMaxForwardD);
+  EXPECT_EQ(launch_norm<float>(largest.forward, std::nullopt, nullptr), cudaSuccess);
+}
+
+TEST(CudaNormOfLargeHeads, AreRefusedBeyondItBeforeMemoryIsTouched) {
+  for (const int64_t D : {kMaxForwardD + 2, int64_t{1} << 29}) {
+    SCOPED_TRACE(::testing::Message() << "D " << D);
+    OneHead head(kMaxForwardD + 2);
+    head.forward.D = head.backward.call.D = D;
+    const OneHead before = head;
+    EXPECT_EQ(launch_norm<float>(head.forward, std::nullopt, nullptr),
+              cudaErrorLaunchOutOfResources);
+    EXPECT_EQ(launch_backward<float>(head.backward, std::nullopt, nullptr),
+              cudaErrorLaunchOutOfResources);
+    EXPECT_TRUE(head.out == before.out && head.dx == before.dx && head.dw == before.dw);
+  }
+  OneHead head(kMaxBackwardD + 2);
+  EXPECT_EQ(launch_backward<float>(head.backward, std::nullopt, nullptr),
+            cudaErrorLaunchOutOfResources);
+}
+
 }  // namespace
 }  // namespace fused_rope::kernels

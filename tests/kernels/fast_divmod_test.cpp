@@ -38,5 +38,13 @@ TEST(FastDivmod, IsExactBelowTwoToThe31) {
 
 TEST(FastDivmod, DividesByOneByDefault) { EXPECT_EQ(FastDivmod().div(12345), 12345u); }
 
+TEST(Divide, IsExactOnBothSidesOf32Bits) {
+  constexpr int64_t kFar = int64_t{1} << 31;
+  for (const int64_t divisor : {int64_t{1}, int64_t{7}, kFar - 1, kFar, 3 * kFar + 1}) {
+    for (const int64_t n : {int64_t{0}, int64_t{6}, kFar - 1, kFar, 2 * kFar, 5 * kFar, INT64_MAX})
+      EXPECT_EQ(divide(n, divisor), n / divisor) << n << " / " << divisor;
+  }
+}
+
 }  // namespace
 }  // namespace fused_rope::kernels

@@ -142,6 +142,24 @@ const ErrorCase kErrors[] = {
        c.options.out_rows(c.integers({0, 1, 2, 3, 4, 5, 6, 7, 8, 10}).view({2, 5}));
      },
      [](const Form& form) { return form.out; }},
+    {"PositionsInTheMemoryOfTheOutput",
+     typeid(c10::Error),
+     {"positions", "share memory"},
+     [](Call& c) { c.options.positions(c.k_out.flatten().slice(0, 0, 10).view(at::kLong)); },
+     [](const Form& form) { return form.out; }},
+    {"PositionsInTheMemoryOfTheInput",
+     typeid(c10::Error),
+     {"positions", "share memory"},
+     [](Call& c) { c.options.positions(c.k.flatten().slice(0, 0, 10).view(at::kLong)); },
+     [](const Form& form) { return form.in_place; }},
+    {"OutRowsInTheMemoryOfTheOutput",
+     typeid(c10::Error),
+     {"out_rows", "share memory"},
+     [](Call& c) {
+       c.k_out = at::zeros_like(c.k).view({10, 2, 16});
+       c.options.out_rows(c.k_out.flatten().slice(0, 0, 20).view(at::kLong).view({2, 5}));
+     },
+     [](const Form& form) { return form.out; }},
     {"LeafInPlace",
      typeid(c10::Error),
      {"leaf"},

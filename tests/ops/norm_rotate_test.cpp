@@ -1,6 +1,7 @@
 // norm_rotate through libtorch: every function and option, and derivatives. tests/python compares
 // the operators with a float64 oracle.
 #include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/forward_grad.h>
 
 #include <typeinfo>
 
@@ -158,6 +159,29 @@ TEST_P(NormRotate, Errors) {
       call(weight, kNorm, RotateOptions().out_rows(integers({0}).expand({2, 5}))), "out_rows");
   expect_error<c10::Error>(call(leaf(weight), kNorm), "weight requires grad");
   expect_identical(x, before);
+}
+
+// A tangent of an input that requires grad: the call is composed of ATen operations, which would
+// broadcast.
+TEST_P(NormRotate, ErrorsOfAComposedCall) {
+  const auto [cos, sin] = tables({5, 8});
+  const uint64_t level = torch::autograd::ForwardADLevel::get_next_idx();
+  {
+    const at::Tensor x = leaf(randn({2, 5, 3, 16})), weight = randn({16}), k = randn({1, 5, 3, 16});
+    const at::Tensor dual = at::_make_dual(x, randn(x.sizes()), static_cast<int64_t>(level));
+    const auto call = [&, &cos = cos, &sin = sin](const at::Tensor& w, const NormOptions& norm) {
+      return [=] { norm_rotate(dual, cos, sin, w, norm); };
+    };
+    expect_error<c10::ValueError>(call(weight.slice(0, 0, 1), kNorm), "weight of shape [D], D=16");
+    expect_error<c10::TypeError>(call(weight.to(at::kDouble), kNorm), "float64");
+    expect_error<c10::ValueError>(call(weight, NormOptions(-1)), "eps");
+    expect_error<c10::ValueError>(
+        [&, &cos = cos, &sin = sin] {
+          norm_rotate_qk(dual, k, cos, sin, std::nullopt, std::nullopt, kNorm);
+        },
+        "k with q's B=2");
+  }
+  torch::autograd::ForwardADLevel::release_idx(level);
 }
 
 }  // namespace

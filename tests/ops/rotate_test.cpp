@@ -224,6 +224,22 @@ TEST_P(Rotate, ReadsStridedViewsWithoutACopy) {
   EXPECT_EQ(changed.sum().item<int64_t>(), 5 * 16) << "rotated elements of q and k";
 }
 
+TEST_P(Rotate, LooksUpNoRowOfATableWithoutColumns) {
+  const at::Tensor x = randn({2, 5, 3, 16}), none = randn({3, 0});
+  const at::Tensor beyond = integers({0, 1, 2, 3, 99}), axes_beyond = beyond.expand({2, 5});
+  const NormOptions norm(1e-6);
+  const RotateOptions options[] = {
+      RotateOptions().positions(beyond), RotateOptions().offsets(integers({0, 99})),
+      RotateOptions().positions(axes_beyond).axes(std::vector<int64_t>())};
+  const at::Tensor normalized =
+      norm_rotate(x, none.new_empty({5, 0}), none.new_empty({5, 0}), std::nullopt, norm);
+  for (const RotateOptions& o : options) {
+    expect_identical(rotate(x, none, none, o), x);
+    expect_identical(rotate_(x.clone(), none, none, o), x);
+    expect_identical(norm_rotate(x, none, none, std::nullopt, norm, o), normalized);
+  }
+}
+
 class CosSinTable : public OnDevice {
  protected:
   const at::Tensor inv_freq = at::pow(1e4, -at::arange(8, at::kDouble) / 8).to(device());

@@ -266,6 +266,52 @@ def test_lengths_do_not_recompile_in_place(device: str) -> None:
     assert count.frame_count <= 2
 
 
+# What is dynamic while q's sizes are static.
+@pytest.mark.parametrize("dynamic", ["rows", "heads of k", "offset", "nothing"])
+@pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
+def test_sizes_that_change_while_those_of_q_do_not(dynamic: str, grad: bool, device: str) -> None:
+    count = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def f(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
+        return fused_rope.rotate_qk_(q * 1, k * 1, cos, sin, offset=past.shape[0])
+
+    compiled = torch.compile(f, backend=count, fullgraph=True)
+    for n in (3, 4, 5):
+        rows = 60 + n if dynamic == "rows" else 64
+        H = n if dynamic == "heads of k" else 2
+        past = torch.empty(n if dynamic == "offset" else 3, device=device)
+        cos, sin = angles(rows, 4, device)
+        q, k = (torch.randn(2, 5, h, 8, device=device, requires_grad=grad) for h in (4, H))
+        for x, dim in (
+            {"rows": [(cos, 0), (sin, 0)], "heads of k": [(k, 2)], "offset": [(past, 0)]}
+        ).get(dynamic, ()):
+            torch._dynamo.mark_dynamic(x, dim)
+        got, want = compiled(q, k, cos, sin, past), f(q, k, cos, sin, past)
+        for g, w in zip(got, want, strict=True):
+            same(g, w)
+        if grad:
+            seeds = [torch.randn_like(w) for w in want]
+            for g, w in zip(
+                torch.autograd.grad(got, (q, k), seeds),
+                torch.autograd.grad(want, (q, k), seeds),
+                strict=True,
+            ):
+                same(g, w)
+    assert count.frame_count == 1
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_packed_sequences(dynamic: bool, grad: bool, device: str) -> None:
+    cos, sin = angles(64, 4, device)
+    starts = torch.tensor([0, 2, 6], device=device)
+
+    def f(x: Tensor) -> tuple[Tensor]:
+        return (fused_rope.rotate_(x * 1, cos, sin, layout="thd", cu_seqlens=starts),)
+
+    check(f, [[torch.randn(7, 3, 8, device=device)]], grad, "aot_eager", dynamic=dynamic)
+
+
 Program = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 

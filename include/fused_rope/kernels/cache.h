@@ -1,6 +1,7 @@
 // How the KV cache stores a value, and where.
 #pragma once
 
+#include "fused_rope/kernels/fast_divmod.h"
 #include "fused_rope/kernels/params.h"
 
 namespace fused_rope::kernels {
@@ -24,12 +25,7 @@ FUSED_ROPE_HOST_DEVICE To stored(T value, [[maybe_unused]] float scale) {
   if constexpr (std::is_same_v<To, T>) {
     return value;
   } else {
-    const auto dividend = static_cast<float>(widen(value));
-#if defined(__CUDA_ARCH__)
-    return narrow<To>(__fdiv_rn(dividend, scale));
-#else
-    return narrow<To>(dividend / scale);
-#endif
+    return narrow<To>(static_cast<float>(widen(value)) / scale);
   }
 }
 
@@ -41,9 +37,7 @@ FUSED_ROPE_HOST_DEVICE float scale_of(const CacheTensorParams& cache, int64_t h)
 // Offset in elements of a head of the token in `slot`, a valid one.
 FUSED_ROPE_HOST_DEVICE int64_t slot_offset(const CacheParams& p, const CacheTensorParams& cache,
                                            int64_t slot, int64_t h) {
-  const bool is_short = slot <= INT32_MAX && p.page_size <= INT32_MAX;
-  const int64_t page = is_short ? static_cast<uint32_t>(slot) / static_cast<uint32_t>(p.page_size)
-                                : slot / p.page_size;
+  const int64_t page = divide(slot, p.page_size);
   return page * cache.page + (slot - page * p.page_size) * cache.place + h * cache.h;
 }
 

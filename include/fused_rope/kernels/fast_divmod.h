@@ -1,12 +1,13 @@
-// Division by a divisor that is known on the host before a launch.
+// Division of indices.
 #pragma once
 
 #include "fused_rope/kernels/numeric.h"
 
 namespace fused_rope::kernels {
 
-// floor(n / divisor) by multiplication and shift (Granlund and Montgomery 1994). Exact for n < 2^31
-// and 1 <= divisor < 2^31. By default it divides by one.
+// floor(n / divisor) by multiplication and shift (Granlund and Montgomery 1994), for a divisor that
+// is known on the host before a launch. Exact for n < 2^31 and 1 <= divisor < 2^31. By default it
+// divides by one.
 struct FastDivmod {
   uint32_t multiplier = 0;
   uint32_t shift = 0;
@@ -27,5 +28,13 @@ struct FastDivmod {
 #endif
   }
 };
+
+// n / divisor for n >= 0 and divisor >= 1, in 32 bits where they are enough: GPUs divide 64 bits in
+// many instructions.
+FUSED_ROPE_HOST_DEVICE int64_t divide(int64_t n, int64_t divisor) {
+  if (n <= INT32_MAX && divisor <= INT32_MAX)
+    return static_cast<uint32_t>(n) / static_cast<uint32_t>(divisor);
+  return n / divisor;
+}
 
 }  // namespace fused_rope::kernels

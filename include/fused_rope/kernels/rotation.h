@@ -22,6 +22,15 @@ FUSED_ROPE_HOST_DEVICE Wide<T> rounded(V value) {
   }
 }
 
+// Calls f<kPrecision>(). In float32 and float64 the two precisions are equal.
+template <typename T, typename F>
+decltype(auto) visit_precision(Precision precision, const F& f) {
+  if constexpr (sizeof(T) == 2) {
+    if (precision == Precision::kModel) return f.template operator()<Precision::kModel>();
+  }
+  return f.template operator()<Precision::kFp32>();
+}
+
 // Products and sums that the compiler must not contract into an FMA: CPU and CUDA results are
 // bitwise identical. On the host, -ffp-contract=off prevents contraction.
 template <typename V>

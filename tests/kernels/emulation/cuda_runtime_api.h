@@ -14,8 +14,16 @@
 #define __host__
 #define __launch_bounds__(...)
 
-enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorLaunchOutOfResources };
 using cudaStream_t = void*;
+
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin };
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int device);
 
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 template <typename Kernel>
@@ -106,3 +114,8 @@ cudaError_t enqueue(void (*kernel)(Args...), unsigned blocks, int threads, size_
 }
 
 }  // namespace fused_rope::kernels
+
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int /*device*/) {
+  *value = sizeof(fused_rope::kernels::block_memory);
+  return cudaSuccess;
+}

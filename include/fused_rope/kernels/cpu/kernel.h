@@ -172,7 +172,7 @@ class TokenRotator {
     if (normalizer_.has_value()) return normalize_heads(t, heads);
     run_on(isa_, [this, heads, in_d = t.in_strides.d, out_d = t.out_strides.d](auto isa) {
       choose_loop<isa()>(
-          [=, this](const auto& rotate) { rotate_heads(heads, in_d, out_d, rotate); });
+          [=, this](const auto& rotate) { this->rotate_heads(heads, in_d, out_d, rotate); });
     });
   }
 

@@ -12,13 +12,18 @@ namespace fused_rope::kernels {
 
 // Vectors of the compiler, which every instruction set has or emulates.
 using Eight [[gnu::vector_size(32)]] = float;
-using EightIndices [[gnu::vector_size(32)]] = int32_t;
 
 // Adds the neighbors in two vectors; the sums of x come in the lower half of each 16 bytes.
 inline void add_neighbors(const Eight& x, const Eight& y, Eight& sums) {
-  constexpr EightIndices kEven = {0, 2, 8, 10, 4, 6, 12, 14};
-  constexpr EightIndices kOdd = {1, 3, 9, 11, 5, 7, 13, 15};
-  sums = __builtin_shuffle(x, y, kEven) + __builtin_shuffle(x, y, kOdd);
+#if defined(__clang__)
+#define FUSED_ROPE_SHUFFLE(...) __builtin_shufflevector(x, y, __VA_ARGS__)
+#else  // GCC 11 has only its own
+  using Indices [[gnu::vector_size(32)]] = int32_t;
+#define FUSED_ROPE_SHUFFLE(...) __builtin_shuffle(x, y, Indices{__VA_ARGS__})
+#endif
+  sums = FUSED_ROPE_SHUFFLE(0, 2, 8, 10, 4, 6, 12, 14) +  // even ones
+         FUSED_ROPE_SHUFFLE(1, 3, 9, 11, 5, 7, 13, 15);   // odd ones
+#undef FUSED_ROPE_SHUFFLE
 }
 
 // Adds neighbors among n values, a power of two, until one is left.
@@ -441,7 +446,7 @@ class NormBackward {
       W* const chain_sums = sums ? chains_.data() + chain * D : nullptr;
       run_on(isa_, [=, this](auto) {
         visit(call.norm->cast,
-              [=, this]<Cast kCast>() { backward<kCast>(i, b, s, h, chain_sums); });
+              [=, this]<Cast kCast>() { this->template backward<kCast>(i, b, s, h, chain_sums); });
       });
     });
     if (!sums) return;
@@ -500,10 +505,8 @@ inline int64_t backward_leaves(const NormBackwardParams& p) {
 template <typename F>
 void visit(const RotateParams& p, const F& f) {
   visit(p.dtype, [&]<typename T>() {
-    if constexpr (sizeof(T) == 2) {  // in float32 and float64 the two precisions are equal
-      if (p.precision == Precision::kModel) return f.template operator()<T, Precision::kModel>();
-    }
-    f.template operator()<T, Precision::kFp32>();
+    visit_precision<T>(p.precision,
+                       [&]<Precision kPrecision>() { f.template operator()<T, kPrecision>(); });
   });
 }
 

@@ -137,7 +137,7 @@ class TableRows {
       const auto* data = static_cast<const Table*>(table.data);
       if (p_.axes == nullptr && table.j == 1) {
         run_on(isa, [=, this, row = data + offsets[0]](auto) {
-          arrange([=](int64_t j) { return row[j]; }, is_sin, to);
+          this->arrange([=](int64_t j) { return row[j]; }, is_sin, to);
         });
       } else {
         arrange(

@@ -45,7 +45,7 @@ struct SlotArgs {
         is_int64(p.rows.out_rows.is_int64),
         is_short(std::max({limit, page_size, std::abs(page), std::abs(place)}) <= INT32_MAX) {}
 
-  // Of a slot, in bytes.
+  // That of slot_offset, without h and in bytes.
   __device__ __forceinline__ int64_t offset_of(int64_t slot) const {
     if (is_short) {
       const uint32_t index = per_page.div(static_cast<uint32_t>(slot));

@@ -151,20 +151,22 @@ cudaError_t launch_lookup(const RotateParams& p, const Plan& plan, cudaStream_t 
   }
 }
 
-template <typename T, typename Table>
-cudaError_t launch_table(const RotateParams& p, const Plan& plan, cudaStream_t stream) {
-  if constexpr (sizeof(T) == 2) {  // in float32 and float64 the two precisions are equal
-    if (p.precision == Precision::kModel)
-      return launch_lookup<T, Table, Precision::kModel>(p, plan, stream);
-  }
-  return launch_lookup<T, Table, Precision::kFp32>(p, plan, stream);
+// Calls f<Table, kPrecision>() with what a call reads and how it rounds. Tables have type T or the
+// type that T is rotated in.
+template <typename T, typename F>
+cudaError_t visit_table(const RotateParams& p, const F& f) {
+  return visit_precision<T>(p.precision, [&]<Precision kPrecision>() {
+    return p.table_dtype == p.dtype ? f.template operator()<T, kPrecision>()
+                                    : f.template operator()<Wide<T>, kPrecision>();
+  });
 }
 
-// Launches for elements of type T. Tables have type T or the type that T is rotated in.
+// Launches for elements of type T.
 template <typename T>
 cudaError_t launch_elements(const RotateParams& p, const Plan& plan, cudaStream_t stream) {
-  return p.table_dtype == p.dtype ? launch_table<T, T>(p, plan, stream)
-                                  : launch_table<T, Wide<T>>(p, plan, stream);
+  return visit_table<T>(p, [&]<typename Table, Precision kPrecision>() {
+    return launch_lookup<T, Table, kPrecision>(p, plan, stream);
+  });
 }
 
 }  // namespace fused_rope::kernels

@@ -8,7 +8,8 @@
 namespace fused_rope::kernels {
 
 // Enqueues the call on `stream` of the current device. Does not synchronize; safe under stream
-// capture.
+// capture. Returns cudaErrorLaunchOutOfResources, with nothing enqueued, if a head of a call with a
+// norm or a cache does not fit in the shared memory of a block.
 cudaError_t launch_rotate(const RotateParams& params, cudaStream_t stream);
 
 // Enqueues the backward of a call with a norm in the same way.

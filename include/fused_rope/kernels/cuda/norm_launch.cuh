@@ -8,6 +8,21 @@
 
 namespace fused_rope::kernels {
 
+// Lets a kernel have `bytes` of shared memory: cudaErrorLaunchOutOfResources if a block of this
+// device has less.
+template <typename Kernel>
+cudaError_t opt_in_to_shared_memory(Kernel kernel, size_t bytes) {
+  if (bytes <= size_t{kSharedBytes}) return cudaSuccess;
+  int device = 0, available = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  error = cudaDeviceGetAttribute(&available, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error != cudaSuccess) return error;
+  if (bytes > static_cast<size_t>(available)) return cudaErrorLaunchOutOfResources;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              static_cast<int>(bytes));
+}
+
 // Launches a kernel of whole warps for `units` heads or leaves.
 template <typename W, typename Params>
 cudaError_t launch_warps(void (*kernel)(Params), const Params& params, int64_t units,
@@ -17,11 +32,8 @@ cudaError_t launch_warps(void (*kernel)(Params), const Params& params, int64_t u
   const auto warps =
       std::clamp<size_t>(size_t{kSharedBytes} / warp_bytes, 1, kSmallBlockThreads / kWarp);
   const size_t shared_bytes = warps * warp_bytes;
-  if (shared_bytes > size_t{kSharedBytes}) {
-    const cudaError_t error = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-    if (error != cudaSuccess) return error;
-  }
+  if (const cudaError_t error = opt_in_to_shared_memory(kernel, shared_bytes); error != cudaSuccess)
+    return error;
   const int64_t blocks =
       std::min<int64_t>(ceil_divide(units, static_cast<int64_t>(warps)), INT32_MAX);
   return enqueue(kernel, static_cast<unsigned>(blocks), static_cast<int>(warps) * kWarp,
@@ -50,19 +62,6 @@ cudaError_t visit_norm(const Plan& plan, const F& f) {
                ? f.template operator()<KernelTraits<T, Table, kLinear>>()
                : f.template operator()<KernelTraits<T, Table, kIndexed>>();
   });
-}
-
-// Calls f<Table, kPrecision>() with what a call reads and how it rounds.
-template <typename T, typename F>
-cudaError_t visit_table(const RotateParams& p, const F& f) {
-  const auto choose = [&]<Precision kPrecision>() {
-    return p.table_dtype == p.dtype ? f.template operator()<T, kPrecision>()
-                                    : f.template operator()<Wide<T>, kPrecision>();
-  };
-  if constexpr (sizeof(T) == 2) {  // in float32 and float64 the two precisions are equal
-    if (p.precision == Precision::kModel) return choose.template operator()<Precision::kModel>();
-  }
-  return choose.template operator()<Precision::kFp32>();
 }
 
 // plan: null for a warp for each head.

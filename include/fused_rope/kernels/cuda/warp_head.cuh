@@ -79,14 +79,6 @@ struct HeadPlace {
     FUSED_ROPE_DEVICE_CHECK(row == -1 || is_row(row, rows.out_rows_limit));
     return row;
   }
-
- private:
-  // In 32 bits where they are enough.
-  __device__ __forceinline__ static int64_t divide(int64_t n, int64_t by) {
-    if (n <= INT32_MAX && by <= INT32_MAX)
-      return static_cast<uint32_t>(n) / static_cast<uint32_t>(by);
-    return n / by;
-  }
 };
 
 // One head, for the 32 threads of a warp. Their loops are over lanes; all of them must call each
