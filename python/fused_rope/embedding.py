@@ -16,7 +16,7 @@ from .reference import table_rows
 from .scaled_frequencies import ScaledFrequencies
 from .table import MAX_ROWS
 from .table_cache import TableCache
-from .tracing import fake_mode_of
+from .tracing import fake_mode_of, is_traced
 from .types import Cast, Layout, Precision
 
 __all__ = ["RotaryEmbedding"]
@@ -296,7 +296,10 @@ class RotaryEmbedding(torch.nn.Module):
         rows = None
         # Check for int first: a failing isinstance check against Tensor is slow.
         if (
-            (type(offset) is int or (not isinstance(offset, Tensor) and hasattr(offset, "__int__")))
+            (
+                type(offset) is int
+                or (not isinstance(offset, Tensor) and hasattr(offset, "__index__"))
+            )
             and positions is None
             and cu_seqlens is None
         ):
@@ -309,12 +312,6 @@ class RotaryEmbedding(torch.nn.Module):
                 tokens = shape[self._sequence_dim]
                 positions = torch.zeros(tokens, dtype=torch.int64, device=q.device)
                 offset = 0
-        if pair is None:
-            with fake_mode_of(q):
-                tokens = shape[self._sequence_dim]
-                positions = _positions(positions, offset, cu_seqlens, tokens, q.device)
-                pair, positions = self._tables.frequencies.per_token_table(positions)
-            offset, cu_seqlens = 0, None
         options: tuple[Any, ...] = (
             self.layout,
             axes,
@@ -325,6 +322,14 @@ class RotaryEmbedding(torch.nn.Module):
             self.precision,
             "half",
         )
+        if pair is None:
+            if rows is None or (not is_traced(q) and offset < 0):
+                self._check_rows(q, positions, offset, cu_seqlens, options)
+            with fake_mode_of(q):
+                tokens = shape[self._sequence_dim]
+                positions = _positions(positions, offset, cu_seqlens, tokens, q.device)
+                pair, positions = self._tables.frequencies.per_token_table(positions)
+            offset, cu_seqlens = 0, None
         name = "rotate" if k is None else "rotate_qk"
         tensors: tuple[Tensor | None, ...] = (q, *pair) if k is None else (q, k, *pair)
         if eps is not None:
@@ -414,6 +419,23 @@ class RotaryEmbedding(torch.nn.Module):
             if getattr(self, name) != default:
                 parts.append(f"{name}={getattr(self, name)!r}")
         return ", ".join(parts)
+
+    def _check_rows(
+        self,
+        q: Tensor,
+        positions: Tensor | None,
+        offset: int | Tensor,
+        cu_seqlens: Tensor | None,
+        options: tuple[Any, ...],
+    ) -> None:
+        """Raises what the operator raises for these arguments, by a call without heads.
+
+        A table with one row per token hides them from the call that rotates.
+        """
+        no_heads = q.detach().narrow(self.layout.index("h"), 0, 0)
+        with fake_mode_of(q):
+            row = torch.empty(1, self.rotary_dim // 2, dtype=torch.float32, device=q.device)
+        call("rotate", (no_heads, row, row), positions, offset, cu_seqlens, options)
 
     def _advice_for_rows(self, error: str) -> str:
         """What to do about a position beyond the table."""
@@ -514,11 +536,6 @@ def _positions(
     device: torch.device,
 ) -> Tensor:
     """The row that each token would read, offset added; -1 for no rotation."""
-    for name, given in (("positions", positions), ("offset", offset), ("cu_seqlens", cu_seqlens)):
-        if isinstance(given, Tensor) and given.dtype not in (torch.int32, torch.int64):
-            raise TypeError(
-                f"RotaryEmbedding: expected {name} of dtype int32 or int64, got {given.dtype}"
-            )
     row, skip = table_rows(
         S, positions=positions, offset=offset, cu_seqlens=cu_seqlens, device=device
     )

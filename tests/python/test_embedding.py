@@ -483,9 +483,48 @@ def test_positions_that_are_no_row_are_errors():
     with pytest.raises(IndexError):
         rope(x, positions=torch.tensor([0, 3, 1]), offset=-2)
     assert rope(x[:, :0], positions=torch.zeros(0, dtype=torch.int64)).numel() == 0
-    for where in ({"positions": torch.ones(3)}, {"offset": torch.ones(2)}):
-        with pytest.raises(TypeError, match=next(iter(where))):
-            rope(x, **where)
+
+
+WRONG_ROWS = {
+    "positions_of_one_token": ("bshd", {"positions": torch.tensor([3])}),
+    "positions_scalar": ("bshd", {"positions": torch.tensor(3)}),
+    "positions_too_few": ("bshd", {"positions": torch.arange(4)}),
+    "positions_per_sequence": ("bshd", {"positions": torch.tensor([[3], [4]])}),
+    "positions_transposed": ("bshd", {"positions": torch.zeros(5, 2, dtype=torch.int64)}),
+    "positions_float": ("bshd", {"positions": torch.ones(5)}),
+    "positions_list": ("bshd", {"positions": [0, 1, 2, 3, 4]}),
+    "offset_scalar": ("bshd", {"offset": torch.tensor(3)}),
+    "offset_of_one_sequence": ("bshd", {"offset": torch.tensor([3])}),
+    "offset_float_tensor": ("bshd", {"offset": torch.ones(2)}),
+    "offset_list": ("bshd", {"offset": [3, 3]}),
+    "offset_float": ("bshd", {"offset": 3.0}),
+    "offset_none": ("bshd", {"offset": None}),
+    "offset_negative": ("bshd", {"offset": -1}),
+    "cu_seqlens_descending": ("thd", {"cu_seqlens": torch.tensor([0, 4, 2])}),
+    "cu_seqlens_start_late": ("thd", {"cu_seqlens": torch.tensor([2, 5])}),
+    "cu_seqlens_scalar": ("thd", {"cu_seqlens": torch.tensor(5)}),
+    "cu_seqlens_empty": ("thd", {"cu_seqlens": torch.empty(0, dtype=torch.int64)}),
+    "cu_seqlens_2d": ("thd", {"cu_seqlens": torch.tensor([[0, 5]])}),
+    "cu_seqlens_list": ("thd", {"cu_seqlens": [0, 5]}),
+    "offset_of_few_sequences": (
+        "thd",
+        {"cu_seqlens": torch.tensor([0, 2, 5]), "offset": torch.tensor([1])},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", VARYING)
+@pytest.mark.parametrize("wrong", WRONG_ROWS)
+def test_wrong_rows_are_the_same_errors_as_with_fixed_frequencies(kind, wrong):
+    layout, where = WRONG_ROWS[wrong]
+    # A host offset reaches no table only beyond the trained length.
+    S = 5 if isinstance(next(iter(where.values())), torch.Tensor) else TRAINED + 5
+    x = tensor(layout, S, D=32)
+    with pytest.raises((TypeError, ValueError)) as expected:
+        RotaryEmbedding(32, layout=layout)(x, **where)
+    with pytest.raises((TypeError, ValueError)) as raised:
+        varying(kind, layout=layout)(x, **where)
+    assert (raised.type, str(raised.value)) == (expected.type, str(expected.value))
 
 
 @pytest.mark.parametrize("kind", VARYING)
