@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
@@ -121,12 +122,13 @@ class RotaryEmbedding(torch.nn.Module):
             else _int("rotary_dim", rotary_dim)
         )
         self.base = base
-        rope_type(scaling or {})  # refuses what is not a mapping
-        self.scaling = None if scaling is None else dict(scaling)
+        rope_type({} if scaling is None else scaling)  # refuses what is not a mapping
+        # A caller may write to its own mapping, and to the lists in it.
+        self.scaling = None if scaling is None else copy.deepcopy(dict(scaling))
         self.layout = layout
         self.interleaved = interleaved
         self.blocks = _int("blocks", blocks)
-        self.axes = None if axes is None else tuple(_int("each of axes", axis) for axis in axes)
+        self.axes = None if axes is None else _axes(axes)
         self.precision = precision
         max_seq_len = _rows("max_seq_len", max_seq_len)
         self._check()
@@ -491,6 +493,11 @@ class RotaryEmbedding(torch.nn.Module):
         part = (self.scaling or {}).get("partial_rotary_factor")
         if part is None or rope_type(self.scaling or {}) == "proportional":
             return  # proportional scaling reads it
+        if not isinstance(part, (int, float)) or not 0 <= part <= 1:
+            raise ValueError(
+                "RotaryEmbedding: expected partial_rotary_factor of scaling to be a number in "
+                f"[0, 1], got {part!r}"
+            )
         if self.rotary_dim != int(self.head_dim * part):
             raise ValueError(
                 f"RotaryEmbedding: scaling has partial_rotary_factor={part}, but rotary_dim is "
@@ -519,6 +526,13 @@ class RotaryEmbedding(torch.nn.Module):
 
 def _int(name: str, value: Any) -> int:
     return whole_number("RotaryEmbedding", name, value)
+
+
+def _axes(axes: Any) -> tuple[int, ...]:
+    if not hasattr(axes, "__iter__"):
+        got = type(axes).__name__
+        raise TypeError(f"RotaryEmbedding: expected axes to be a sequence of ints, got {got}")
+    return tuple(_int("each of axes", axis) for axis in axes)
 
 
 def _rows(name: str, value: Any) -> int:

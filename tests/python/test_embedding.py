@@ -253,6 +253,8 @@ def test_compiled_decode_does_not_recompile():
         ("factor", {"scaling": {"rope_type": "linear"}}),
         ("base=500000.0", {"scaling": {"rope_type": "default", "rope_theta": 5e5}}),
         ("rotary_dim=32", {"scaling": {"rope_type": "default", "partial_rotary_factor": 0.5}}),
+        ("a number .*'0.5'", {"scaling": {"rope_type": "default", "partial_rotary_factor": "0.5"}}),
+        ("finite", {"scaling": {"rope_type": "linear", "factor": 1e-320}}),
     ],
 )
 def test_errors(word, options):
@@ -276,6 +278,19 @@ def test_errors(word, options):
 def test_sizes_are_ints(name, options):
     with pytest.raises(TypeError, match=f"^RotaryEmbedding: .*{name} to be an int"):
         RotaryEmbedding(**{"head_dim": 64} | options)
+
+
+@pytest.mark.parametrize(
+    "message,options",
+    [
+        ("axes to be a sequence of ints, got int", {"axes": 3}),
+        ("a mapping with rope_type, got list", {"scaling": []}),
+        ("a mapping with rope_type, got bool", {"scaling": False}),
+    ],
+)
+def test_collections_are_collections(message, options):
+    with pytest.raises(TypeError, match=message):
+        RotaryEmbedding(64, **options)
 
 
 X = torch.ones(1, 5, 2, 64)
@@ -632,6 +647,19 @@ def test_length_dependent_frequencies_survive_moves(kind):
     rope = copy.deepcopy(rope.to_empty(device="cpu").to(torch.bfloat16))
     x, positions = tensor("bshd", 7, D=32), torch.arange(90, 97)
     close(rope(x, positions=positions), bits(x, *at_rows(kind, 97), positions=positions))
+
+
+@pytest.mark.parametrize("kind", VARYING)
+def test_writing_to_the_scaling_changes_no_copy(kind):
+    scaling = copy.deepcopy(VARYING[kind])
+    rope = RotaryEmbedding(32, scaling=scaling)
+    x, positions = tensor("bshd", 7, D=32), torch.arange(90, 97)
+    want = rope(x, positions=positions)
+    for written in (scaling, rope.scaling):
+        written["factor"] = 16.0
+        written.get("long_factor", [])[:] = [9.0] * 16
+    for copied in (rope, copy.deepcopy(rope), pickle.loads(pickle.dumps(rope))):
+        same(copied(x, positions=positions), want)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
