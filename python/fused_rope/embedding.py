@@ -551,8 +551,18 @@ def _positions(
 ) -> Tensor:
     """The row that each token would read, offset added; -1 for no rotation."""
     row, skip = table_rows(
-        S, positions=positions, offset=offset, cu_seqlens=cu_seqlens, device=device
+        S,
+        positions=_full(positions),
+        offset=_full(offset),
+        cu_seqlens=_full(cu_seqlens),
+        device=device,
     )
     # The operator must refuse a negative row and not take it for -1, no rotation.
     row = torch.where(row < 0, row.clamp(max=-2), row)
     return torch.where(skip, -1, row)
+
+
+def _full(value: Any) -> Any:
+    """A DTensor as one tensor: the frequencies of a token depend on the positions of all."""
+    is_distributed = isinstance(value, Tensor) and hasattr(value, "full_tensor")
+    return value.full_tensor() if is_distributed else value
