@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
@@ -16,7 +17,7 @@ from .reference import table_rows
 from .scaled_frequencies import ScaledFrequencies
 from .table import MAX_ROWS
 from .table_cache import TableCache
-from .tracing import fake_mode_of
+from .tracing import fake_mode_of, is_traced
 from .types import Cast, Layout, Precision
 
 __all__ = ["RotaryEmbedding"]
@@ -121,12 +122,13 @@ class RotaryEmbedding(torch.nn.Module):
             else _int("rotary_dim", rotary_dim)
         )
         self.base = base
-        rope_type(scaling or {})  # refuses what is not a mapping
-        self.scaling = None if scaling is None else dict(scaling)
+        rope_type({} if scaling is None else scaling)  # refuses what is not a mapping
+        # A caller may write to its own mapping, and to the lists in it.
+        self.scaling = None if scaling is None else copy.deepcopy(dict(scaling))
         self.layout = layout
         self.interleaved = interleaved
         self.blocks = _int("blocks", blocks)
-        self.axes = None if axes is None else tuple(_int("each of axes", axis) for axis in axes)
+        self.axes = None if axes is None else _axes(axes)
         self.precision = precision
         max_seq_len = _rows("max_seq_len", max_seq_len)
         self._check()
@@ -296,7 +298,10 @@ class RotaryEmbedding(torch.nn.Module):
         rows = None
         # Check for int first: a failing isinstance check against Tensor is slow.
         if (
-            (type(offset) is int or (not isinstance(offset, Tensor) and hasattr(offset, "__int__")))
+            (
+                type(offset) is int
+                or (not isinstance(offset, Tensor) and hasattr(offset, "__index__"))
+            )
             and positions is None
             and cu_seqlens is None
         ):
@@ -310,12 +315,6 @@ class RotaryEmbedding(torch.nn.Module):
                 tokens = shape[self._sequence_dim]
                 positions = torch.zeros(tokens, dtype=torch.int64, device=q.device)
                 offset = 0
-        if pair is None:
-            with fake_mode_of(q):
-                tokens = shape[self._sequence_dim]
-                positions = _positions(positions, offset, cu_seqlens, tokens, q.device)
-                pair, positions = self._tables.frequencies.per_token_table(positions)
-            offset, cu_seqlens = 0, None
         options: tuple[Any, ...] = (
             self.layout,
             axes,
@@ -326,6 +325,14 @@ class RotaryEmbedding(torch.nn.Module):
             self.precision,
             "half",
         )
+        if pair is None:
+            if rows is None or (not is_traced(q) and offset < 0):
+                self._check_rows(q, positions, offset, cu_seqlens, options)
+            with fake_mode_of(q):
+                tokens = shape[self._sequence_dim]
+                positions = _positions(positions, offset, cu_seqlens, tokens, q.device)
+                pair, positions = self._tables.frequencies.per_token_table(positions)
+            offset, cu_seqlens = 0, None
         name = "rotate" if k is None else "rotate_qk"
         tensors: tuple[Tensor | None, ...] = (q, *pair) if k is None else (q, k, *pair)
         if eps is not None:
@@ -416,6 +423,23 @@ class RotaryEmbedding(torch.nn.Module):
                 parts.append(f"{name}={getattr(self, name)!r}")
         return ", ".join(parts)
 
+    def _check_rows(
+        self,
+        q: Tensor,
+        positions: Tensor | None,
+        offset: int | Tensor,
+        cu_seqlens: Tensor | None,
+        options: tuple[Any, ...],
+    ) -> None:
+        """Raises what the operator raises for these arguments, by a call without heads.
+
+        A table with one row per token hides them from the call that rotates.
+        """
+        no_heads = q.detach().narrow(self.layout.index("h"), 0, 0)
+        with fake_mode_of(q):
+            row = torch.empty(1, self.rotary_dim // 2, dtype=torch.float32, device=q.device)
+        call("rotate", (no_heads, row, row), positions, offset, cu_seqlens, options)
+
     def _advice_for_rows(self, error: str) -> str:
         """What to do about a position beyond the table."""
         found = re.search(r"M=(\d+)\), got (\d+)", error)
@@ -470,6 +494,11 @@ class RotaryEmbedding(torch.nn.Module):
         part = (self.scaling or {}).get("partial_rotary_factor")
         if part is None or rope_type(self.scaling or {}) == "proportional":
             return  # proportional scaling reads it
+        if not isinstance(part, (int, float)) or not 0 <= part <= 1:
+            raise ValueError(
+                "RotaryEmbedding: expected partial_rotary_factor of scaling to be a number in "
+                f"[0, 1], got {part!r}"
+            )
         if self.rotary_dim != int(self.head_dim * part):
             raise ValueError(
                 f"RotaryEmbedding: scaling has partial_rotary_factor={part}, but rotary_dim is "
@@ -500,6 +529,13 @@ def _int(name: str, value: Any) -> int:
     return whole_number("RotaryEmbedding", name, value)
 
 
+def _axes(axes: Any) -> tuple[int, ...]:
+    if not hasattr(axes, "__iter__"):
+        got = type(axes).__name__
+        raise TypeError(f"RotaryEmbedding: expected axes to be a sequence of ints, got {got}")
+    return tuple(_int("each of axes", axis) for axis in axes)
+
+
 def _rows(name: str, value: Any) -> int:
     rows = _int(name, value)
     if not 0 <= rows <= MAX_ROWS:
@@ -515,14 +551,19 @@ def _positions(
     device: torch.device,
 ) -> Tensor:
     """The row that each token would read, offset added; -1 for no rotation."""
-    for name, given in (("positions", positions), ("offset", offset), ("cu_seqlens", cu_seqlens)):
-        if isinstance(given, Tensor) and given.dtype not in (torch.int32, torch.int64):
-            raise TypeError(
-                f"RotaryEmbedding: expected {name} of dtype int32 or int64, got {given.dtype}"
-            )
     row, skip = table_rows(
-        S, positions=positions, offset=offset, cu_seqlens=cu_seqlens, device=device
+        S,
+        positions=_full(positions),
+        offset=_full(offset),
+        cu_seqlens=_full(cu_seqlens),
+        device=device,
     )
     # The operator must refuse a negative row and not take it for -1, no rotation.
     row = torch.where(row < 0, row.clamp(max=-2), row)
     return torch.where(skip, -1, row)
+
+
+def _full(value: Any) -> Any:
+    """A DTensor as one tensor: the frequencies of a token depend on the positions of all."""
+    is_distributed = isinstance(value, Tensor) and hasattr(value, "full_tensor")
+    return value.full_tensor() if is_distributed else value

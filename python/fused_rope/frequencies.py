@@ -104,6 +104,10 @@ def frequencies(
     kind = rope_type(scaling)
     _refuse_unknown_keys(kind, scaling, base)
     inv_freq, factor = _KINDS[kind](rotary_dim, base, _Keys(kind, scaling), rows)
+    if not all(map(math.isfinite, inv_freq)):
+        raise ValueError(
+            f"frequencies: expected finite frequencies, but base={base:g} and scaling overflow"
+        )
     if scaling.get("pair_order") is not None:
         inv_freq = _reordered(kind, inv_freq, scaling["pair_order"])
     with torch.inference_mode(False):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -56,6 +57,8 @@ class ScaledFrequencies:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         rotary_dim = whole_number("frequencies", "rotary_dim", rotary_dim)
+        # Copies and saves of a module compute the frequencies again.
+        scaling = None if scaling is None else copy.deepcopy(dict(scaling))
         self._arguments = rotary_dim, base, scaling, blocks, dtype
         self._spans: tuple[Span, ...]
         kind = rope_type(scaling or {})

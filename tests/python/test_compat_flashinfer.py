@@ -356,3 +356,22 @@ def test_compiles(family):
     q, k = inputs(torch.float32, "cpu")
     function = getattr(flashinfer, f"apply_{family}")
     compiles(lambda q, k: function(q, k, indptr, offsets, max_seq_len=ROWS), q, k)
+
+
+@pytest.mark.parametrize("family", ["rope", "llama31_rope"])
+def test_compiles_with_symbols(family):
+    """Sizes are symbols from the first call on, and numbers once they have changed."""
+    torch._dynamo.reset()
+    indptr, offsets = positions_of("", torch.int64, "cpu")
+    q, k = inputs(torch.float32, "cpu")
+
+    def rotate(q, k, theta, scale):
+        function = getattr(flashinfer, f"apply_{family}")
+        options = {"rope_theta": theta, "rope_scale": scale, "max_seq_len": ROWS}
+        return function(q, k, indptr, offsets, **options)
+
+    compiled = torch.compile(rotate, backend="aot_eager", fullgraph=True, dynamic=True)
+    for theta, scale in ((10000, 1.0), (20000, 2.0), (500000.0, 8.0), (500000.1, 1)):
+        want = rotate(q, k, theta, scale)
+        for got, rotated in zip(compiled(q, k, theta, scale), want, strict=True):
+            assert torch.equal(got, rotated)

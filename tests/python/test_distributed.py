@@ -206,6 +206,28 @@ def tables_along_the_sequence(mesh: DeviceMesh) -> None:
 
 
 @check
+def frequencies_that_follow_the_length(mesh: DeviceMesh) -> None:
+    device = mesh.device_type
+    factors = {"short_factor": [1.0] * (D // 2), "long_factor": [4.0] * (D // 2), "factor": 4.0}
+    trained = {"original_max_position_embeddings": 8}
+    x = torch.randn(B, S, HQ, D, device=device)
+    positions = torch.arange(S, device=device).expand(B, S) * 4
+    lengths = torch.tensor([3, 30], device=device)
+    for scaling in (
+        {"rope_type": "dynamic", "factor": 4.0, **trained},
+        {"rope_type": "longrope", **factors, **trained},
+    ):
+        rope = fused_rope.RotaryEmbedding(D, scaling=scaling, device=device)
+        for name, index in (("positions", positions), ("offset", lengths)):
+            expected = rope(x, **{name: index})
+            for placement in (Shard(0), Shard(1), Shard(2), Replicate()):
+                sharded = distribute_tensor(x, mesh, [placement])
+                for of_index in (Shard(0), Replicate()):
+                    given = {name: distribute_tensor(index, mesh, [of_index])}
+                    expect_same(rope(sharded, **given), expected)
+
+
+@check
 def every_layout(mesh: DeviceMesh) -> None:
     device = mesh.device_type
     cos, sin = tables(device, M)

@@ -253,6 +253,8 @@ def test_compiled_decode_does_not_recompile():
         ("factor", {"scaling": {"rope_type": "linear"}}),
         ("base=500000.0", {"scaling": {"rope_type": "default", "rope_theta": 5e5}}),
         ("rotary_dim=32", {"scaling": {"rope_type": "default", "partial_rotary_factor": 0.5}}),
+        ("a number .*'0.5'", {"scaling": {"rope_type": "default", "partial_rotary_factor": "0.5"}}),
+        ("finite", {"scaling": {"rope_type": "linear", "factor": 1e-320}}),
     ],
 )
 def test_errors(word, options):
@@ -276,6 +278,19 @@ def test_errors(word, options):
 def test_sizes_are_ints(name, options):
     with pytest.raises(TypeError, match=f"^RotaryEmbedding: .*{name} to be an int"):
         RotaryEmbedding(**{"head_dim": 64} | options)
+
+
+@pytest.mark.parametrize(
+    "message,options",
+    [
+        ("axes to be a sequence of ints, got int", {"axes": 3}),
+        ("a mapping with rope_type, got list", {"scaling": []}),
+        ("a mapping with rope_type, got bool", {"scaling": False}),
+    ],
+)
+def test_collections_are_collections(message, options):
+    with pytest.raises(TypeError, match=message):
+        RotaryEmbedding(64, **options)
 
 
 X = torch.ones(1, 5, 2, 64)
@@ -483,9 +498,48 @@ def test_positions_that_are_no_row_are_errors():
     with pytest.raises(IndexError):
         rope(x, positions=torch.tensor([0, 3, 1]), offset=-2)
     assert rope(x[:, :0], positions=torch.zeros(0, dtype=torch.int64)).numel() == 0
-    for where in ({"positions": torch.ones(3)}, {"offset": torch.ones(2)}):
-        with pytest.raises(TypeError, match=next(iter(where))):
-            rope(x, **where)
+
+
+WRONG_ROWS = {
+    "positions_of_one_token": ("bshd", {"positions": torch.tensor([3])}),
+    "positions_scalar": ("bshd", {"positions": torch.tensor(3)}),
+    "positions_too_few": ("bshd", {"positions": torch.arange(4)}),
+    "positions_per_sequence": ("bshd", {"positions": torch.tensor([[3], [4]])}),
+    "positions_transposed": ("bshd", {"positions": torch.zeros(5, 2, dtype=torch.int64)}),
+    "positions_float": ("bshd", {"positions": torch.ones(5)}),
+    "positions_list": ("bshd", {"positions": [0, 1, 2, 3, 4]}),
+    "offset_scalar": ("bshd", {"offset": torch.tensor(3)}),
+    "offset_of_one_sequence": ("bshd", {"offset": torch.tensor([3])}),
+    "offset_float_tensor": ("bshd", {"offset": torch.ones(2)}),
+    "offset_list": ("bshd", {"offset": [3, 3]}),
+    "offset_float": ("bshd", {"offset": 3.0}),
+    "offset_none": ("bshd", {"offset": None}),
+    "offset_negative": ("bshd", {"offset": -1}),
+    "cu_seqlens_descending": ("thd", {"cu_seqlens": torch.tensor([0, 4, 2])}),
+    "cu_seqlens_start_late": ("thd", {"cu_seqlens": torch.tensor([2, 5])}),
+    "cu_seqlens_scalar": ("thd", {"cu_seqlens": torch.tensor(5)}),
+    "cu_seqlens_empty": ("thd", {"cu_seqlens": torch.empty(0, dtype=torch.int64)}),
+    "cu_seqlens_2d": ("thd", {"cu_seqlens": torch.tensor([[0, 5]])}),
+    "cu_seqlens_list": ("thd", {"cu_seqlens": [0, 5]}),
+    "offset_of_few_sequences": (
+        "thd",
+        {"cu_seqlens": torch.tensor([0, 2, 5]), "offset": torch.tensor([1])},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", VARYING)
+@pytest.mark.parametrize("wrong", WRONG_ROWS)
+def test_wrong_rows_are_the_same_errors_as_with_fixed_frequencies(kind, wrong):
+    layout, where = WRONG_ROWS[wrong]
+    # A host offset reaches no table only beyond the trained length.
+    S = 5 if isinstance(next(iter(where.values())), torch.Tensor) else TRAINED + 5
+    x = tensor(layout, S, D=32)
+    with pytest.raises((TypeError, ValueError)) as expected:
+        RotaryEmbedding(32, layout=layout)(x, **where)
+    with pytest.raises((TypeError, ValueError)) as raised:
+        varying(kind, layout=layout)(x, **where)
+    assert (raised.type, str(raised.value)) == (expected.type, str(expected.value))
 
 
 @pytest.mark.parametrize("kind", VARYING)
@@ -593,6 +647,19 @@ def test_length_dependent_frequencies_survive_moves(kind):
     rope = copy.deepcopy(rope.to_empty(device="cpu").to(torch.bfloat16))
     x, positions = tensor("bshd", 7, D=32), torch.arange(90, 97)
     close(rope(x, positions=positions), bits(x, *at_rows(kind, 97), positions=positions))
+
+
+@pytest.mark.parametrize("kind", VARYING)
+def test_writing_to_the_scaling_changes_no_copy(kind):
+    scaling = copy.deepcopy(VARYING[kind])
+    rope = RotaryEmbedding(32, scaling=scaling)
+    x, positions = tensor("bshd", 7, D=32), torch.arange(90, 97)
+    want = rope(x, positions=positions)
+    for written in (scaling, rope.scaling):
+        written["factor"] = 16.0
+        written.get("long_factor", [])[:] = [9.0] * 16
+    for copied in (rope, copy.deepcopy(rope), pickle.loads(pickle.dumps(rope))):
+        same(copied(x, positions=positions), want)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

@@ -6,6 +6,7 @@ import gc
 import importlib
 import io
 import sys
+import threading
 import types
 import warnings
 import weakref
@@ -17,7 +18,7 @@ from oracle import same
 transformers = pytest.importorskip("transformers")
 
 from fused_rope.compat._patching import functions, replacements  # noqa: E402
-from fused_rope.compat.transformers import patch, patching, unpatch  # noqa: E402
+from fused_rope.compat.transformers import is_patched, patch, patching, unpatch  # noqa: E402
 from test_transformers import build, modeling  # noqa: E402
 
 llama = modeling("llama")
@@ -456,7 +457,8 @@ def apply_rotary_pos_emb_interleave(q, k, cos, sin, position_ids=None, unsqueeze
 def test_tables_written_to_between_calls():
     q, k = queries()
     cos, sin = tables()
-    patch(model_of())
+    model = model_of()
+    patch(model)
     for write in (
         lambda: cos.mul_(torch.arange(16)),
         lambda: torch.mul(cos, torch.arange(16), out=cos),
@@ -468,7 +470,7 @@ def test_tables_written_to_between_calls():
             got = llama.apply_rotary_pos_emb(q, k, cos, sin)
         for a, b in zip(got, ORIGINAL(q, k, cos, sin), strict=True):
             same(a, b)
-        patch(model_of())
+        patch(model)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -605,7 +607,9 @@ def test_a_wrapped_model_is_the_model(around):
     model = model_of()
     patch(model)
     assert unpatch(around(model)).restored == [KEY]
-    patch(around(model))
+    patch(around(model))  # the wrapper is gone, the model is not
+    gc.collect()
+    assert is_patched(model)
     assert unpatch(model).restored == [KEY]
 
 
@@ -621,6 +625,50 @@ def test_models_that_are_gone_count_no_more():
     third = model_of()
     assert patch(third, precision="model").patched  # nobody is left with the other precision
     assert unpatch(third).restored == [KEY]
+
+
+@pytest.mark.parametrize("options", [{}, {"precision": "fp32"}, {"rows": 8}, {"norms": "fused"}])
+@pytest.mark.parametrize("again", [False, True])
+def test_the_last_model_that_is_gone_takes_the_patch_with_it(options, again):
+    """Other models of the family would meet its options, such as the bound of positions."""
+    other = model_of()
+    ids = torch.randint(97, (2, 12))
+    original, want = llama.apply_rotary_pos_emb, other(ids).logits
+    first, second = model_of(), model_of()
+    for model in (first, second, first):
+        patch(model, **options)
+    del model, first
+    gc.collect()
+    assert is_patched(second) and llama.apply_rotary_pos_emb is not original
+    if again:
+        unpatch(second)
+        patch(second, **options)
+    del second
+    gc.collect()
+    assert not is_patched(other) and llama.apply_rotary_pos_emb is original
+    assert torch.equal(other(ids).logits, want)
+
+
+def test_a_model_that_is_gone_while_another_thread_patches():
+    """The collector does not wait; the next call removes what is left."""
+    original, other, model = llama.apply_rotary_pos_emb, model_of(), model_of()
+    patch(model)
+    held, done = threading.Event(), threading.Event()
+
+    def hold():
+        with replacements.lock:
+            held.set()
+            done.wait(60)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait(60)
+    del model
+    gc.collect()
+    done.set()
+    thread.join()
+    assert not is_patched(other)
+    assert unpatch(other).restored and llama.apply_rotary_pos_emb is original
 
 
 def test_nothing_is_kept_alive():

@@ -12,6 +12,7 @@ calls, and a position outside the table is an error.
 from __future__ import annotations
 
 import functools
+import operator
 from typing import Any, NamedTuple
 
 import torch
@@ -653,7 +654,10 @@ def _table(
     R = q.shape[-1] if rotary_dim is None else rotary_dim
     pair: tuple[Tensor, Tensor] | None
     if in_dynamo():
-        pair = _constant(q.device, R, theta, rows, *factors)
+        # Sizes and arguments that change from call to call are symbols, which are no constants.
+        R, rows = operator.index(R), operator.index(rows)
+        theta, *numbers = (float.fromhex(float(number).hex()) for number in (theta, *factors))
+        pair = _constant(q.device, R, theta, rows, *numbers)
     else:
         pair = _cache(R, theta, rows, *factors).pair(None, q)
     assert pair is not None

@@ -131,12 +131,20 @@ def replacer(value: Any) -> tuple[str, str]:
 
 
 class _Models:
-    """How many calls of `patch` each model of a replacement has had; references are weak."""
+    """How many calls of `patch` each model of a replacement has had; references are weak.
 
-    def __init__(self) -> None:
+    A wrapper counts as the model in it, which may live longer.
+
+    Args:
+        when_empty: called when the last model that is left becomes garbage.
+    """
+
+    def __init__(self, when_empty: Callable[[], object]) -> None:
+        self._when_empty = when_empty
         self._counts: dict[int, tuple[Callable[[], torch.nn.Module | None], int]] = {}
 
     def __contains__(self, model: torch.nn.Module) -> bool:
+        model = _unwrapped(model)
         return self._counts.get(id(model), (lambda: None, 0))[0]() is model
 
     def __len__(self) -> int:
@@ -145,9 +153,10 @@ class _Models:
 
     def add(self, model: torch.nn.Module | None) -> None:
         self._drop_dead()
+        model = None if model is None else _unwrapped(model)
         ref, count = self._counts.get(id(model), (None, 0))
         if ref is None:
-            ref = (lambda: None) if model is None else weakref.ref(model)
+            ref = (lambda: None) if model is None else weakref.ref(model, self._lose)
         self._counts[id(model)] = ref, count + 1
 
     def take(self, model: torch.nn.Module | None) -> bool:
@@ -156,10 +165,16 @@ class _Models:
         If the model is None it undoes any. Returns whether there was one.
         """
         self._drop_dead()
+        model = None if model is None else _unwrapped(model)
         for key in self._keys(model):
-            ref, count = self._counts.pop(key)
+            counted = self._counts.get(key)
+            if counted is None:  # its model became garbage meanwhile
+                continue
+            ref, count = counted
             if count > 1:
                 self._counts[key] = ref, count - 1
+            else:
+                self._counts.pop(key, None)
             return True
         return False
 
@@ -178,7 +193,29 @@ class _Models:
     def _drop_dead(self) -> None:
         for key, (ref, _) in list(self._counts.items()):
             if key != id(None) and ref() is None:
-                del self._counts[key]
+                self._counts.pop(key, None)
+
+    def _lose(self, ref: object) -> None:
+        """Called by the garbage collector, in any thread and in the middle of any statement.
+
+        It must not wait for a thread that patches, which may wait for this one. The next call of
+        `patch` or `unpatch` then removes the replacement.
+        """
+        if lock.acquire(blocking=False):
+            try:
+                if not self:
+                    self._when_empty()
+            finally:
+                lock.release()
+
+
+def _unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """The innermost module that is all of the model."""
+    children = list(model.children())
+    while len(children) == 1 and not any(True for _ in model.parameters(recurse=False)):
+        model = children[0]
+        children = list(model.children())
+    return model
 
 
 def _alive(ref: Callable[[], torch.nn.Module | None]) -> torch.nn.Module:
@@ -225,7 +262,7 @@ class Replacement:
         self.site = site
         self.original = site.original
         self.options = options
-        self.models = _Models()
+        self.models = _Models(self.remove)
         self.active = False
         self.ours: Any = None
 
@@ -248,7 +285,8 @@ class Replacement:
     def remove(self) -> bool:
         """Restores the original value, unless other code has replaced ours since."""
         with lock:
-            was_installed, self.active, self.models = self.installed, False, _Models()
+            was_installed, self.active = self.installed, False
+            self.models = _Models(self.remove)
             if current.get(self.site.key) is self:
                 del current[self.site.key]
             if was_installed:
@@ -320,6 +358,10 @@ def find_replacement(
 
 def install(found: dict[Site, Replacement | str], model: torch.nn.Module | None) -> None:
     """Installs all of these or none; a site that cannot be assigned gets a reason instead."""
+    # Before anything is installed: a replacement whose last model becomes garbage is removed.
+    for entry in found.values():
+        if isinstance(entry, Replacement):
+            entry.models.add(model)
     before: list[tuple[Replacement, Any, bool]] = []
     try:
         for site, entry in found.items():
@@ -330,16 +372,19 @@ def install(found: dict[Site, Replacement | str], model: torch.nn.Module | None)
                 entry.install()
             except (AttributeError, TypeError) as error:
                 before.pop()
+                entry.models.take(model)
                 found[site] = f"it cannot be replaced: {error}"
     except BaseException:
         for entry, value, active in before:
             setattr(entry.site.owner, entry.site.name, value)
             entry.active = active
+        for entry in found.values():
+            if isinstance(entry, Replacement):
+                entry.models.take(model)
         raise
     for site, entry in found.items():
         if isinstance(entry, Replacement):
             current[site.key] = entry
-            entry.models.add(model)
 
 
 def describe(found: Mapping[Site, Replacement | str]) -> Report:
