@@ -204,8 +204,8 @@ def page(results: Results) -> str:
         "### Other sizes and alignments",
         _prose(
             "The fraction of a clone's speed for the first shape when one of its properties varies "
-            "(`make bench-cliffs`). In place, rotated pieces that are no multiples of 32 bytes, the "
-            "least that memory moves, cannot reach it:"
+            "(`make bench-cliffs`). In place, rotated pieces that are no multiples of 32 bytes, "
+            "the least that memory moves, cannot reach it:"
         ),
         f"![Fraction of a clone's speed](../benchmarks/results/cliffs_{GPU}.png)",
         "### Memory",

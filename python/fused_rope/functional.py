@@ -388,7 +388,8 @@ def norm_rotate(
 
     Raises:
         ValueError: as `rotate`; a weight whose shape is not [D]; a negative or infinite eps;
-            cast="never" with precision="model".
+            cast="never" with precision="model"; on CUDA a head that does not fit in shared memory
+            (on an H200 D above 32768, for gradients above 8320).
         TypeError: as `rotate`; a weight of another dtype; no eps.
         IndexError: as `rotate`.
         RuntimeError: `out` with inputs that require grad, or memory that overlaps.
