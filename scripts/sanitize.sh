@@ -11,6 +11,6 @@ build() {
   cmake --build "$1" --target "$3"
 }
 build build-sanitize ON all
-ctest --test-dir build-sanitize --output-on-failure
+ctest --test-dir build-sanitize --output-on-failure --parallel "$(nproc)"
 build build-sanitize-thread thread fused_rope_thread_tests
 ctest --test-dir build-sanitize-thread --output-on-failure -R '^threads$'

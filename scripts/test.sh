@@ -10,7 +10,7 @@ python_tests() { python -m pytest -q --durations=10 "${PYTEST_WORKERS[@]}" "$@";
 
 if [ "${1:-}" != --slow ]; then
   say "C++ tests"
-  ctest --test-dir build --output-on-failure -LE slow
+  ctest --test-dir build --output-on-failure --parallel "$(nproc)" -LE slow
   say "Python tests"
   python_tests -m "not slow"
   exit
