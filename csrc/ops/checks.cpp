@@ -25,6 +25,16 @@ void check_index(const Call& call, const char* name, const OptionalTensor& index
   check_device(call, name, *index);
 }
 
+// Calls f(name, tensor) for what selects rows.
+template <typename F>
+void for_each_index(const Call& call, const F& f) {
+  const Arguments& a = call.arguments;
+  f("positions", a.positions);
+  f("offset", a.offsets);
+  f("cu_seqlens", a.cu_seqlens);
+  f("out_rows", a.out_rows);
+}
+
 // A tensor of tokens and heads.
 void check_tensor(const Call& call, const char* name, const at::Tensor& tensor) {
   const at::Tensor& x = *call.inputs[0];
@@ -275,19 +285,15 @@ void check_no_overlap(const Call& call, const char* name, const at::Tensor& tens
 
 // The tables, weights and indices, which a kernel reads while it writes `tensor`.
 void check_no_overlap_with_constants(const Call& call, const char* name, const at::Tensor& tensor) {
-  const Arguments& a = call.arguments;
   check_no_overlap(call, name, tensor, "cos", call.cos);
   check_no_overlap(call, name, tensor, "sin", call.sin);
   for (int i = 0; call.has_norm() && i < call.count(); ++i) {
     const OptionalTensor& weight = call.weight(i);
     if (weight.has_value()) check_no_overlap(call, name, tensor, call.weight_name(i), *weight);
   }
-  for (const auto& [index_name, index] : {std::pair{"positions", &a.positions},
-                                          {"offset", &a.offsets},
-                                          {"cu_seqlens", &a.cu_seqlens},
-                                          {"out_rows", &a.out_rows}}) {
-    if (index->has_value()) check_no_overlap(call, name, tensor, index_name, **index);
-  }
+  for_each_index(call, [&](const char* index_name, const OptionalTensor& index) {
+    if (index.has_value()) check_no_overlap(call, name, tensor, index_name, *index);
+  });
 }
 
 // Output rows or slots. Under a tracer, sizes are symbolic.
@@ -402,13 +408,10 @@ void check_index_dtype(const char* op, const char* name, const OptionalTensor& i
 }
 
 void check_metadata(const Call& call) {
-  const Arguments& a = call.arguments;
   for (int i = 0; i < call.count(); ++i) check_tensor(call, call.name(i), *call.inputs[i]);
   check_tables(call);
-  check_index(call, "positions", a.positions);
-  check_index(call, "offset", a.offsets);
-  check_index(call, "cu_seqlens", a.cu_seqlens);
-  check_index(call, "out_rows", a.out_rows);
+  for_each_index(
+      call, [&](const char* name, const OptionalTensor& index) { check_index(call, name, index); });
   check_options(call);
   if (call.has_norm()) check_norm(call);
   if (!is_shared(call.cos)) check_no_row_selection(call);

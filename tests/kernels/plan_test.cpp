@@ -553,7 +553,7 @@ void PrintTo(const ChunkCase& c, std::ostream* out) { *out << c.name; }
 
 class ChunksInPlace : public ::testing::TestWithParam<ChunkCase> {};
 
-TEST_P(ChunksInPlace, StayInTheCacheUnlessTheySplitAtoms) {
+TEST_P(ChunksInPlace, StayInTheCacheAndLeaveRoomIfTheySplitAtoms) {
   constexpr DeviceFacts kDevice = {int64_t{50} << 20, 132, 228 << 10};
   const ChunkCase& c = GetParam();
   RotateParams p = call(1, c.S, 32, c.D, c.R);
