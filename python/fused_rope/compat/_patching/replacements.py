@@ -144,8 +144,8 @@ class _Models:
         self._counts: dict[int, tuple[Callable[[], torch.nn.Module | None], int]] = {}
 
     def __contains__(self, model: torch.nn.Module) -> bool:
-        model = _unwrapped(model)
-        return self._counts.get(id(model), (lambda: None, 0))[0]() is model
+        inner = _unwrapped(model)
+        return self._counts.get(id(inner), (lambda: None, 0))[0]() is inner
 
     def __len__(self) -> int:
         self._drop_dead()
@@ -153,7 +153,7 @@ class _Models:
 
     def add(self, model: torch.nn.Module | None) -> None:
         self._drop_dead()
-        model = None if model is None else _unwrapped(model)
+        model = _unwrapped(model)
         ref, count = self._counts.get(id(model), (None, 0))
         if ref is None:
             ref = (lambda: None) if model is None else weakref.ref(model, self._lose)
@@ -165,7 +165,7 @@ class _Models:
         If the model is None it undoes any. Returns whether there was one.
         """
         self._drop_dead()
-        model = None if model is None else _unwrapped(model)
+        model = _unwrapped(model)
         for key in self._keys(model):
             counted = self._counts.get(key)
             if counted is None:  # its model became garbage meanwhile
@@ -209,8 +209,10 @@ class _Models:
                 lock.release()
 
 
-def _unwrapped(model: torch.nn.Module) -> torch.nn.Module:
-    """The innermost module that is all of the model."""
+def _unwrapped(model: torch.nn.Module | None) -> torch.nn.Module | None:
+    """The innermost module that is all of the model, if there is one."""
+    if model is None:
+        return None
     children = list(model.children())
     while len(children) == 1 and not any(True for _ in model.parameters(recurse=False)):
         model = children[0]
@@ -359,9 +361,8 @@ def find_replacement(
 def install(found: dict[Site, Replacement | str], model: torch.nn.Module | None) -> None:
     """Installs all of these or none; a site that cannot be assigned gets a reason instead."""
     # Before anything is installed: a replacement whose last model becomes garbage is removed.
-    for entry in found.values():
-        if isinstance(entry, Replacement):
-            entry.models.add(model)
+    for replacement in _replacements(found):
+        replacement.models.add(model)
     before: list[tuple[Replacement, Any, bool]] = []
     try:
         for site, entry in found.items():
@@ -378,13 +379,15 @@ def install(found: dict[Site, Replacement | str], model: torch.nn.Module | None)
         for entry, value, active in before:
             setattr(entry.site.owner, entry.site.name, value)
             entry.active = active
-        for entry in found.values():
-            if isinstance(entry, Replacement):
-                entry.models.take(model)
+        for replacement in _replacements(found):
+            replacement.models.take(model)
         raise
-    for site, entry in found.items():
-        if isinstance(entry, Replacement):
-            current[site.key] = entry
+    for replacement in _replacements(found):
+        current[replacement.site.key] = replacement
+
+
+def _replacements(found: Mapping[Site, Replacement | str]) -> list[Replacement]:
+    return [entry for entry in found.values() if isinstance(entry, Replacement)]
 
 
 def describe(found: Mapping[Site, Replacement | str]) -> Report:
