@@ -198,6 +198,7 @@ struct KernelParams {
   uint32_t head_threads, distance;  // threads of a head; elements between those of a pair
   FastDivmod per_head, per_distance;
   uint32_t first_element, to_partner;  // of pair 0; kPair: from an element to its partner
+  uint32_t rotating_threads;           // of a head
   uint64_t load_policy, store_policy;  // L2 eviction policies of x
   uint64_t table_policy;
   bool inverse;  // in kPair, first_element and to_partner invert
@@ -207,11 +208,11 @@ struct KernelParams {
   uint32_t first_value_block;  // with a cache: blocks from this one on copy v
   TensorArgs tensors[kMaxTensors];
   SharedTableArgs table;
-  uint32_t rotating_threads, copying_threads;  // of a head
-  uint32_t rotated_elements;                   // of a head: kPair: without partners
-  uint32_t copied_elements;                    // of a head
-  uint32_t first_copied, copied_gap;           // copied elements from the first on come after a gap
-  int64_t cos_j, sin_j;                        // strides of entries
+  uint32_t copying_threads;           // of a head
+  uint32_t rotated_elements;          // of a head: kPair: without partners
+  uint32_t copied_elements;           // of a head
+  uint32_t first_copied, copied_gap;  // copied elements from the first on come after a gap
+  int64_t cos_j, sin_j;               // strides of entries
   RowParams rows;
   LookupArgs lookups[kMaxTensors];
   ChunkArgs chunks;
@@ -224,6 +225,7 @@ struct KernelParams {
         per_distance(distance),
         first_element(static_cast<uint32_t>(p.pairing.offset)),
         to_partner(static_cast<uint32_t>(p.pairing.distance)),
+        rotating_threads(static_cast<uint32_t>(plan.rotating_threads)),
         load_policy(policy_of(plan.eviction)),
         store_policy(policy_of_stores(plan.eviction)),
         table_policy(plan.keeps_tables ? kEvictLast : kEvictUnchanged),
@@ -234,7 +236,6 @@ struct KernelParams {
         first_value_block(0),
         table{p.rows.offset, p.rows.M, p.cos.m * size_of(p.table_dtype),
               p.sin.m * size_of(p.table_dtype), p.rows.positions_a * size_of(p.rows.positions)},
-        rotating_threads(static_cast<uint32_t>(plan.rotating_threads)),
         copying_threads(static_cast<uint32_t>(plan.head_threads - plan.rotating_threads)),
         rotated_elements(static_cast<uint32_t>(
             (plan.arrangement == Arrangement::kAdjacent ? 2 : 1) * p.pairing.P)),
