@@ -23,7 +23,7 @@ constexpr int64_t kMinChainRows = 10;
 // Four blocks of 128 threads on each of 132 multiprocessors, which are resident at once.
 constexpr int64_t kMaxLeaves = 2112;
 constexpr uint32_t kLeaves = 4;  // of a branch: the warps of a block
-constexpr int64_t kStrands = 128;
+constexpr int64_t kStrands = 32;  // the lanes of a warp
 
 // The sum of four chains or leaves.
 template <typename W>

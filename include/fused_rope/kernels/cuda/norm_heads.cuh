@@ -93,8 +93,8 @@ struct LeafSumParams {
   bool is_wide[kMaxTensors];      // of float32, not x's dtype
 };
 
-constexpr int kSumThreads = 1024;
-constexpr int kSumElements = kSumThreads / kStrands;  // of a block: 32 bytes of float32
+constexpr int kSumElements = 8;  // of a block: 32 bytes of float32
+constexpr int kSumThreads = kSumElements * int{kStrands};
 
 // Of a strand, at most.
 constexpr uint32_t kStrandBranches =
@@ -107,7 +107,8 @@ __global__ void __launch_bounds__(kSumThreads)
   using W = Wide<T>;
   const uint32_t blocks = (params.D + kSumElements - 1) / kSumElements;  // of a tensor
   const uint32_t tensor = blockIdx.x / blocks;
-  const uint32_t d = blockIdx.x % blocks * kSumElements + threadIdx.x % kSumElements;
+  const uint32_t first = blockIdx.x % blocks * kSumElements;
+  const uint32_t d = first + threadIdx.x % kSumElements;
   const uint32_t strand = threadIdx.x / kSumElements;
   auto* const shared = static_cast<W*>(shared_memory());
   W sum = 0;
@@ -129,17 +130,19 @@ __global__ void __launch_bounds__(kSumThreads)
     for (const W& branch : branches) sum = add(sum, branch);
   }
   shared[threadIdx.x] = sum;
-  for (uint32_t n = kStrands / 2; n > 0; n /= 2) {
-    sync_block();
-    if (strand < n)
-      shared[threadIdx.x] = add(shared[threadIdx.x], shared[threadIdx.x + n * kSumElements]);
-  }
-  if (strand > 0 || d >= params.D) return;
-  const W total = shared[threadIdx.x];
+  sync_block();
+  // A warp for each element, a lane for each strand.
+  static_assert(kStrands == kWarp);
+  const uint32_t lane = threadIdx.x % kWarp;
+  const uint32_t element = threadIdx.x / kWarp;
+  W total = shared[lane * kSumElements + element];
+  for (uint32_t n = kWarp / 2; n > 0; n /= 2) total = add(total, from_other_lane(total, n));
+  const uint32_t to = first + element;
+  if (lane > 0 || to >= params.D) return;
   if (params.is_wide[tensor]) {
-    static_cast<float*>(params.to[tensor])[d] = static_cast<float>(total);
+    static_cast<float*>(params.to[tensor])[to] = static_cast<float>(total);
   } else {
-    static_cast<T*>(params.to[tensor])[d] = narrow<T>(total);
+    static_cast<T*>(params.to[tensor])[to] = narrow<T>(total);
   }
 }
 
