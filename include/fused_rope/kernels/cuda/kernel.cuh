@@ -29,8 +29,10 @@ struct Variant {
   RowLookup lookup;
   bool full_head = false;
   bool staged = false;
-  bool norm = false;  // of full heads, whose threads are in one warp
-  int heads = 1;      // of a token, that a thread with a norm takes one after another
+  bool norm = false;        // of full heads, whose threads are in one warp
+  int heads = 1;            // of a token, that a thread with a norm takes one after another
+  bool norm_first = false;  // the norm precedes the rotation, with `cast`; else the launch says
+  Cast cast = Cast::kNever;
 };
 
 // The most blocks, up to `blocks`, that fit on a multiprocessor.
@@ -57,6 +59,8 @@ struct KernelTraits {
   static constexpr bool kFullHead = kVariant.full_head;
   static constexpr bool kNorm = kVariant.norm;
   static constexpr int kHeads = kVariant.heads;
+  static constexpr bool kNormFirst = kVariant.norm_first;
+  static constexpr Cast kCast = kVariant.cast;
   // What a launch passes besides KernelParams.
   using Extra = std::conditional_t<kNorm, NormArgs<Wide<T>>, AxesOf<kLookup>>;
 
@@ -502,7 +506,8 @@ __device__ __forceinline__ void normalize_and_rotate(
   using W = Wide<T>;
   typename ThreadTile<Traits>::WideVectors wide;
   tile.widen_all(x, wide);
-  if (norm.after) {
+  const bool after = !Traits::kNormFirst && norm.after;
+  if (after) {
     if (rotates) tile.rotate_wide(wide);
     round_between<T>(norm.cast, wide);
   }
@@ -511,12 +516,17 @@ __device__ __forceinline__ void normalize_and_rotate(
   const W r = norm.scalars.inverse_rms(sum);
   typename ThreadTile<Traits>::WideVectors factors;
   get_factors(factors);
-  visit(norm.cast, [&]<Cast kCast>() {
+  const auto normalize_all = [&]<Cast kCast>() {
     for_each_element(wide, [&](W& value, int v, int i) {
       value = normalize<T, kCast>(value, r, factors[v][i]);
     });
-  });
-  if (!norm.after && rotates) tile.rotate_wide(wide);
+  };
+  if constexpr (Traits::kNormFirst) {
+    normalize_all.template operator()<Traits::kCast>();
+  } else {
+    visit(norm.cast, normalize_all);
+  }
+  if (!after && rotates) tile.rotate_wide(wide);
   tile.narrow_all(wide, x);
 }
 

@@ -48,19 +48,55 @@ constexpr Variant norm_variant(Arrangement arrangement, RowLookup lookup, int he
   return variant;
 }
 
-// Calls f<Traits>() with the instance of a plan. kTwoHeads: it may have two heads a thread.
-template <typename T, typename Table, Precision kPrecision, bool kTwoHeads = false, typename F>
+constexpr Variant with_norm_first(Variant variant, Cast cast) {
+  variant.norm_first = true;
+  variant.cast = cast;
+  return variant;
+}
+
+// Calls f<Traits>() with the instance of a plan.
+template <typename T, typename Table, Precision kPrecision, typename F>
 cudaError_t visit_norm(const Plan& plan, const F& f) {
   return visit(plan.arrangement, [&]<Arrangement kArrangement>() {
     constexpr Variant kLinear = norm_variant<T, kPrecision>(kArrangement, RowLookup::kLinear);
     constexpr Variant kIndexed = norm_variant<T, kPrecision>(kArrangement, RowLookup::kIndexed);
-    if constexpr (kTwoHeads) {
-      constexpr Variant kTwo = norm_variant<T, kPrecision>(kArrangement, RowLookup::kLinear, 2);
-      if (plan.chunk_heads == 2) return f.template operator()<KernelTraits<T, Table, kTwo>>();
-    }
     return plan.lookup == RowLookup::kLinear
                ? f.template operator()<KernelTraits<T, Table, kLinear>>()
                : f.template operator()<KernelTraits<T, Table, kIndexed>>();
+  });
+}
+
+// The same for a forward in 16 bits. Large calls have two heads a thread; small ones, whose time is
+// that of their instructions, know a cast before the rotation at compile time.
+template <typename T, typename Table, Precision kPrecision, typename F>
+cudaError_t visit_forward(const NormParams& norm, const Plan& plan, const F& f) {
+  return visit(plan.arrangement, [&]<Arrangement kArrangement>() {
+    constexpr Variant kLinear = norm_variant<T, kPrecision>(kArrangement, RowLookup::kLinear);
+    constexpr Variant kIndexed = norm_variant<T, kPrecision>(kArrangement, RowLookup::kIndexed);
+    if (plan.chunk_heads == 2) {
+      constexpr Variant kTwo = norm_variant<T, kPrecision>(kArrangement, RowLookup::kLinear, 2);
+      return f.template operator()<KernelTraits<T, Table, kTwo>>();
+    }
+    if (norm.after) return visit_norm<T, Table, kPrecision>(plan, f);
+    const auto with_cast = [&]<Cast kCast>() {
+      constexpr Variant kRow = with_norm_first(kLinear, kCast);
+      constexpr Variant kLookup = with_norm_first(kIndexed, kCast);
+      return plan.lookup == RowLookup::kLinear
+                 ? f.template operator()<KernelTraits<T, Table, kRow>>()
+                 : f.template operator()<KernelTraits<T, Table, kLookup>>();
+    };
+    switch (norm.cast) {
+      case Cast::kBefore:
+        return with_cast.template operator()<Cast::kBefore>();
+      case Cast::kAfter:
+        return with_cast.template operator()<Cast::kAfter>();
+      default:
+        if constexpr (kPrecision == Precision::kFp32) {
+          return with_cast.template operator()<Cast::kNever>();
+        } else {
+          return visit_norm<T, Table, kPrecision>(plan, f);  // which the operators refuse
+        }
+    }
   });
 }
 
@@ -71,10 +107,14 @@ cudaError_t launch_norm(const RotateParams& p, const std::optional<Plan>& plan,
   return visit_table<T>(p, [&]<typename Table, Precision kPrecision>() {
     if constexpr (!std::is_same_v<T, double>) {
       if (plan.has_value()) {
-        constexpr bool kTwoHeads = sizeof(T) == 2;
-        return visit_norm<T, Table, kPrecision, kTwoHeads>(*plan, [&]<typename Traits>() {
+        const auto launch = [&]<typename Traits>() {
           return launch_tiles(p, *plan, rotate_kernel<Traits>, NormArgs<Wide<T>>(p), stream);
-        });
+        };
+        if constexpr (sizeof(T) == 2) {
+          return visit_forward<T, Table, kPrecision>(*p.norm, *plan, launch);
+        } else {
+          return visit_norm<T, Table, kPrecision>(*plan, launch);
+        }
       }
     }
     const WarpHeadParams params(p);
