@@ -807,7 +807,7 @@ TEST(NormPlanOfHeads, KeepsTheThreadsOfAHeadInOneWarp) {
 
 TEST(NormPlanOfHeads, TakesTwoHeadsOfLargeCallsWithEvenHeads) {
   NormParams norm = {};
-  RotateParams p = call(4, 4096, 4, 128, 128);
+  RotateParams p = call(4, 16384, 4, 128, 128);
   p.norm = &norm;
   const auto heads = [&] { return make_norm_plan(p, kLargeCache)->chunk_heads; };
   EXPECT_EQ(heads(), 2);
@@ -815,9 +815,8 @@ TEST(NormPlanOfHeads, TakesTwoHeadsOfLargeCallsWithEvenHeads) {
   backward.call = p;
   EXPECT_EQ(make_backward_plan(backward, kLargeCache)->chunk_heads, 1);
   const RotateParams large = p;
-  p.B = 1;
-  p.S = 64;
-  EXPECT_EQ(heads(), 1) << "all threads are resident";
+  p.S = 4096;
+  EXPECT_EQ(heads(), 1) << "resident threads have few turns";
   p = large;
   p.tensors[0].H = 3;
   EXPECT_EQ(heads(), 1) << "odd";
