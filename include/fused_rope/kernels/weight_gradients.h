@@ -22,7 +22,7 @@ constexpr uint32_t kChains = 4;  // of a leaf: four heads of 128 bfloat16 elemen
 constexpr int64_t kMinChainRows = 10;
 // Four blocks of 128 threads on each of 132 multiprocessors, which are resident at once.
 constexpr int64_t kMaxLeaves = 2112;
-constexpr uint32_t kLeaves = 4;  // of a branch: the warps of a block
+constexpr uint32_t kLeaves = 4;   // of a branch: the warps of a block
 constexpr int64_t kStrands = 32;  // the lanes of a warp
 
 // The sum of four chains or leaves.
