@@ -817,6 +817,9 @@ TEST(NormPlanOfHeads, TakesTwoHeadsOfLargeCallsWithEvenHeads) {
   const RotateParams large = p;
   p.S = 4096;
   EXPECT_EQ(heads(), 1) << "resident threads have few turns";
+  p.B = 1;
+  p.S = 64;
+  EXPECT_EQ(heads(), 1) << "all threads are resident";
   p = large;
   p.tensors[0].H = 3;
   EXPECT_EQ(heads(), 1) << "odd";

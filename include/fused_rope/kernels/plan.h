@@ -111,7 +111,7 @@ constexpr int kSmallBlockThreads = 128;     // of a block, unless all blocks are
 constexpr int kNormBlockThreads = 64;       // of a block with a norm: 1 % faster than 128
 constexpr int kMaxBlockThreads = 256;       // the kernel's launch bound
 constexpr int kResidentThreads = 1536;      // of a multiprocessor: six blocks of kMaxBlockThreads
-constexpr int kTimesForTwoHeads = 8;        // as many threads as are resident, or more
+constexpr int kTurnsOfOneHead = 8;          // of threads with a norm: with more they take two
 constexpr int kKeptShare = 4;               // tables of up to 1/4 of the L2 cache are kept in it
 constexpr int kHeavyShare = 10;             // tables of more than 1/10 of a large x make x stream
 constexpr int kMaxLaunchThreads = 1 << 30;  // FastDivmod needs thread indices below 2^31
@@ -256,11 +256,16 @@ inline double threads_per_multiprocessor(const RotateParams& p, const DeviceFact
   return moved_elements(p) / static_cast<double>(thread_elements * device.multiprocessors);
 }
 
-// Whether the threads of a call that moves two vectors of 16 bytes a thread are no more than
-// `times` as many as are resident at once.
-inline bool are_resident(const RotateParams& p, const DeviceFacts& device, int times = 1) {
+// How many times as many threads a call has as are resident at once, if each moves two vectors of
+// 16 bytes.
+inline double turns_of_threads(const RotateParams& p, const DeviceFacts& device) {
   const int64_t thread_elements = 2 * kVectorBytes / size_of(p.dtype);
-  return threads_per_multiprocessor(p, device, thread_elements) <= times * kResidentThreads;
+  return threads_per_multiprocessor(p, device, thread_elements) / kResidentThreads;
+}
+
+// Whether all of them are resident at once.
+inline bool are_resident(const RotateParams& p, const DeviceFacts& device) {
+  return turns_of_threads(p, device) <= 1;
 }
 
 inline bool has_linear_rows(const RotateParams& p) {
@@ -546,7 +551,7 @@ inline std::optional<Plan> plan_norm(const RotateParams& p, const DeviceFacts& d
 inline bool takes_two_heads(const RotateParams& p, const DeviceFacts& device) {
   const bool even = p.tensors[0].H % 2 == 0 && (p.count == 1 || p.tensors[1].H % 2 == 0);
   return even && size_of(p.dtype) == 2 && has_linear_rows(p) && !p.per_head &&
-         !are_resident(p, device, kTimesForTwoHeads);
+         turns_of_threads(p, device) > kTurnsOfOneHead;
 }
 
 // The same, with as many heads a thread as are faster.

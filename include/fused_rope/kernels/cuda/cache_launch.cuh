@@ -39,9 +39,7 @@ cudaError_t visit_cache(const RotateParams& p, const Plan& plan, const F& f) {
   return visit(plan.arrangement, [&]<Arrangement kArrangement>() {
     constexpr Variant kLinear = base_variant<T, kPrecision>(kArrangement, RowLookup::kLinear);
     constexpr Variant kIndexed = base_variant<T, kPrecision>(kArrangement, RowLookup::kIndexed);
-    return plan.lookup == RowLookup::kLinear
-               ? f.template operator()<KernelTraits<T, Table, kLinear>>()
-               : f.template operator()<KernelTraits<T, Table, kIndexed>>();
+    return visit_lookup<T, Table, kLinear, kIndexed>(plan, f);
   });
 }
 

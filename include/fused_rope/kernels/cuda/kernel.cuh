@@ -462,7 +462,7 @@ __device__ __forceinline__ W sum_of_thread(W (&leaves)[kLeaves]) {
 
 // Adds the sums of a head's threads, kSums of them side by side so that they overlap. `threads`, a
 // power of two, includes those beyond the head, which add zeros. All lanes of the warp must call
-// it. One early end, for heads of 128 elements in 16 bits: one in each round costs more.
+// it. It may end after three rounds, as for 128 elements of 16 bits: a branch in each costs more.
 template <int kSums, typename W>
 __device__ __forceinline__ void add_threads(W (&sums)[kSums], uint32_t threads, bool exists) {
 #pragma unroll

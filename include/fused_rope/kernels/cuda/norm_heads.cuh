@@ -137,12 +137,12 @@ __global__ void __launch_bounds__(kSumThreads)
   const uint32_t element = threadIdx.x / kWarp;
   W total = shared[lane * kSumElements + element];
   for (uint32_t n = kWarp / 2; n > 0; n /= 2) total = add(total, from_other_lane(total, n));
-  const uint32_t to = first + element;
-  if (lane > 0 || to >= params.D) return;
+  const uint32_t written = first + element;
+  if (lane > 0 || written >= params.D) return;
   if (params.is_wide[tensor]) {
-    static_cast<float*>(params.to[tensor])[to] = static_cast<float>(total);
+    static_cast<float*>(params.to[tensor])[written] = static_cast<float>(total);
   } else {
-    static_cast<T*>(params.to[tensor])[to] = narrow<T>(total);
+    static_cast<T*>(params.to[tensor])[written] = narrow<T>(total);
   }
 }
 

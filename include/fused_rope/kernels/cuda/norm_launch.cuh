@@ -54,20 +54,26 @@ constexpr Variant with_norm_first(Variant variant, Cast cast) {
   return variant;
 }
 
+// Calls f<Traits>() with the instance for how a plan finds rows.
+template <typename T, typename Table, Variant kLinear, Variant kIndexed, typename F>
+cudaError_t visit_lookup(const Plan& plan, const F& f) {
+  return plan.lookup == RowLookup::kLinear
+             ? f.template operator()<KernelTraits<T, Table, kLinear>>()
+             : f.template operator()<KernelTraits<T, Table, kIndexed>>();
+}
+
 // Calls f<Traits>() with the instance of a plan.
 template <typename T, typename Table, Precision kPrecision, typename F>
 cudaError_t visit_norm(const Plan& plan, const F& f) {
   return visit(plan.arrangement, [&]<Arrangement kArrangement>() {
     constexpr Variant kLinear = norm_variant<T, kPrecision>(kArrangement, RowLookup::kLinear);
     constexpr Variant kIndexed = norm_variant<T, kPrecision>(kArrangement, RowLookup::kIndexed);
-    return plan.lookup == RowLookup::kLinear
-               ? f.template operator()<KernelTraits<T, Table, kLinear>>()
-               : f.template operator()<KernelTraits<T, Table, kIndexed>>();
+    return visit_lookup<T, Table, kLinear, kIndexed>(plan, f);
   });
 }
 
-// The same for a forward in 16 bits. Large calls have two heads a thread; small ones, whose time is
-// that of their instructions, know a cast before the rotation at compile time.
+// The same for a forward in 16 bits. Large calls have two heads a thread; others, whose time is
+// that of their instructions, know the cast of a norm before the rotation at compile time.
 template <typename T, typename Table, Precision kPrecision, typename F>
 cudaError_t visit_forward(const NormParams& norm, const Plan& plan, const F& f) {
   return visit(plan.arrangement, [&]<Arrangement kArrangement>() {
@@ -77,26 +83,18 @@ cudaError_t visit_forward(const NormParams& norm, const Plan& plan, const F& f) 
       constexpr Variant kTwo = norm_variant<T, kPrecision>(kArrangement, RowLookup::kLinear, 2);
       return f.template operator()<KernelTraits<T, Table, kTwo>>();
     }
-    if (norm.after) return visit_norm<T, Table, kPrecision>(plan, f);
     const auto with_cast = [&]<Cast kCast>() {
-      constexpr Variant kRow = with_norm_first(kLinear, kCast);
-      constexpr Variant kLookup = with_norm_first(kIndexed, kCast);
-      return plan.lookup == RowLookup::kLinear
-                 ? f.template operator()<KernelTraits<T, Table, kRow>>()
-                 : f.template operator()<KernelTraits<T, Table, kLookup>>();
+      return visit_lookup<T, Table, with_norm_first(kLinear, kCast),
+                          with_norm_first(kIndexed, kCast)>(plan, f);
     };
-    switch (norm.cast) {
-      case Cast::kBefore:
-        return with_cast.template operator()<Cast::kBefore>();
-      case Cast::kAfter:
-        return with_cast.template operator()<Cast::kAfter>();
-      default:
-        if constexpr (kPrecision == Precision::kFp32) {
-          return with_cast.template operator()<Cast::kNever>();
-        } else {
-          return visit_norm<T, Table, kPrecision>(plan, f);  // which the operators refuse
-        }
+    if (!norm.after) {
+      if (norm.cast == Cast::kBefore) return with_cast.template operator()<Cast::kBefore>();
+      if (norm.cast == Cast::kAfter) return with_cast.template operator()<Cast::kAfter>();
+      // The operators refuse the other precision without a cast.
+      if constexpr (kPrecision == Precision::kFp32)
+        return with_cast.template operator()<Cast::kNever>();
     }
+    return visit_lookup<T, Table, kLinear, kIndexed>(plan, f);
   });
 }
 
